@@ -1,0 +1,50 @@
+"""Errors that a user can cause. Each text says what was wrong, where, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class D4SError(Exception):
+    """Base of every error that d4s raises on purpose."""
+
+
+class EditError(D4SError, ValueError):
+    """An edit that cannot be made: no subject, no target, a prompt without '{}', a contradiction."""
+
+
+class DataError(D4SError, ValueError):
+    """A file that cannot be read: unknown format, truncated, a wrong field. Names file, record, field."""
+
+
+class ModelError(D4SError, ValueError):
+    """A model that cannot be edited: unknown architecture, NaN weights, a shape that does not fit."""
+
+
+class TokenizerError(D4SError, ValueError):
+    """A tokenizer that cannot say where in the text a token stands."""
+
+
+class CovarianceError(D4SError, ValueError):
+    """Key statistics that do not belong to this model, or have the wrong size."""
+
+
+class ConfigError(D4SError, ValueError):
+    """An argument or configuration field that does not exist or is out of range."""
+
+
+class NotPositiveDefiniteError(D4SError, ArithmeticError):
+    """λC + B has no Cholesky factor: too few key vectors behind C, or a damaged sum."""
+
+
+class ExtensionError(D4SError, ImportError):
+    """The compiled extension is missing or was built against another torch."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Text for a failed look-up: what was asked for, the nearest known name, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."

@@ -1,0 +1,34 @@
+"""Fixtures of every test file: a fresh, printed seed, and the devices there are."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed, set for torch and printed with a failure; D4S_TEST_SEED=… runs it again."""
+    value = int(os.environ.get("D4S_TEST_SEED", secrets.randbelow(2**31)))
+    print(f"D4S_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    """Random inputs are fresh in every test, whether it asks for the seed or not."""
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """cpu, and cuda where there is a GPU and the extension has kernels for it."""
+    if request.param == "cuda":
+        from d4s import ops
+
+        if not (torch.cuda.is_available() and ops._C.with_cuda):
+            pytest.skip("no GPU, or d4s was built without CUDA kernels")
+    return torch.device(request.param)

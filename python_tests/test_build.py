@@ -1,0 +1,92 @@
+"""What the build promises: it finds the right torch, and a wrong one is told in a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from d4s import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def setup_file(monkeypatch):
+    """setup.py run under a stand-in for setuptools: its names, and what it handed to `setup`."""
+    handed: dict = {}
+    monkeypatch.setitem(
+        sys.modules,
+        "setuptools",
+        SimpleNamespace(Extension=lambda *a: a, setup=lambda **given: handed.update(given)),
+    )
+    monkeypatch.setitem(sys.modules, "setuptools.command", ModuleType("setuptools.command"))
+    monkeypatch.setitem(sys.modules, "setuptools.command.build_ext", SimpleNamespace(build_ext=object))
+
+    def run() -> SimpleNamespace:
+        return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")), handed=handed)
+
+    return run
+
+
+def test_the_extension_was_built_against_this_torch():
+    assert ops._release(ops._C.torch_version) == ops._release(torch.__version__)
+
+
+def test_torch_is_seen_through_build_isolation(setup_file, monkeypatch, tmp_path):
+    assert setup_file().flags_that_see_torch() == []
+    # pip hides the environment with what it puts first on PYTHONPATH.
+    (tmp_path / "torch.py").write_text("raise ImportError('hidden')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    hidden = setup_file()
+    if hidden.flags_that_see_torch() is None:
+        pytest.skip("torch itself lies on PYTHONPATH here")
+    assert hidden.flags_that_see_torch() == ["-I"]
+    assert hidden.handed["setup_requires"] == []
+
+
+def test_without_torch_pip_fetches_it_and_other_front_ends_are_told(setup_file, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    assert any(wanted.startswith("torch") for wanted in setup_file().handed["setup_requires"])
+    monkeypatch.delenv("PYTHONNOUSERSITE")
+    elsewhere = setup_file()
+    assert elsewhere.handed["setup_requires"] == []
+    with pytest.raises(SystemExit, match="install torch in the target environment"):
+        elsewhere.CMakeBuild().build_extension(None)
+
+
+@pytest.mark.parametrize(
+    ("extension", "word"), [("SimpleNamespace(torch_version='1.2.0')", "1.2.0"), ("None", "pip install")]
+)
+def test_a_missing_or_foreign_extension_is_told_in_a_sentence(extension, word):
+    code = (
+        "import sys\nfrom types import SimpleNamespace\n"
+        f"sys.modules['d4s._C'] = {extension}\n"
+        "try:\n    import d4s\nexcept ImportError as error:\n    print(type(error).__name__, error)\n"
+    )
+    path = os.pathsep.join(
+        [str(Path(ops.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.stdout.startswith("ExtensionError"), done.stderr
+    assert word in done.stdout
+    assert "pip install" in done.stdout
+
+
+def test_cuda_files_need_no_torch():
+    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*_cuda.h"), ROOT / "csrc" / "matrix.h"]
+    assert len(sources) >= 5
+    for source in sources:
+        included = re.findall(r'#include [<"]([^>"]+)', source.read_text())
+        assert not [name for name in included if re.match(r"(torch|ATen|c10)/", name)], source.name

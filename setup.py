@@ -1,0 +1,58 @@
+"""Builds d4s._C by calling CMake against the torch of the target environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def flags_that_see_torch():
+    """Interpreter flags with which `import torch` works here: [], ["-I"], or None where there is no torch.
+
+    Under build isolation pip runs the target environment's own interpreter and hides the environment
+    through PYTHONPATH; -I ignores PYTHONPATH, so the torch that d4s will run with is seen again.
+    """
+    for flags in ([], ["-I"]):
+        child = subprocess.run([sys.executable, *flags, "-c", "import torch"], capture_output=True)
+        if child.returncode == 0:
+            return flags
+    return None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        flags = flags_that_see_torch()
+        if flags is None:
+            sys.exit(
+                f"d4s is built against the torch it will run with, and {sys.executable} has none: "
+                "install torch in the target environment, then run that environment's own 'pip install .'"
+            )
+        build = Path(self.build_temp).resolve()
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DD4S_PYTHON_FLAGS={';'.join(flags)}"]
+        options += os.environ.get("CMAKE_ARGS", "").split()
+        # --fresh: an earlier build's cache names a ninja that went away with its isolated environment.
+        subprocess.run(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+        # CMake leaves the extension in d4s/, so that Python started in the checkout finds it too.
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if target.parent != ROOT / "d4s":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "d4s" / target.name, target)
+
+
+# pip sets PYTHONNOUSERSITE while it builds in isolation with the target's own interpreter; only there does
+# a torch fetched for the build agree with the one that the install then puts beside d4s.
+fetch_torch = "PYTHONNOUSERSITE" in os.environ and flags_that_see_torch() is None
+
+sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*"))]
+setup(
+    ext_modules=[Extension("d4s._C", sources)],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=["torch>=2.6"] if fetch_torch else [],
+)
