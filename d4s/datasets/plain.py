@@ -1,0 +1,40 @@
+"""The project's own files: one `Edit.to_dict()` a record, as JSONL, a JSON list, or CSV."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from d4s.datasets.fields import FieldError, Fields
+from d4s.edits import Edit
+
+LOOKS_FOR = "'prompt' (with '{}' for the subject), 'subject', 'target_new' and any other field of Edit"
+
+_LISTS = ("paraphrases", "neighborhood", "attribute", "generation", "reference_texts")
+_OBJECTS = ("locality", "portability", "tags")
+
+
+def recognises(record: Fields) -> bool:
+    return all(name in record for name in ("prompt", "subject", "target_new"))
+
+
+def edits_of(record: Fields) -> list[Edit]:
+    """One edit. In CSV, where every cell is text, a list of texts is JSON if it begins with '[' and else
+    divided by '|'; 'locality', 'portability' and 'tags' are JSON."""
+    values = dict(record)
+    for name in _LISTS:
+        if isinstance(cell := values.get(name), str):
+            values[name] = (
+                _json(cell, name) if cell.lstrip().startswith("[") else [t.strip() for t in cell.split("|")]
+            )
+    for name in _OBJECTS:
+        if isinstance(cell := values.get(name), str):
+            values[name] = _json(cell, name)
+    return [Edit.from_dict(values)]
+
+
+def _json(cell: str, name: str) -> Any:
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError as error:
+        raise FieldError(f"field {name!r} is not valid JSON: {error.msg} at character {error.pos}") from None
