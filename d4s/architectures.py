@@ -1,0 +1,153 @@
+"""Architectures as data: where in each model type the blocks, the edited projection and the attention output are.
+
+To add one, add a row to `ARCHITECTURES`; `python_tests/test_architectures.py` then builds a tiny random model
+of that type and checks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from d4s.errors import ConfigError, ModelError, unknown_name
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module paths of one model type. All but `blocks` are relative to a block."""
+
+    blocks: str  # the ModuleList of transformer blocks, relative to the model
+    mlp_output: str  # W: the MLP's output projection, whose input is the key
+    mlp_input: str  # the first projection of the MLP (the gate where there are two)
+    attention_output: str  # the attention's output projection
+    # A norm stands between the MLP's output and the residual stream (gemma2, olmo2): a residual measured on
+    # the stream is then not a residual of W, so targets are taken at the MLP's output instead.
+    normed_mlp_output: bool = False
+
+
+def _llama_like(**changes: object) -> Architecture:
+    base = Architecture("model.layers", "mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj")
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn.c_proj"),
+    "gptj": Architecture("transformer.h", "mlp.fc_out", "mlp.fc_in", "attn.out_proj"),
+    "gpt_neo": Architecture("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn.attention.out_proj"),
+    "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "attention.dense"),
+    "opt": Architecture("model.decoder.layers", "fc2", "fc1", "self_attn.out_proj"),
+    "bloom": Architecture("transformer.h", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attention.dense"),
+    "falcon": Architecture("transformer.h", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attention.dense"),
+    "llama": _llama_like(),
+    "mistral": _llama_like(),
+    "qwen2": _llama_like(),
+    "qwen3": _llama_like(),
+    "gemma": _llama_like(),
+    "gemma2": _llama_like(normed_mlp_output=True),
+    "gemma3_text": _llama_like(normed_mlp_output=True),
+    "phi": _llama_like(mlp_output="mlp.fc2", mlp_input="mlp.fc1", attention_output="self_attn.dense"),
+    "phi3": _llama_like(mlp_input="mlp.gate_up_proj"),
+    "olmo2": _llama_like(normed_mlp_output=True),
+    "stablelm": _llama_like(),
+}
+
+
+def architecture_of(model: nn.Module, architecture: Architecture | None = None) -> Architecture:
+    """The row for `model.config.model_type`, or `architecture` itself; checked against the model.
+
+    Raises ModelError for an unknown type, or where a path does not lead to a module.
+    """
+    if architecture is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if model_type not in ARCHITECTURES:
+            raise ModelError(
+                unknown_name("model type", str(model_type), ARCHITECTURES)
+                + " For another one pass architecture=d4s.Architecture(blocks=…, mlp_output=…, mlp_input=…,"
+                " attention_output=…) with the paths of its modules."
+            )
+        architecture = ARCHITECTURES[model_type]
+    try:
+        blocks = model.get_submodule(architecture.blocks)
+    except AttributeError as error:
+        raise ModelError(f"{type(model).__name__} has no module {architecture.blocks!r} ({error})") from None
+    for path in (architecture.mlp_output, architecture.mlp_input, architecture.attention_output):
+        try:
+            blocks[0].get_submodule(path)  # type: ignore[operator, index]
+        except AttributeError as error:
+            raise ModelError(
+                f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error})"
+            ) from None
+    return architecture
+
+
+class Anatomy:
+    """A model seen through its architecture: blocks, edited projections, widths.
+
+    model: a causal language model of transformers
+    Raises ModelError as `architecture_of`.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture | None = None) -> None:
+        self.model = model
+        self.architecture = architecture_of(model, architecture)
+        self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def check_layers(self, layers: tuple[int, ...]) -> None:
+        """Raises ConfigError unless layers are distinct, ascending and within the model."""
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= len(self):
+            raise ConfigError(
+                f"layers={list(layers)}: must be distinct, ascending and within 0…{len(self) - 1} for this model"
+            )
+
+    def projection(self, layer: int) -> nn.Module:
+        """The MLP's output projection of a block; its `weight` is W."""
+        return self.blocks[layer].get_submodule(self.architecture.mlp_output)
+
+    def mlp_input(self, layer: int) -> nn.Module:
+        return self.blocks[layer].get_submodule(self.architecture.mlp_input)
+
+    def attention_output(self, layer: int) -> nn.Module:
+        return self.blocks[layer].get_submodule(self.architecture.attention_output)
+
+    def weight(self, layer: int) -> nn.Parameter:
+        """W as stored: [d_out, d_in], or [d_in, d_out] where `transposed`."""
+        return self.projection(layer).weight  # type: ignore[return-value]
+
+    def transposed(self, layer: int) -> bool:
+        """True where W is stored [d_in, d_out] (GPT-2's Conv1D)."""
+        return isinstance(self.projection(layer), Conv1D)
+
+    def weight_name(self, layer: int) -> str:
+        """Name of W in the model's state dict."""
+        return f"{self.architecture.blocks}.{layer}.{self.architecture.mlp_output}.weight"
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """(d_out, d_in) of W, whichever way it is stored."""
+        rows, columns = self.weight(layer).shape
+        return (columns, rows) if self.transposed(layer) else (rows, columns)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight(0).device
+
+    def check_finite(self, layers: tuple[int, ...]) -> None:
+        """Raises ModelError if an edited weight holds NaN or infinity: no edit could mend that."""
+        for layer in layers:
+            weight: Tensor = self.weight(layer).detach()
+            if not torch.isfinite(weight).all():
+                bad = int((~torch.isfinite(weight)).sum())
+                raise ModelError(
+                    f"{self.weight_name(layer)} holds {bad} values that are NaN or infinite; "
+                    "load the model again from an intact file"
+                )
+            if not weight.is_floating_point() or weight.element_size() < 2:
+                raise ModelError(
+                    f"{self.weight_name(layer)} is {weight.dtype}; weights must be float32, float16 or bfloat16 "
+                    "(load the model without quantisation)"
+                )

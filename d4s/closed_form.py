@@ -1,0 +1,431 @@
+"""The change of a weight in closed form, Δ = A (λC + B)⁻¹ with A = Σ r kᵀ and B = Σ k kᵀ, at O(d²) an edit.
+
+The sums A and B are all that an edit leaves behind, so memory does not grow with the number of edits, the
+order of edits does not matter, runs add up and an edit can be taken out again. Sources: arXiv 2210.07229,
+eq. 14 (MEMIT); arXiv 2410.23843 (Dump for Sequence).
+
+For single edits the inverse P = (λC + B)⁻¹ and Δ are kept. With n new keys K [n, d_in], residuals
+R [n, d_out], G = P Kᵀ and S = I + K G, the Woodbury identity gives
+
+    P' = P − G S⁻¹ Gᵀ          Δ' = Δ + (Rᵀ − Δ Kᵀ) S⁻¹ Gᵀ
+
+and with −S⁻¹ for S⁻¹ and S = I − K G the terms are taken out. With S = L Lᵀ and U = L⁻¹ Gᵀ, G S⁻¹ Gᵀ = Uᵀ U:
+the rows of U are gathered and subtracted from P as one matrix product, and so are those of K and R added to
+B and A.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from d4s import ops
+from d4s.errors import ConfigError, CovarianceError, D4SError, NotPositiveDefiniteError
+
+logger = logging.getLogger(__name__)
+
+DELAYED_ROWS = 64  # rows of U, K and R gathered before they go into P, B and A
+PROBE_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4}  # residual of the probe that calls for a refresh
+PROBE_GROWTH = 10.0  # and by how much it must exceed that of a fresh inverse, which conditioning decides
+
+
+class Prior:
+    """λC of one layer, with its Cholesky factor made when first needed and kept.
+
+    covariance: C = E[k kᵀ], [d_in, d_in], symmetric
+    weight: λ > 0
+    ridge: adds ridge · mean(diag C) to the diagonal of C, for a C from too few key vectors; logged
+    dtype: of every sum and solve with this prior, float64 | float32
+    Raises CovarianceError if C is not square or not finite, ConfigError for a bad λ, ridge or dtype.
+    """
+
+    def __init__(
+        self, covariance: Tensor, weight: float = 1.0, ridge: float = 0.0, dtype: torch.dtype = torch.float64
+    ) -> None:
+        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+            raise CovarianceError(f"the covariance is {list(covariance.shape)}, must be [d_in, d_in]")
+        if not torch.isfinite(covariance).all():
+            raise CovarianceError("the covariance holds NaN or infinity")
+        if not weight > 0 or not ridge >= 0:
+            raise ConfigError(f"prior weight is {weight} and ridge {ridge}; must be > 0 and ≥ 0")
+        if dtype not in PROBE_BOUND:
+            raise ConfigError(f"dtype of a prior is {dtype}; must be torch.float64 or torch.float32")
+        self.matrix = covariance.to(dtype) * weight
+        if ridge:
+            extra = ridge * self.matrix.diagonal().mean()
+            self.matrix.diagonal().add_(extra)
+            logger.info("ridge of %g · mean(diag C) = %.3g added to λC", ridge, extra.item())
+        self._factor: Tensor | None = None
+
+    @classmethod
+    def identity(
+        cls,
+        d_in: int,
+        weight: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str | None = None,
+    ) -> Prior:
+        """λI, whose factor costs nothing."""
+        prior = cls(torch.eye(d_in, dtype=dtype, device=device), weight, dtype=dtype)
+        prior._factor = prior.matrix.sqrt()
+        return prior
+
+    @property
+    def d_in(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes + (0 if self._factor is None else self._factor.nbytes)
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """(λC)⁻¹ · columns. columns: [d_in, n], of the prior's dtype and device.
+
+        Raises NotPositiveDefiniteError if λC has no Cholesky factor.
+        """
+        if self._factor is None:
+            self._factor = _cholesky(self.matrix, "the prior λC")
+        return torch.cholesky_solve(columns, self._factor)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """A copy of `rows` in the dtype and on the device of the prior."""
+        return rows.detach().to(self.matrix, copy=True)
+
+
+def solve(residuals: Tensor, keys: Tensor, prior: Prior) -> Tensor:
+    """Δ = Rᵀ K (λC + Kᵀ K)⁻¹ of one batch; neither A nor an inverse is kept.
+
+    residuals: R, [n, d_out]; keys: K, [n, d_in]; any floating types
+    Returns [d_out, d_in] in the prior's dtype.
+
+    For few keys this is Rᵀ (I + K Y)⁻¹ Yᵀ with Y = (λC)⁻¹ Kᵀ and the prior's kept factor; from the number on
+    where that takes more operations, one Cholesky solve of d_in × d_in.
+    Raises NotPositiveDefiniteError if there is no Cholesky factor; D4SError if shapes do not fit.
+    """
+    _check_rows(residuals, keys, residuals.shape[-1], prior.d_in, "solve")
+    residuals, keys = prior.rows(residuals), prior.rows(keys)
+    n, d_in, d_out = len(keys), prior.d_in, residuals.shape[1]
+    small = 2 * n * d_in**2 + 2 * n**2 * d_in + n**3 / 3
+    large = d_in**3 / 3 + n * d_in**2 + 2 * d_out * d_in**2
+    if small <= large:
+        weighted = prior.solve(keys.T)
+        inner = torch.eye(n, dtype=keys.dtype, device=keys.device) + keys @ weighted
+        return residuals.T @ torch.cholesky_solve(weighted.T, _cholesky(inner, "I + K (λC)⁻¹ Kᵀ"))
+    return ops.closed_form((residuals.T @ keys)[None], (keys.T @ keys)[None], prior.matrix[None])[0]
+
+
+class ClosedForm:
+    """The sums A and B of a run with their prior λC, for each edited layer, and the Δ that follows from them.
+
+    priors: layer → Prior; sums live in its dtype on its device
+    d_out: rows of Δ
+    seed: of the random probes that watch the kept inverse
+
+    Whatever the number of edits, a layer holds λC, B, A, Δ and, once Δ is asked for again after a few edits,
+    P = (λC + B)⁻¹ and `DELAYED_ROWS` rows. Which way Δ is had:
+    - the first time, and whenever as many keys are new as `keys_worth_a_solve` says: a Cholesky solve;
+    - else by updating P and Δ, in O(d_in (d_in + d_out)) a key, the same for the last edit as for the first.
+    Every `DELAYED_ROWS` keys a random vector probes P and Δ against the sums; when rounding has grown too
+    large (`PROBE_BOUND`, `PROBE_GROWTH`), both are made afresh from the sums.
+    """
+
+    def __init__(self, priors: Mapping[int, Prior], d_out: int, seed: int = 0) -> None:
+        self.d_out = d_out
+        self._layers = {
+            layer: _Layer(prior, d_out, name=f"layer {layer}", seed=seed) for layer, prior in priors.items()
+        }
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, priors included."""
+        return sum(state.nbytes for state in self._layers.values())
+
+    @property
+    def refreshes(self) -> int:
+        """How often a probe has called for a fresh inverse, over all layers."""
+        return sum(state.refreshes for state in self._layers.values())
+
+    def add_(self, residuals: Tensor, keys: Tensor, layer: int) -> None:
+        """A += Rᵀ K, B += Kᵀ K.
+
+        residuals: R, [n, d_out]; keys: K, [n, d_in]; any floating types
+        Raises D4SError if the layer is not one of this run, or the rows do not fit or are not finite.
+        """
+        self._state(layer).add_(residuals, keys, 1.0)
+
+    def subtract_(self, residuals: Tensor, keys: Tensor, layer: int) -> None:
+        """A −= Rᵀ K, B −= Kᵀ K: takes out edits that were added with these same rows.
+
+        Errors as `add_`; the next `delta` raises NotPositiveDefiniteError if more was taken out than was in.
+        """
+        self._state(layer).add_(residuals, keys, -1.0)
+
+    def delta(self, layer: int) -> Tensor:
+        """Δ = A (λC + B)⁻¹, [d_out, d_in], relative to W0.
+
+        This is the kept tensor, overwritten by the next call for this layer: clone it to keep it.
+        Raises NotPositiveDefiniteError if λC + B has no Cholesky factor.
+        """
+        return self._state(layer).current_delta()
+
+    def deltas(self) -> dict[int, Tensor]:
+        """`delta` of every layer."""
+        return {layer: self.delta(layer) for layer in self._layers}
+
+    def merge_(self, other: ClosedForm) -> None:
+        """Adds the sums of another run from the same W0 with the same priors.
+
+        Raises D4SError if layers, shapes or priors differ.
+        """
+        if self.layers != other.layers or self.d_out != other.d_out:
+            raise D4SError(
+                f"runs over layers {list(self.layers)} with d_out {self.d_out} and layers "
+                f"{list(other.layers)} with d_out {other.d_out} do not add up"
+            )
+        for layer, state in self._layers.items():
+            theirs = other._layers[layer]
+            if state.prior is not theirs.prior and not torch.equal(state.prior.matrix, theirs.prior.matrix):
+                raise CovarianceError(
+                    f"layer {layer}: the two runs have different priors λC, their sums do not add up"
+                )
+        for layer, state in self._layers.items():
+            mine, theirs_sums = state.sums(), other._layers[layer].sums()
+            state.set_sums(*(a + b for a, b in zip(mine, theirs_sums, strict=True)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """'{layer}.residual_sum' A [d_out, d_in], '{layer}.key_sum' B [d_in, d_in] of every layer; copies."""
+        state = {}
+        for layer, sums in self._layers.items():
+            state[f"{layer}.residual_sum"], state[f"{layer}.key_sum"] = sums.sums()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the sums of `state_dict` in place of those held. D4SError if names or shapes differ."""
+        wanted = {name for layer in self._layers for name in (f"{layer}.residual_sum", f"{layer}.key_sum")}
+        if set(state) != wanted:
+            raise D4SError(f"closed-form state holds {sorted(state)}; must hold {sorted(wanted)}")
+        for layer, sums in self._layers.items():
+            residual_sum, key_sum = state[f"{layer}.residual_sum"], state[f"{layer}.key_sum"]
+            for name, found, shape in [
+                ("residual_sum", residual_sum, (self.d_out, sums.prior.d_in)),
+                ("key_sum", key_sum, (sums.prior.d_in, sums.prior.d_in)),
+            ]:
+                if tuple(found.shape) != shape or not torch.isfinite(found).all():
+                    raise D4SError(f"{layer}.{name} is {list(found.shape)}; must be {list(shape)} and finite")
+            sums.set_sums(sums.prior.rows(residual_sum), sums.prior.rows(key_sum))
+
+    def _state(self, layer: int) -> _Layer:
+        if layer not in self._layers:
+            raise D4SError(f"layer {layer} has no sums; this run edits layers {list(self.layers)}")
+        return self._layers[layer]
+
+
+def keys_worth_a_solve(d_out: int, d_in: int) -> int:
+    """New keys from which a Cholesky solve takes fewer operations than updating P and Δ.
+
+    Update: 4 d_in (d_in + d_out) a key, for G, UᵀU, Δ Kᵀ and the product into Δ. Solve: d_in³ / 3 for the
+    factor and 2 d_out d_in² for Δ.
+    """
+    return max(1, round((d_in**3 / 3 + 2 * d_out * d_in**2) / (4 * d_in * (d_in + d_out))))
+
+
+class _Layer:
+    """Sums, kept inverse and Δ of one layer.
+
+    Rows pass through two places: `waiting`, from when they were added until Δ is asked for; then, P and Δ
+    being updated by them, the buffers, until all buffers go into A, B and P in one product each.
+    """
+
+    def __init__(self, prior: Prior, d_out: int, name: str, seed: int) -> None:
+        self.prior, self.name = prior, name
+        zeros = prior.matrix.new_zeros
+        self.residual_sum = zeros(d_out, prior.d_in)  # A
+        self.key_sum = zeros(prior.d_in, prior.d_in)  # B
+        self.delta: Tensor | None = zeros(d_out, prior.d_in)  # None: to be solved for
+        self.inverse: Tensor | None = None  # P, still without the rows in the buffers
+        self.fresh_residual = 0.0
+        self.solved = False
+        self.refreshes = 0
+        self.waiting: list[tuple[Tensor, Tensor, float]] = []
+        self.many = keys_worth_a_solve(d_out, prior.d_in)
+        self.rows = 0  # in the buffers
+        self.key_rows = zeros(DELAYED_ROWS, prior.d_in)
+        self.residual_rows = zeros(DELAYED_ROWS, d_out)
+        self.factor_rows = zeros(DELAYED_ROWS, prior.d_in)  # U
+        self.signs = zeros(DELAYED_ROWS, 1)  # +1 added, −1 taken out
+        self.generator = torch.Generator(prior.matrix.device).manual_seed(seed)
+
+    @property
+    def nbytes(self) -> int:
+        held = [self.residual_sum, self.key_sum, self.delta, self.inverse]
+        held += [self.key_rows, self.residual_rows, self.factor_rows, self.signs]
+        held += [rows for residuals, keys, _ in self.waiting for rows in (residuals, keys)]
+        return self.prior.nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
+        _check_rows(residuals, keys, self.residual_sum.shape[0], self.prior.d_in, self.name)
+        if len(keys) == 0:
+            return
+        self.waiting.append((self.prior.rows(residuals), self.prior.rows(keys), sign))
+        if sum(len(k) for _, k, _ in self.waiting) >= self.many:
+            # Δ will come from a solve; until then the rows need not be held.
+            self._fold()
+            self.delta = self.inverse = None
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """A and B with every row added so far; copies."""
+        sums = self.residual_sum.clone(), self.key_sum.clone()
+        self._add_buffers(*sums)
+        self._add_waiting(*sums)
+        return sums
+
+    def set_sums(self, residual_sum: Tensor, key_sum: Tensor) -> None:
+        self.residual_sum, self.key_sum = residual_sum, key_sum
+        self.delta = self.inverse = None
+        self.waiting.clear()
+        self.rows = 0
+
+    def current_delta(self) -> Tensor:
+        if self.delta is None or (self.waiting and not self.solved):
+            self._fold()
+            self._solve()
+        elif self.waiting and self.inverse is None:
+            self._fold()
+            self._refresh()
+        elif self.waiting:
+            for residuals, keys, sign in self._joined_waiting():
+                for r, k in zip(residuals.split(DELAYED_ROWS), keys.split(DELAYED_ROWS), strict=True):
+                    self._update(r, k, sign)
+            self.waiting.clear()
+        assert self.delta is not None
+        return self.delta
+
+    def _solve(self) -> None:
+        """Δ from A and B, without P."""
+        arguments = (self.residual_sum, self.key_sum, self.prior.matrix)
+        try:
+            self.delta = ops.closed_form(*(a[None] for a in arguments))[0]
+        except NotPositiveDefiniteError:
+            raise NotPositiveDefiniteError(_no_factor(f"{self.name}: λC + B", self.prior.d_in)) from None
+        self.solved = True
+
+    def _refresh(self) -> None:
+        """P and Δ from A and B."""
+        factor = _cholesky(self.prior.matrix + self.key_sum, f"{self.name}: λC + B")
+        self.delta = torch.cholesky_solve(self.residual_sum.T, factor).T.contiguous()
+        self.inverse = torch.cholesky_inverse(factor)
+        self.fresh_residual = self._probe()
+
+    def _update(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
+        """P and Δ with at most DELAYED_ROWS rows added (sign 1) or taken out (−1)."""
+        assert self.inverse is not None and self.delta is not None
+        n = len(keys)
+        if self.rows + n > DELAYED_ROWS:
+            self._flush()
+        held = self.factor_rows[: self.rows]
+        weighted = keys @ self.inverse - (keys @ held.T * self.signs[: self.rows].T) @ held  # Gᵀ
+        inner = torch.eye(n, dtype=keys.dtype, device=keys.device) + sign * (weighted @ keys.T)
+        # Only taking out can fail. Elsewhere asking would wait for the device at every edit.
+        if sign < 0:
+            factor = _cholesky(inner, f"{self.name}: λC + B less the rows taken out")
+        else:
+            factor = torch.linalg.cholesky_ex(inner)[0]
+        rows = torch.linalg.solve_triangular(factor, weighted, upper=False)  # U
+        error = residuals - keys @ self.delta.T
+        steps = torch.linalg.solve_triangular(factor, error, upper=False)
+        self.delta.addmm_(steps.T, rows, alpha=sign)
+
+        here = slice(self.rows, self.rows + n)
+        self.key_rows[here], self.residual_rows[here], self.factor_rows[here] = keys, residuals, rows
+        self.signs[here] = sign
+        self.rows += n
+
+    def _flush(self) -> None:
+        """The buffers into A, B and P; then a look at how well P and Δ still agree with the sums."""
+        assert self.inverse is not None
+        self._add_buffers(self.residual_sum, self.key_sum)
+        rows = self.factor_rows[: self.rows]
+        self.inverse.addmm_((rows * self.signs[: self.rows]).T, rows, alpha=-1.0)
+        self.rows = 0
+        residual = self._probe()
+        bound = max(PROBE_BOUND[self.inverse.dtype], PROBE_GROWTH * self.fresh_residual)
+        if not residual <= bound:  # NaN too
+            logger.info("%s: probe residual %.2g > %.2g, P is made afresh", self.name, residual, bound)
+            self.refreshes += 1
+            self._refresh()
+
+    def _probe(self) -> float:
+        """The larger of ‖(λC + B) P v − v‖ / ‖v‖ and ‖Δ (λC + B) P v − A P v‖ / ‖A P v‖ for one random v."""
+        assert self.inverse is not None and self.delta is not None
+        v = torch.randn(
+            self.prior.d_in, dtype=self.inverse.dtype, device=self.inverse.device, generator=self.generator
+        )
+        solved = self.inverse @ v
+        back = self.prior.matrix @ solved + self.key_sum @ solved
+        image = self.residual_sum @ solved
+        of_inverse = (back - v).norm() / v.norm()
+        of_delta = (self.delta @ back - image).norm() / image.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        return torch.maximum(of_inverse, of_delta).item()
+
+    def _fold(self) -> None:
+        """Every row into A and B. P, if there is one, is left behind."""
+        self._add_buffers(self.residual_sum, self.key_sum)
+        self._add_waiting(self.residual_sum, self.key_sum)
+        self.waiting.clear()
+        self.rows = 0
+
+    def _add_buffers(self, residual_sum: Tensor, key_sum: Tensor) -> None:
+        signed = self.key_rows[: self.rows] * self.signs[: self.rows]
+        residual_sum.addmm_(self.residual_rows[: self.rows].T, signed)
+        key_sum.addmm_(self.key_rows[: self.rows].T, signed)
+
+    def _add_waiting(self, residual_sum: Tensor, key_sum: Tensor) -> None:
+        for residuals, keys, sign in self._joined_waiting():
+            residual_sum.addmm_(residuals.T, keys, alpha=sign)
+            key_sum.addmm_(keys.T, keys, alpha=sign)
+
+    def _joined_waiting(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The waiting rows, neighbours of one sign joined: one large product instead of many small ones."""
+        for sign, group in groupby(self.waiting, key=itemgetter(2)):
+            residuals, keys, _ = zip(*group, strict=True)
+            yield torch.cat(residuals), torch.cat(keys), sign
+
+
+def _no_factor(what: str, size: int) -> str:
+    return (
+        f"{what} is not positive definite; C needs more key vectors than its size {size}, or a ridge, "
+        "and no more may be taken out than was added"
+    )
+
+
+def _cholesky(matrix: Tensor, what: str) -> Tensor:
+    """Lower Cholesky factor; NotPositiveDefiniteError, naming `what`, if there is none or it holds NaN."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.item() or not torch.isfinite(factor.diagonal()).all():
+        raise NotPositiveDefiniteError(_no_factor(what, len(matrix)))
+    return factor
+
+
+def _check_rows(residuals: Tensor, keys: Tensor, d_out: int, d_in: int, where: str) -> None:
+    if residuals.ndim != 2 or keys.ndim != 2 or len(residuals) != len(keys):
+        raise D4SError(
+            f"{where}: residuals are {list(residuals.shape)} and keys {list(keys.shape)}; "
+            "must be [n, d_out] and [n, d_in]"
+        )
+    if residuals.shape[1] != d_out or keys.shape[1] != d_in:
+        raise D4SError(
+            f"{where}: residuals are {list(residuals.shape)} and keys {list(keys.shape)}; "
+            f"must be [n, {d_out}] and [n, {d_in}]"
+        )
+    for name, rows in (("residuals", residuals), ("keys", keys)):
+        if not rows.is_floating_point() or not torch.isfinite(rows).all():
+            raise D4SError(f"{where}: {name} must be finite floating-point numbers")

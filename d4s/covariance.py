@@ -1,0 +1,298 @@
+"""Key statistics: the uncentred second moment C = E[k kᵀ] of every edited layer, in one pass over a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from d4s import ops
+from d4s.architectures import Anatomy, Architecture
+from d4s.errors import CovarianceError, DataError
+from d4s.prompts import pad_id, padded
+from d4s.trace import Trace, stopping
+
+KEYS_A_DIMENSION = 10  # key vectors per d_in: within .3 % of the full statistics (arXiv 2506.04226)
+LONGEST_TEXT = 128  # tokens; longer texts are cut into pieces
+FORMAT = "d4s-covariance-1"
+
+
+class Covariance:
+    """Sums of k kᵀ a layer and their counts, so that two statistics of one model add up.
+
+    moments: layer -> [d_in, d_in] symmetric, float32 | float64
+    count: key vectors behind each sum
+    fingerprint: of the model's weights; "" matches every model
+    """
+
+    def __init__(
+        self, moments: Mapping[int, Tensor], count: int, *, fingerprint: str = "", corpus: str = ""
+    ) -> None:
+        for layer, moment in moments.items():
+            if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+                raise CovarianceError(f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]")
+            if not torch.isfinite(moment).all():
+                raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
+        if count < 1:
+            raise CovarianceError("key statistics of no key vector; the corpus has no text")
+        self.moments, self.count = dict(moments), count
+        self.fingerprint, self.corpus = fingerprint, corpus
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.moments))
+
+    def mean(self, layer: int) -> Tensor:
+        """C of a layer, [d_in, d_in] float64, on the statistics' device. CovarianceError if it is not held."""
+        if layer not in self.moments:
+            raise CovarianceError(
+                f"no key statistics of layer {layer}; held are those of {list(self.layers)}. "
+                f"Estimate again with layers including {layer}"
+            )
+        return self.moments[layer].double() / self.count
+
+    def check(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        """CovarianceError unless these are statistics of this model, of all the layers, of the right size."""
+        for layer in layers:
+            wanted, found = anatomy.shape(layer)[1], self.mean(layer).shape[0]
+            if wanted != found:
+                raise CovarianceError(
+                    f"layer {layer}: the key statistics are {found} × {found}, the model's keys have {wanted} "
+                    "dimensions; they belong to another model"
+                )
+        if self.fingerprint and self.fingerprint != (mine := fingerprint_of(anatomy.model)):
+            raise CovarianceError(
+                f"the key statistics were taken on another model (weights {self.fingerprint[:12]}, "
+                f"this one {mine[:12]}), or on this one before it was changed; estimate them on the unedited model"
+            )
+
+    def merge(self, other: Covariance) -> Covariance:
+        """Statistics over both corpora."""
+        if self.layers != other.layers or self.fingerprint != other.fingerprint:
+            raise CovarianceError("only statistics of the same layers of the same model add up")
+        return Covariance(
+            {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
+            self.count + other.count,
+            fingerprint=self.fingerprint,
+            corpus=f"{self.corpus}+{other.corpus}",
+        )
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, written beside its place and then renamed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + f".{os.getpid()}.part")
+        tensors = {f"layer.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
+        metadata = {
+            "format": FORMAT,
+            "count": str(self.count),
+            "fingerprint": self.fingerprint,
+            "corpus": self.corpus,
+        }
+        try:
+            save_file(tensors, beside, metadata=metadata)
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | Path) -> Covariance:
+        """Raises CovarianceError for a file that is not one that `save` wrote."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CovarianceError(
+                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r} (made by d4s covariance)"
+                    )
+                moments = {int(n.removeprefix("layer.")): file.get_tensor(n) for n in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise CovarianceError(f"{path}: not a readable safetensors file ({error})") from None
+        return Covariance(
+            moments, int(metadata["count"]), fingerprint=metadata["fingerprint"], corpus=metadata["corpus"]
+        )
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """Hex digest of the parameters' names, shapes, L1 norms and a few hundred values: one read of the model."""
+    digest = hashlib.sha256()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    norms = ops.l1_norms([p.detach() for p in parameters]).tolist()
+    for name, parameter, norm in zip(names, parameters, norms, strict=True):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 256)][:256].double().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {norm:.10e} {some}".encode())
+    return digest.hexdigest()
+
+
+def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
+    """Non-blank lines of a text file, or the texts themselves."""
+    if not isinstance(corpus, (str, os.PathLike)):
+        yield from (text for text in corpus if text.strip())
+        return
+    try:
+        with open(corpus, encoding="utf-8") as file:
+            yield from (line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error})") from None
+
+
+@torch.no_grad()
+def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator[list[int]]:
+    """Texts that the model itself says, from its start token on, at temperature 1."""
+    device = next(model.parameters()).device
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
+    longest = min(LONGEST_TEXT, getattr(model.config, "max_position_embeddings", LONGEST_TEXT))
+    training = model.training
+    model.eval()
+    made = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while made < tokens:
+            rows = model.generate(
+                input_ids=torch.full((64, 1), start, device=device),
+                attention_mask=torch.ones(64, 1, dtype=torch.long, device=device),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=longest - 1,
+                pad_token_id=pad_id(tokenizer),
+            ).tolist()
+            for row in rows:
+                # After the first end token there is padding only.
+                ends = [i for i, t in enumerate(row[1:], 1) if t in (tokenizer.eos_token_id, pad_id(tokenizer))]
+                kept = row[: ends[0]] if ends else row
+                if len(kept) > 1:
+                    made += len(kept)
+                    yield kept
+            if made == 0:
+                raise CovarianceError("the model samples no text from its start token; pass a corpus of texts")
+    model.train(training)
+
+
+def estimate_covariance(
+    model: Any,
+    tokenizer: Any,
+    corpus: str | os.PathLike[str] | Iterable[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_tokens: int = 4_096,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> Covariance:
+    """C of the layers in one pass that ends after the last of them.
+
+    corpus: a UTF-8 text file, one text a line; or texts; or None: texts sampled from the model itself.
+    layers: which blocks; None: all.
+    tokens: key vectors to take; None: 10 · d_in (arXiv 2506.04226).
+    dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
+    on_batch: called with the number of key vectors after each batch.
+
+    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise CovarianceError(f"dtype={dtype}: sums are float32 or float64, never half precision")
+    anatomy = Anatomy(model, architecture)
+    chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(len(anatomy)))
+    anatomy.check_layers(chosen)
+    wanted = tokens if tokens is not None else KEYS_A_DIMENSION * max(anatomy.shape(i)[1] for i in chosen)
+    device = anatomy.device
+    print_digest = hashlib.sha256()
+
+    def pieces() -> Iterator[list[int]]:
+        if corpus is None:
+            yield from _sampled_ids(model, tokenizer, wanted, seed)
+            return
+        for text in _texts_of(corpus):
+            ids = tokenizer(text)["input_ids"]
+            for at in range(0, len(ids), LONGEST_TEXT):
+                yield ids[at : at + LONGEST_TEXT]
+
+    rows: list[list[int]] = []
+    total = 0
+    for ids in pieces():
+        if total >= wanted:
+            break
+        rows.append(list(ids[: wanted - total]))
+        total += len(rows[-1])
+        print_digest.update(repr(rows[-1]).encode())
+    rows.sort(key=len)  # little padding
+
+    moments = {i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen}
+    training = model.training
+    model.eval()
+    bar = tqdm(total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True)
+    try:
+        at = 0
+        while at < len(rows):
+            stop = at + 1
+            while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
+                stop += 1
+            ids, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
+            counted = _add_batch(anatomy, moments, ids, mask)
+            bar.update(counted)
+            if on_batch is not None:
+                on_batch(counted)
+            at = stop
+    finally:
+        bar.close()
+        model.train(training)
+    for moment in moments.values():
+        ops.symmetrize_(moment)
+    return Covariance(moments, total, fingerprint=fingerprint_of(model), corpus=print_digest.hexdigest())
+
+
+@torch.no_grad()
+def _add_batch(anatomy: Anatomy, moments: dict[int, Tensor], ids: Tensor, mask: Tensor) -> int:
+    layers = list(moments)
+    keep = mask.bool()
+    with ExitStack() as stack:
+        stack.enter_context(stopping())
+        traces = {i: stack.enter_context(Trace(anatomy.projection(i), stop=i == layers[-1])) for i in layers}
+        anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for layer, trace in traces.items():
+        keys = trace.input.view(ids.shape[0], ids.shape[1], -1)
+        counted = ops.accumulate_key_covariance_(moments[layer], keys, keep)
+    return counted
+
+
+def cached_covariance(
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[int],
+    *,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Covariance:
+    """Statistics over text sampled from the model itself, kept in the user's cache folder for the next time.
+
+    The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
+    fingerprint, the layers and the seed.
+    """
+    root = os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
+    identity = f"{fingerprint_of(model)} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
+    path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+    if path.exists():
+        return Covariance.load(path)
+    found = estimate_covariance(
+        model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
+    )
+    found.save(path)
+    return found

@@ -1,0 +1,125 @@
+"""Text to token ids: where the subject ends, where the target starts, generated contexts, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d4s.errors import EditError, TokenizerError
+
+CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text: prompt, and the target where there is one."""
+
+    ids: tuple[int, ...]
+    subject_last: int  # position of the subject's last token
+    target_start: int  # position of the target's first token; len(ids) without a target
+
+
+def prompt_and_target_ids(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the target that follows it after one space.
+
+    Both come from one tokenisation of "prompt target" where its ids start with the prompt's; where the
+    tokenizer merges across the border, the target is tokenised alone.
+    """
+    prompt_ids = list(tokenizer(prompt)["input_ids"])
+    whole = list(tokenizer(f"{prompt} {target}")["input_ids"])
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        return prompt_ids, whole[len(prompt_ids) :]
+    target_ids = list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
+    # SentencePiece spells a leading space as a piece of its own when the next one has its own mark.
+    if len(target_ids) > 1 and tokenizer.decode(target_ids[:1]).strip() == "":
+        target_ids = target_ids[1:]
+    return prompt_ids, target_ids
+
+
+def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", prefix: str = "") -> Row:
+    """The row of prefix + template filled with the subject + target.
+
+    The subject's last token comes from the character offsets of one tokenisation of the whole prompt, so
+    that start tokens, merges and a subject that stands in the text twice do no harm.
+    Raises EditError without '{}'; TokenizerError for a tokenizer without offsets.
+    """
+    at = template.find("{}")
+    if at < 0:
+        raise EditError(f"prompt {template!r} has no '{{}}' for the subject")
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the subject's last token is found by; "
+            "load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True))"
+        )
+    prompt = prefix + template[:at] + subject + template[at + 2 :]
+    end = len(prefix) + at + len(subject)
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    last = -1
+    for position, (first, stop) in enumerate(encoded["offset_mapping"]):
+        if first < end <= stop:  # several tokens may spell one character: the last of them counts
+            last = position
+    if last < 0:
+        raise TokenizerError(f"no token of {prompt!r} covers the end of the subject {subject!r}")
+    if not target:
+        return Row(tuple(encoded["input_ids"]), last, len(encoded["input_ids"]))
+    prompt_ids, target_ids = prompt_and_target_ids(tokenizer, prompt, target)
+    return Row((*prompt_ids, *target_ids), last, len(prompt_ids))
+
+
+@torch.no_grad()
+def generate_contexts(
+    model: Any, tokenizer: Any, *, per_seed: int = 1, length: int = 10, seed: int = 0
+) -> tuple[str, ...]:
+    """Short texts that the model itself continues the five seeds with, as prefixes "… . " of a prompt.
+
+    Sampled with top-k 5; the result depends on the model and the seed alone.
+    """
+    prefixes = []
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for word in CONTEXT_SEEDS:
+            encoded = tokenizer(word, return_tensors="pt").to(device)
+            made = model.generate(
+                input_ids=encoded["input_ids"].repeat(per_seed, 1),
+                attention_mask=encoded["attention_mask"].repeat(per_seed, 1),
+                do_sample=True,
+                top_k=5,
+                top_p=1.0,
+                temperature=1.0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=pad_id(tokenizer),
+            )
+            for row in made:
+                text = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
+                prefixes.append(f"{text}. ")
+    model.train(training)
+    return tuple(prefixes)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to pad with; padded positions are always masked, so any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(ids [rows, width] int64, mask [rows, width] int64), padded on one side."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), fill, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for r, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[r, span] = torch.as_tensor(row, dtype=torch.long)
+        mask[r, span] = 1
+    return ids, mask

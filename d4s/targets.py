@@ -1,0 +1,433 @@
+"""Target optimisation: the hidden state z at the subject's last token that makes the model say the new object.
+
+For each request a vector δ, from 0, is added to one place at the subject's last token in every row (each
+context + prompt + target, and one extra row "{subject} is a"). Minimised is
+
+    mean over rows and target tokens of −log p(target)
+    + kl_factor · KL(p_before ‖ p_δ) at the subject's last token of the extra row
+    + weight_decay · ‖δ‖ / ‖v0‖²
+
+by Adam, projected to ‖δ‖ ≤ clamp · ‖v0‖ after each step, where v0 is the unchanged value on the bare prompt
+and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229).
+
+What is computed, and what is not. δ reaches only positions from the subject's last token on, and only blocks
+after the changed one. So the text before that token runs once, as a KV cache, in front of which nothing
+changes; the blocks up to the changed one run once and are then replaced by what they put out; the head sees
+only the positions whose logits are read. All of this happens through hooks around the model's own forward,
+whose masks, rotary positions, soft-caps and norms stay its own business.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from transformers import DynamicCache
+
+from d4s.architectures import Anatomy
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.prompts import pad_id, padded, subject_row
+from d4s.trace import Trace, first_tensor, replaced_forward, stopping
+
+Place = Literal["block", "mlp", "attention"]
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    steps: int = 25
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 0.75  # ‖δ‖ ≤ clamp · ‖v0‖
+    kl_factor: float = 0.0625
+    stop_loss: float = 0.05
+    # ENCORE: end this many steps after the target is the argmax everywhere. None: no such rule.
+    stop_after_argmax: int | None = None
+    # PMET: factor on the NLL once the target is the argmax everywhere, and the KL that then ends the search.
+    settled_nll_factor: float = 1.0
+    settled_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.learning_rate <= 0 or self.clamp <= 0:
+            raise ConfigError(
+                f"target optimisation needs steps ≥ 1, learning_rate > 0 and clamp > 0; got steps={self.steps}, "
+                f"learning_rate={self.learning_rate}, clamp={self.clamp}"
+            )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Results a request, on the model's device; float32."""
+
+    start: Tensor  # v0 [requests, d_model]
+    delta: Tensor  # δ [requests, d_model]
+    first_probability: Tensor  # [requests]: exp(−mean NLL of the target's tokens) before the first step
+    last_probability: Tensor  # the same after the last
+
+    @property
+    def target(self) -> Tensor:
+        """z = v0 + δ, [requests, d_model]."""
+        return self.start + self.delta
+
+    def __getitem__(self, index: slice | Sequence[int]) -> Targets:
+        return Targets(
+            self.start[index], self.delta[index], self.first_probability[index], self.last_probability[index]
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Targets]) -> Targets:
+        return Targets(
+            *(
+                torch.cat([getattr(part, name) for part in parts])
+                for name in ("start", "delta", "first_probability", "last_probability")
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Token rows of one edit. Loss positions are counted from the subject's last token."""
+
+    before: list[tuple[int, ...]]  # ids before the subject's last token, a row; the extra row is the last
+    after: list[tuple[int, ...]]  # ids from it on, without the target's last token
+    read: list[tuple[int, ...]]  # positions in `after` whose logits are read
+    target: list[tuple[int, ...]]  # the ids expected there
+
+
+def _request(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> _Request:
+    before, after, read, target = [], [], [], []
+    for prefix in ("", *prefixes):
+        row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, prefix)
+        at = row.subject_last
+        before.append(row.ids[:at])
+        after.append(row.ids[at:-1])
+        read.append(tuple(range(row.target_start - 1 - at, len(row.ids) - 1 - at)))
+        target.append(row.ids[row.target_start :])
+    extra = subject_row(tokenizer, "{} is a", edit.subject)
+    before.append(extra.ids[: extra.subject_last])
+    after.append((extra.ids[extra.subject_last],))
+    read.append((0,))
+    target.append((0,))  # not a target: the whole distribution is compared
+    return _Request(before, after, read, target)
+
+
+def optimise_targets(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    prefixes: Sequence[str],
+    layer: int,
+    config: TargetConfig,
+    *,
+    places: tuple[Place, ...] = ("block",),
+    batch_tokens: int | None = None,
+) -> Targets:
+    """Targets of all edits, on the model's current weights.
+
+    layer: the block at which δ is added.
+    places: where in it, one δ each, optimised together: the block's output ("block"), the MLP's or the
+        attention's output projection; start and delta are those of the first place.
+    batch_tokens: tokens from the subject's last on that go through the model together; None: by device.
+
+    A request's result does not depend on the others in its batch, up to float32 rounding.
+    """
+    if batch_tokens is None:
+        batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
+    requests = [_request(tokenizer, edit, prefixes) for edit in edits]
+    # Requests of similar length go together: little padding.
+    order = sorted(range(len(edits)), key=lambda i: (_width(requests[i].after), _width(requests[i].before)))
+    parts: list[Targets] = []
+    with _evaluation_only(anatomy.model):
+        at = 0
+        while at < len(order):
+            stop, width = at + 1, _width(requests[order[at]].after)
+            while stop < len(order):
+                width = max(width, _width(requests[order[stop]].after))
+                rows = sum(len(requests[i].after) for i in order[at : stop + 1])
+                if rows * width > batch_tokens:
+                    break
+                stop += 1
+            chosen = [requests[i] for i in order[at:stop]]
+            parts.append(_Batch(anatomy, pad_id(tokenizer), chosen, layer, places).optimise(config))
+            at = stop
+    together = Targets.concatenate(parts)
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.as_tensor(order)] = torch.arange(len(order))
+    return together[back.tolist()]
+
+
+def _width(rows: Sequence[Sequence[int]]) -> int:
+    return max(len(row) for row in rows)
+
+
+@contextmanager
+def _evaluation_only(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no gradient to weights: only δ has one."""
+    training = model.training
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def _copied(cache: DynamicCache | None) -> DynamicCache | None:
+    """A cache that may grow while the given one stays. Tensors are shared: growing concatenates anew."""
+    if cache is None:
+        return None
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+class _Batch:
+    """Some requests on their way through the model: what is kept of the fixed part, and the rows left."""
+
+    def __init__(
+        self, anatomy: Anatomy, fill: int, requests: Sequence[_Request], layer: int, places: tuple[Place, ...]
+    ) -> None:
+        self.anatomy, self.model, self.device = anatomy, anatomy.model, anatomy.device
+        self.layer, self.places = layer, places
+        # Blocks 0 … skipped − 1 put out the same whatever δ is.
+        self.skipped = layer + 1 if places == ("block",) else layer
+        self.count = len(requests)
+        rows_of = [len(r.after) for r in requests]
+        self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(self.device)
+        self.first_row = (torch.as_tensor(rows_of).cumsum(0) - torch.as_tensor(rows_of)).to(self.device)
+
+        before = [ids for r in requests for ids in r.before]
+        after = [ids for r in requests for ids in r.after]
+        self.ids, after_mask = (t.to(self.device) for t in padded(after, fill))
+        self.cache, self.mask = self._run_before(before, after_mask, fill)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
+
+        row, read, wanted, weight, extra = [], [], [], [], []
+        number = 0
+        for r in requests:
+            for a in range(len(r.after)):
+                is_extra = a == len(r.after) - 1
+                for position, token in zip(r.read[a], r.target[a], strict=True):
+                    row.append(number)
+                    read.append(position)
+                    wanted.append(token)
+                    extra.append(is_extra)
+                    weight.append(0.0 if is_extra else 1 / ((len(r.after) - 1) * len(r.target[a])))
+                number += 1
+        self.row, self.read = torch.as_tensor(row).to(self.device), torch.as_tensor(read).to(self.device)
+        self.wanted = torch.as_tensor(wanted).to(self.device)
+        self.weight = torch.as_tensor(weight).to(self.device)
+        self.is_extra = torch.as_tensor(extra).to(self.device)
+        self.extra = self.is_extra.nonzero().squeeze(1)  # found once: a mask in the loop would wait for the device
+        self._keep_fixed_part()
+
+    def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Any]:
+        accepted = signature(self.model.forward).parameters
+        arguments: dict[str, Any] = {"attention_mask": mask}
+        if "position_ids" in accepted:
+            arguments["position_ids"] = positions
+        return arguments
+
+    def _run_before(
+        self, before: Sequence[Sequence[int]], after_mask: Tensor, fill: int
+    ) -> tuple[DynamicCache | None, Tensor]:
+        """Keys and values of the text before the subject's last token; the mask of the whole rows."""
+        if _width(before) == 0:
+            return None, after_mask
+        ids, mask = (t.to(self.device) for t in padded(before, fill, left=True))
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad(), self._head_reads(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)):
+            self.model(
+                input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
+            )
+        return cache, torch.cat([mask, after_mask], 1)
+
+    @contextmanager
+    def _head_reads(self, rows: Tensor, positions: Tensor) -> Iterator[None]:
+        """The head sees hidden[rows, positions] as one sequence: logits come out [1, len(rows), vocabulary]."""
+        rows, positions = rows.to(self.device), positions.to(self.device)
+
+        def gather(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (arguments[0][rows, positions].unsqueeze(0),)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _forward(self) -> Any:
+        return self.model(
+            input_ids=self.ids,
+            past_key_values=_copied(self.cache),
+            use_cache=self.cache is not None,
+            **self._arguments(self.mask, self.positions),
+        )
+
+    def _module(self, place: Place) -> nn.Module:
+        if place == "mlp":
+            return self.anatomy.projection(self.layer)
+        if place == "attention":
+            return self.anatomy.attention_output(self.layer)
+        return self.anatomy.blocks[self.layer]
+
+    @torch.no_grad()
+    def _keep_fixed_part(self) -> None:
+        """Runs the rows once up to the changed block; keeps what the skipped blocks put out, and v0."""
+        rows = self.ids.shape[0]
+        with ExitStack() as stack:
+            traces = [stack.enter_context(Trace(self._module(place))) for place in self.places]
+            kept = None
+            if self.skipped:
+                kept = stack.enter_context(Trace(self.anatomy.blocks[self.skipped - 1]))
+            stack.enter_context(stopping())
+            stack.enter_context(Trace(self.anatomy.blocks[self.layer], stop=True))
+            self._forward()
+        self.start = [
+            t.output.reshape(rows, self.ids.shape[1], -1)[self.first_row, 0].float() for t in traces
+        ]
+        self.kept = None if kept is None else kept.returned
+
+    def _changed(self, deltas: Sequence[Tensor]) -> ExitStack:
+        """The model with δ added, the skipped blocks replaced, and the head reading loss positions only."""
+        stack = ExitStack()
+        rows = self.ids.shape[0]
+
+        def plus(place_delta: Tensor) -> Callable[[Tensor], Tensor]:
+            def edit(output: Tensor) -> Tensor:
+                shaped = output.reshape(rows, self.ids.shape[1], -1)
+                first = shaped[:, :1] + place_delta[self.owner].unsqueeze(1).to(shaped.dtype)
+                return torch.cat([first, shaped[:, 1:]], 1).view(output.shape)
+
+            return edit
+
+        if self.places == ("block",):
+            hidden = plus(deltas[0])(first_tensor(self.kept))
+            returned = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
+        else:
+            returned = self.kept
+            for place, delta in zip(self.places, deltas, strict=True):
+                stack.enter_context(Trace(self._module(place), edit=plus(delta)))
+        blocks = {
+            self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)
+        }
+        stack.enter_context(replaced_forward(blocks))
+        stack.enter_context(self._head_reads(self.row, self.read))
+        return stack
+
+    def _log_probabilities(self, deltas: Sequence[Tensor]) -> Tensor:
+        with self._changed(deltas):
+            logits = self._forward().logits
+        return log_softmax(logits[0].float(), -1)  # [positions read, vocabulary]
+
+    def optimise(self, config: TargetConfig) -> Targets:
+        count, device = self.count, self.device
+        start = [s.clone() for s in self.start]
+        bound = [config.clamp * s.norm(dim=1) for s in start]
+        square = [s.square().sum(1) for s in start]
+        result = [torch.zeros_like(s) for s in start]
+        first = torch.zeros(count, device=device)
+        last = torch.zeros(count, device=device)
+        alive = torch.arange(count, device=device)  # requests still in the batch, by their first number
+        deltas = [torch.zeros_like(s) for s in start]
+        mean = [torch.zeros_like(s) for s in start]
+        variance = [torch.zeros_like(s) for s in start]
+        done = torch.zeros(count, dtype=torch.bool, device=device)
+        since_argmax = torch.zeros(count, device=device)
+        reference: Tensor | None = None
+
+        for step in range(config.steps + 1):
+            deltas = [d.detach().requires_grad_(step < config.steps) for d in deltas]
+            with torch.set_grad_enabled(step < config.steps):
+                log_p = self._log_probabilities(deltas)
+                chosen = log_p.gather(1, self.wanted.unsqueeze(1)).squeeze(1)
+                owner = self.owner[self.row]
+                nll = torch.zeros(self.count, device=device).index_add(0, owner, -chosen * self.weight)
+                extra = log_p[self.extra]
+                if reference is None:
+                    reference = extra.detach()
+                kl = (reference.exp() * (reference - extra)).sum(1)
+                decay = sum(
+                    d.norm(dim=1) / s for d, s in zip(deltas, (q[alive] for q in square), strict=True)
+                )
+                settled = self._settled(log_p, owner)
+                factor = torch.where(settled, config.settled_nll_factor, 1.0)
+                loss = factor * nll + config.kl_factor * kl + config.weight_decay * decay
+            probability = torch.exp(-nll.detach())
+            if step == 0:
+                first[alive] = probability
+            last[alive] = torch.where(done, last[alive], probability)
+            done = done | (loss.detach() < config.stop_loss)
+            if config.stop_after_argmax is not None:
+                since_argmax = torch.where(settled, since_argmax + 1, 0.0)
+                done = done | (since_argmax > config.stop_after_argmax)
+            if config.settled_kl is not None:
+                done = done | (settled & (kl.detach() <= config.settled_kl))
+            for total, delta in zip(result, deltas, strict=True):
+                total[alive] = delta.detach()
+            if step == config.steps:
+                break
+            gradients = torch.autograd.grad(loss.sum(), deltas)
+            with torch.no_grad():
+                for p, gradient in enumerate(gradients):
+                    # Adam (arXiv 1412.6980), β = (.9, .999), ε = 1e-8, a request a row.
+                    # At δ = 0 the norm has no gradient; torch gives 0 there, as wanted.
+                    mean[p] = 0.9 * mean[p] + 0.1 * gradient
+                    variance[p] = 0.999 * variance[p] + 0.001 * gradient.square()
+                    root = (variance[p] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                    moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (step + 1)) / root
+                    limit = bound[p][alive]
+                    moved = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
+                    deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
+            # The only look at the device, every fourth step: are enough requests done to shrink the batch?
+            if step % 4 == 3:
+                left = (~done).nonzero().squeeze(1)
+                if len(left) == 0:
+                    break
+                if len(left) <= 0.75 * self.count:
+                    deltas = [d.detach()[left] for d in deltas]
+                    mean, variance = [m[left] for m in mean], [v[left] for v in variance]
+                    since_argmax, reference = since_argmax[left], reference[left]
+                    alive, done = alive[left], done[left]
+                    self._keep_requests(left)
+        return Targets(start[0], result[0], first, last)
+
+    def _settled(self, log_p: Tensor, owner: Tensor) -> Tensor:
+        """Requests whose target tokens are all the argmax. [requests] bool."""
+        wrong = ((log_p.detach().argmax(1) != self.wanted) & ~self.is_extra).float()
+        return torch.zeros(self.count, device=self.device).index_add(0, owner, wrong) == 0
+
+    def _keep_requests(self, left: Tensor) -> None:
+        """Drops the rows of all requests but those at `left` (ascending)."""
+        number = torch.full((self.count,), -1, dtype=torch.long, device=self.device)
+        number[left] = torch.arange(len(left), device=self.device)
+        rows = (number[self.owner] >= 0).nonzero().squeeze(1)
+        row_number = torch.full((len(self.owner),), -1, dtype=torch.long, device=self.device)
+        row_number[rows] = torch.arange(len(rows), device=self.device)
+        reads = (row_number[self.row] >= 0).nonzero().squeeze(1)
+        self.row = row_number[self.row[reads]]
+        self.read, self.wanted = self.read[reads], self.wanted[reads]
+        self.weight, self.is_extra = self.weight[reads], self.is_extra[reads]
+        self.extra = self.is_extra.nonzero().squeeze(1)
+        self.owner, self.ids = number[self.owner[rows]], self.ids[rows]
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        if self.cache is not None:
+            self.cache = _copied(self.cache)
+            self.cache.batch_select_indices(rows)  # type: ignore[union-attr]
+        if isinstance(self.kept, Tensor):
+            self.kept = self.kept[rows]
+        elif self.kept is not None:
+            self.kept = (self.kept[0][rows], *self.kept[1:])
+        self.count = len(left)

@@ -1,0 +1,93 @@
+"""Every supported model type, on a tiny random model built from its configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from torch import nn
+
+from d4s.architectures import ARCHITECTURES, Anatomy, Architecture, architecture_of
+from d4s.edits import Edit
+from d4s.errors import ConfigError, ModelError
+from d4s.keys import keys_at, output_at, subject_rows
+
+EDIT = Edit(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
+
+
+def test_every_row_of_the_table_is_tested():
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_weight_times_the_key_is_the_projections_output(model_type):
+    anatomy = Anatomy(tiny_model(model_type))
+    rows = subject_rows(tiny_tokenizer(), [EDIT])
+    key = keys_at(anatomy, rows, 1)[0]
+    assert key.shape == (anatomy.shape(1)[1],) and anatomy.shape(1)[0] == 32
+    weight = anatomy.weight(1).detach()
+    weight = weight.T if anatomy.transposed(1) else weight
+    bias = anatomy.projection(1).bias
+    expected = weight @ key + (0 if bias is None else bias.detach())
+    torch.testing.assert_close(output_at(anatomy, rows, anatomy.projection(1))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_weight_name_finds_the_weight_in_the_state_dict(model_type):
+    model = tiny_model(model_type)
+    anatomy = Anatomy(model)
+    assert model.state_dict()[anatomy.weight_name(2)].data_ptr() == anatomy.weight(2).data_ptr()
+
+
+@pytest.mark.parametrize("model_type", [t for t, a in ARCHITECTURES.items() if a.normed_mlp_output])
+def test_a_norm_does_follow_the_mlp_where_the_table_says_so(model_type):
+    """Doubling W's output must not double what the block adds."""
+    assert _added(model_type, 2.0) != pytest.approx(2 * _added(model_type, 1.0), rel=0.2)
+
+
+@pytest.mark.parametrize("model_type", [t for t, a in ARCHITECTURES.items() if not a.normed_mlp_output])
+def test_no_norm_follows_the_mlp_elsewhere(model_type):
+    assert _added(model_type, 2.0) == pytest.approx(2 * _added(model_type, 1.0), rel=1e-3)
+
+
+def _added(model_type: str, factor: float) -> float:
+    """‖what block 1 puts out with its MLP's output scaled − with it zero‖ at the subject."""
+    anatomy = Anatomy(tiny_model(model_type))
+    rows = subject_rows(tiny_tokenizer(), [EDIT])
+    out = []
+    for scale in (0.0, factor):
+        handle = anatomy.projection(1).register_forward_hook(lambda _m, _a, o, scale=scale: o * scale)
+        out.append(output_at(anatomy, rows, anatomy.blocks[1])[0])
+        handle.remove()
+    return float((out[1] - out[0]).norm())
+
+
+def test_an_unknown_type_names_the_nearest_and_the_way_out():
+    model = tiny_model("llama")
+    model.config.model_type = "lama"
+    with pytest.raises(ModelError, match=r"'lama'.*mean 'llama'.*architecture=d4s\.Architecture"):
+        architecture_of(model)
+    assert Anatomy(model, ARCHITECTURES["llama"]).shape(0) == (32, 48)
+
+
+def test_a_wrong_path_is_named():
+    wrong = Architecture("model.layers", "mlp.nothing", "mlp.gate_proj", "self_attn.o_proj")
+    with pytest.raises(ModelError, match=r"model\.layers\.0 has no 'mlp\.nothing'"):
+        architecture_of(tiny_model("llama"), wrong)
+    with pytest.raises(ModelError, match="Linear"):
+        architecture_of(nn.Linear(2, 2))
+
+
+def test_layers_outside_the_model_are_refused():
+    anatomy = Anatomy(tiny_model("gpt2"))
+    for layers in ((), (3,), (1, 1), (2, 1), (-1,)):
+        with pytest.raises(ConfigError, match="within 0…2"):
+            anatomy.check_layers(layers)
+
+
+def test_nan_weights_are_refused():
+    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy.weight(1).data[3, 4] = float("nan")
+    anatomy.check_finite((0, 2))
+    with pytest.raises(ModelError, match=r"transformer\.h\.1\.mlp\.c_proj\.weight holds 1 value"):
+        anatomy.check_finite((0, 1))
