@@ -1,0 +1,228 @@
+"""Token rows of different lengths through any causal language model, with logits only where they are wanted.
+
+Two ways. Whole rows are padded on the right, which no causal model can notice. Where several continuations of
+one prompt are asked for, the prompts run once, padded on the left, and their KV cache is repeated for the
+continuations. Not every model does that right (recurrent states see the padding, some positions ignore the
+mask), so the second way is tried once a model on a few random rows and used only if it gives the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from d4s.errors import ModelError
+from d4s.prompts import padded
+
+# Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
+_CACHED_WAY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass
+class Prefix:
+    """What is kept of prompts that have run: the model's own cache and the mask of the rows so far."""
+
+    cache: Any
+    mask: Tensor  # [rows, width] int64
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; one may be repeated."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
+        self.cache.reorder_cache(index)
+        self.mask = self.mask[index]
+
+
+class Forward:
+    """A model's own forward pass over rows of token ids.
+
+    model: a causal language model of transformers, in any dtype and on any device
+    fill: a token id for padded positions; they are masked, so any will do
+    """
+
+    def __init__(self, model: nn.Module, fill: int) -> None:
+        self.model, self.fill = model, fill
+        accepted = signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        self.takes_cache = "use_cache" in accepted and "past_key_values" in accepted
+        self.device = next(model.parameters()).device
+        config: Any = getattr(model, "config", None)
+        self.most_positions: int | None = getattr(config, "max_position_embeddings", None)
+
+    def whole(self, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
+        """Logits at `reads[r]` of each row r. [all reads, vocabulary], row after row, the model's dtype."""
+        self._check_length(max(len(row) for row in rows))
+        ids, mask = padded(rows, self.fill)
+        arguments = {"use_cache": False} if self.takes_cache else {}
+        return self._run(ids.to(self.device), reads, attention_mask=mask.to(self.device), **arguments)[0]
+
+    def prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Prefix]:
+        """Logits after each prompt's last token, [rows, vocabulary], and what further tokens need."""
+        self._check_length(max(len(row) for row in rows))
+        ids, mask = (t.to(self.device) for t in padded(rows, self.fill, left=True))
+        last = [(ids.shape[1] - 1,)] * len(rows)
+        arguments = {"position_ids": _positions(mask)} if self.takes_positions else {}
+        logits, cache = self._run(ids, last, attention_mask=mask, use_cache=True, **arguments)
+        return logits, Prefix(cache, mask)
+
+    def further(
+        self, prefix: Prefix, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Logits at `reads[r]` of each row r that goes on after prefix row r; the prefix grows by the rows.
+
+        Only after rows of equal length can the prefix be used again: it keeps their padding.
+        """
+        ids, mask = (t.to(self.device) for t in padded(rows, self.fill))
+        prefix.mask = torch.cat([prefix.mask, mask], 1)
+        self._check_length(int(prefix.mask.shape[1]))
+        arguments = (
+            {"position_ids": _positions(prefix.mask)[:, -ids.shape[1] :]} if self.takes_positions else {}
+        )
+        logits, prefix.cache = self._run(
+            ids,
+            reads,
+            attention_mask=prefix.mask,
+            past_key_values=prefix.cache,
+            use_cache=True,
+            **arguments,
+        )
+        return logits
+
+    @property
+    def cached_way(self) -> bool:
+        """Whether `prompts` and `further` give this model's logits of whole rows."""
+        if self.model not in _CACHED_WAY:
+            _CACHED_WAY[self.model] = self.takes_cache and self._cached_way_agrees()
+        return _CACHED_WAY[self.model]
+
+    def _run(self, ids: Tensor, reads: Sequence[Sequence[int]], **arguments: Any) -> tuple[Tensor, Any]:
+        rows = torch.as_tensor([r for r, read in enumerate(reads) for _ in read])
+        positions = torch.as_tensor([p for read in reads for p in read])
+
+        def gather(hidden: Tensor) -> Tensor:
+            return hidden[rows.to(hidden.device), positions.to(hidden.device)].unsqueeze(0)
+
+        embeddings = getattr(self.model, "get_output_embeddings", lambda: None)
+        with torch.no_grad(), _before_head(embeddings(), gather) as head_gathers:
+            output = self.model(input_ids=ids, **arguments)
+        logits = output.logits if head_gathers else gather(output.logits)
+        return logits[0], getattr(output, "past_key_values", None)
+
+    def _check_length(self, length: int) -> None:
+        if self.most_positions is not None and length > self.most_positions:
+            raise ModelError(
+                f"a row of {length} tokens does not fit into the model's {self.most_positions} positions; "
+                "shorten the text"
+            )
+
+    def _cached_way_agrees(self) -> bool:
+        """Two random prompts of different length and two continuations, both ways.
+
+        The relative difference is 1e-6 or so where only rounding differs (1e-2 in half precision), and near 1
+        where the padding is seen or positions are wrong.
+        """
+        config: Any = self.model.config
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(config.get_text_config().vocab_size, (2, 17), generator=generator).tolist()
+        prompts, tails = [rows[0][:8], rows[1][:13]], [rows[0][8:12], rows[1][13:15]]
+        reads = [range(len(p) - 1, len(p) + len(t)) for p, t in zip(prompts, tails, strict=True)]
+        whole = self.whole([p + t for p, t in zip(prompts, tails, strict=True)], reads).float()
+        try:
+            first, prefix = self.prompts(prompts)
+            if not hasattr(prefix.cache, "reorder_cache"):
+                return False
+            prefix.select([1, 0])
+            rest = self.further(prefix, tails[::-1], [range(2), range(4)])
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False  # the model has a cache of another kind
+        cached = torch.cat([first[:1], rest[2:], first[1:], rest[:2]]).float()
+        exact = self.device.type == "cpu" and next(self.model.parameters()).dtype == torch.float32
+        centred = whole - whole.mean(1, keepdim=True)
+        difference = cached - cached.mean(1, keepdim=True) - centred
+        return bool(difference.norm() <= (1e-4 if exact else 0.1) * centred.norm())
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Each real token's place in its row; 0 at padding. [rows, width] int64."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@contextmanager
+def _before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[bool]:
+    """The head's input goes through `change`; soft-caps and scales after the head stay the model's business.
+
+    Yields False where the model names no head.
+    """
+    if head is None:
+        yield False
+        return
+    handle = head.register_forward_pre_hook(lambda _head, arguments: (change(arguments[0]), *arguments[1:]))
+    try:
+        yield True
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def most_tokens(model: nn.Module, batch_tokens: int | None) -> int:
+    """Tokens that go through the model together: as asked, or by the device."""
+    if batch_tokens is not None:
+        return batch_tokens
+    return 4_096 if next(model.parameters()).device.type == "cpu" else 32_768
+
+
+def run_in_batches(
+    widths: Sequence[int],
+    run: Callable[[list[int]], None],
+    batch_tokens: int,
+    *,
+    copies: Sequence[int] | None = None,
+    progress: str | None = None,
+) -> None:
+    """Calls `run` with the indices of rows of similar width, the widest first, until each has had its turn.
+
+    A batch holds rows × widest ≤ batch_tokens (or a single row). `copies[i]` counts row i several times.
+    Where CUDA memory runs out the batch is halved, and later ones with it; a single row that does not fit
+    raises torch.OutOfMemoryError.
+    progress: what a progress bar says is being done; None: no bar
+    """
+    order = sorted(range(len(widths)), key=lambda i: -widths[i])
+    count = [1] * len(widths) if copies is None else copies
+    at = 0
+    hidden = True if progress is None else None  # None: shown on a terminal only
+    with tqdm(total=len(order), desc=progress, disable=hidden, leave=False) as bar:
+        while at < len(order):
+            stop, rows = at + 1, count[order[at]]
+            while stop < len(order) and (rows + count[order[stop]]) * widths[order[at]] <= batch_tokens:
+                rows += count[order[stop]]
+                stop += 1
+            try:
+                run(order[at:stop])
+            except torch.OutOfMemoryError:
+                if stop - at == 1:
+                    raise
+                batch_tokens = max(1, rows * widths[order[at]] // 2)
+            else:
+                bar.update(stop - at)
+                at = stop
+                continue
+            torch.cuda.empty_cache()  # outside the handler, whose traceback still holds the batch's tensors

@@ -1,0 +1,100 @@
+"""AlphaEdit (arXiv 2410.02355): P projects onto the null space of C, the eigenvectors with eigenvalues under a
+threshold. With C_p = Σ k kᵀ of earlier edits and R = (z − h_L) / (n − i) from the current weights,
+
+    [P (K Kᵀ + C_p) + L2·I] X = P K Rᵀ        ΔW = Xᵀ        C_p += K Kᵀ, with K taken again on the edited weights
+
+X lies in the range of P (the equation shows L2·X = P (…)), so it also solves the symmetric equation over the
+projected keys Q = P K,
+
+    ΔW = R Qᵀ (L2·I + P C_p P + Q Qᵀ)⁻¹
+
+which is MEMIT with cached keys, Q for K and L2·I for λC: the sums of `ClosedForm` do it in O(d²) an edit.
+Exchanging a key for the one taken again leaves Δ as it is: with residual Δ k a row changes nothing but B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.closed_form import Prior
+from d4s.errors import ConfigError
+from d4s.keys import SubjectRows
+from d4s.methods.base import Workbench
+from d4s.methods.d4s import D4SEditor
+from d4s.methods.locate import TargetMethod
+from d4s.methods.presets import alphaedit_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEdit(TargetMethod):
+    name: ClassVar[str] = "alphaedit"
+    paper: ClassVar[str] = "arXiv 2410.02355"
+    changes: ClassVar[str] = "MLP output projections"
+    needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
+
+    l2: float = 10.0
+    null_space_threshold: float = 2e-2  # on the eigenvalues of C
+    threshold_is_relative: bool = False  # to their mean; the release's is absolute, and depends on the model's scale
+
+    def __post_init__(self) -> None:
+        if self.l2 <= 0 or self.null_space_threshold <= 0:
+            raise ConfigError(
+                f"l2 is {self.l2} and null_space_threshold {self.null_space_threshold}; both must be positive"
+            )
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> AlphaEdit:
+        return cls(**alphaedit_preset(anatomy))
+
+    def editor(self, bench: Workbench) -> AlphaEditEditor:
+        return AlphaEditEditor(self, bench)
+
+
+class AlphaEditEditor(D4SEditor):
+    def __init__(self, method: AlphaEdit, bench: Workbench) -> None:
+        super().__init__(method, bench)
+        self.protected = {
+            layer: protected_directions(c, method.null_space_threshold, method.threshold_is_relative, layer)
+            for layer, c in self.second_moments().items()
+        }
+
+    def priors(self) -> dict[int, Prior]:
+        shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
+        return {
+            layer: Prior.identity(d_in, self.method.l2, device=self.anatomy.device)
+            for layer, (_, d_in) in shapes.items()
+        }
+
+    def keys(self, rows: SubjectRows, layer: int) -> Tensor:
+        """Q = P K."""
+        keys, protected = super().keys(rows, layer), self.protected[layer]
+        return keys - keys @ protected @ protected.T
+
+    def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
+        for layer in self.weights.layers[1:]:  # nothing is edited below the first: its keys are what they were
+            delta, before, now = self.closed_form.delta(layer), used[layer], self.keys(rows, layer)
+            self.closed_form.add_(now @ delta.T, now, layer)
+            self.closed_form.subtract_(before @ delta.T, before, layer)
+
+
+def protected_directions(covariance: Tensor, threshold: float, relative: bool, layer: int) -> Tensor:
+    """Eigenvectors of C that are not in its null space, V with P = I − V Vᵀ. [d_in, count] float64.
+
+    threshold: eigenvalues under it count as 0; relative: to their mean, mean(diag C)
+    Raises ConfigError if all are above it: nothing could then be changed.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    bound = threshold * float(values.mean()) if relative else threshold
+    if values[0] >= bound:
+        raise ConfigError(
+            f"layer {layer}: C has no null space at null_space_threshold={threshold} "
+            f"(eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, mean {values.mean():.3g}); raise it, "
+            "or set threshold_is_relative=True"
+        )
+    return vectors[:, values >= bound].contiguous()

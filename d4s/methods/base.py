@@ -1,0 +1,200 @@
+"""What every method shares: its configuration, the workbench it stands at, and the editor that runs it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from d4s.architectures import Anatomy, Architecture
+from d4s.covariance import Covariance, cached_covariance
+from d4s.edits import Edit, check_batch
+from d4s.errors import ConfigError, EditError, unknown_name
+from d4s.prompts import generate_contexts, prompt_and_target_ids
+from d4s.targets import TargetConfig, frozen
+from d4s.weights import EditedWeights
+
+
+class Workbench:
+    """A model ready to be edited: anatomy, tokenizer, key statistics, and contexts from the unedited model.
+
+    covariance: None: estimated when a method first needs it, from text the model samples, and cached on disk.
+    seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        covariance: Covariance | None = None,
+        architecture: Architecture | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.anatomy = Anatomy(model, architecture)
+        self.seed, self.progress = seed, progress
+        self._covariance = covariance
+        self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
+
+    def contexts(self, per_seed: int, length: int) -> tuple[str, ...]:
+        """Generated prefixes. An editor asks at its start, so they come from the unedited model."""
+        wanted = (per_seed, length)
+        if per_seed == 0:
+            return ()
+        if wanted not in self._contexts:
+            self._contexts[wanted] = generate_contexts(
+                self.model, self.tokenizer, per_seed=per_seed, length=length, seed=self.seed
+            )
+        return self._contexts[wanted]
+
+    def covariance(self, layers: Sequence[int]) -> Covariance:
+        """Key statistics of the layers, checked to be this model's. Asked for before the first edit."""
+        if self._covariance is None:
+            self._covariance = cached_covariance(
+                self.model,
+                self.tokenizer,
+                layers,
+                architecture=self.anatomy.architecture,
+                seed=self.seed,
+                progress=self.progress,
+            )
+        self._covariance.check(self.anatomy, layers)
+        return self._covariance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A method's configuration. What it does while it runs is its `Editor`.
+
+    Class attributes describe it in `d4s methods`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    changes: ClassVar[str]  # what in the model is changed
+    needs: ClassVar[tuple[str, ...]] = ()  # "covariance", "null space"
+
+    @classmethod
+    @abstractmethod
+    def preset(cls, anatomy: Anatomy) -> Method:
+        """The published configuration for this model, else the rule of `presets`."""
+
+    @abstractmethod
+    def editor(self, bench: Workbench) -> Editor:
+        """The running method, on the unedited model."""
+
+    def changed(self, overrides: Mapping[str, Any]) -> Method:
+        """A copy with single fields replaced; fields of the target optimiser go by their own names.
+
+        Raises ConfigError for a field that does not exist.
+        """
+        own = {f.name for f in fields(self) if f.init}
+        inner = {f.name for f in fields(TargetConfig)} if "target" in own else set()
+        for name in overrides:
+            if name not in own | inner:
+                raise ConfigError(unknown_name(f"field of {self.name}", name, own | inner))
+        direct = {k: v for k, v in overrides.items() if k in own}
+        for name in ("layers", "context_lengths"):
+            if name in direct:
+                value = direct[name]
+                direct[name] = (value,) if isinstance(value, int) else tuple(value)
+        if isinstance(direct.get("target"), Mapping):
+            direct["target"] = replace(self.target, **direct["target"])  # type: ignore[attr-defined]
+        changed = replace(self, **direct)
+        nested = {k: v for k, v in overrides.items() if k in inner}
+        if nested:
+            changed = replace(changed, target=replace(changed.target, **nested))  # type: ignore[call-arg, attr-defined]
+        return changed
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of `Editor.edit` tells; one entry an edit."""
+
+    first_probability: tuple[float, ...] = ()  # of the target before its optimisation, in the editor's own loss
+    last_probability: tuple[float, ...] = ()  # and after: the "bottleneck" (NaN where nothing is optimised)
+
+
+class Editor(ABC):
+    """A method at work on one model. The model is changed in place."""
+
+    weights: EditedWeights
+
+    def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
+        self.method, self.bench = method, bench
+        self.anatomy, self.tokenizer = bench.anatomy, bench.tokenizer
+        self.weights = EditedWeights(bench.anatomy, layers)
+
+    def announce(self, edits: Sequence[Edit]) -> None:
+        """The edits to come, in order. A method may prepare what does not depend on earlier ones."""
+
+    def edit(self, batch: Sequence[Edit]) -> Step:
+        """Makes the edits of one step.
+
+        Raises EditError, before anything is changed, if two contradict or a target has no token.
+        """
+        check_batch(batch)
+        for edit in batch:
+            if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)[1]:
+                raise EditError(f"edit {edit.id}: the tokenizer makes no token of target_new {edit.target_new!r}")
+        with frozen(self.anatomy.model):
+            return self.apply(batch)
+
+    @abstractmethod
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        """The method itself, in evaluation mode and with no gradient to weights."""
+
+    def restore(self) -> None:
+        """The original weights back, bit for bit; the editor forgets all edits."""
+        self.weights.restore_()
+        self.reset()
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets all edits; the weights are restored by the caller."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is needed to go on later, as plain tensors."""
+        return {f"weight.{layer}": w for layer, w in self.weights.current().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from `state_dict`, on the same model with the same configuration."""
+        self.weights.load_({layer: state[f"weight.{layer}"] for layer in self.weights.layers})
+
+
+class MasterEditor(Editor):
+    """An editor that keeps Δ itself, in float32: steps far smaller than a half-precision weight's last bit add up."""
+
+    def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
+        super().__init__(method, bench, layers)
+        self.reset()
+
+    def reset(self) -> None:
+        anatomy = self.anatomy
+        self.deltas = {
+            layer: torch.zeros(anatomy.shape(layer), device=anatomy.device) for layer in self.weights.layers
+        }
+
+    def write(self) -> None:
+        for layer, delta in self.deltas.items():
+            self.weights.write_(layer, delta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"delta.{layer}": delta.clone() for layer, delta in self.deltas.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for layer, delta in self.deltas.items():
+            delta.copy_(state[f"delta.{layer}"])
+        self.write()
+
+
+def not_optimised(batch: Sequence[Edit]) -> Step:
+    """The step of a method that searches no target."""
+    nothing = (float("nan"),) * len(batch)
+    return Step(nothing, nothing)

@@ -1,0 +1,48 @@
+"""EMMET (arXiv 2403.14236): the equality constraint of ROME for a batch, with a slack ε. With C' = λC and keys,
+residuals as in MEMIT,
+
+    ΔW = R (Kᵀ C'⁻¹ K + ε I)⁻¹ Kᵀ C'⁻¹ = R Kᵀ (ελC + K Kᵀ)⁻¹
+
+by the push-through identity: MEMIT with the prior weight ελ, which is how it is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from d4s.architectures import Anatomy
+from d4s.closed_form import Prior
+from d4s.errors import ConfigError
+from d4s.methods.base import Workbench
+from d4s.methods.locate import LocateMethod
+from d4s.methods.memit import MEMITEditor
+from d4s.methods.presets import emmet_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMMET(LocateMethod):
+    name: ClassVar[str] = "emmet"
+    paper: ClassVar[str] = "arXiv 2403.14236"
+    changes: ClassVar[str] = "one MLP output projection"
+    needs: ClassVar[tuple[str, ...]] = ("covariance",)
+
+    epsilon: float = 0.1  # ε
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon <= 0:
+            raise ConfigError(f"epsilon is {self.epsilon}, must be positive (0 would be ROME)")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> EMMET:
+        return cls(**emmet_preset(anatomy))
+
+    def editor(self, bench: Workbench) -> EMMETEditor:
+        return EMMETEditor(self, bench)
+
+
+class EMMETEditor(MEMITEditor):
+    def priors(self) -> dict[int, Prior]:
+        weight = self.method.epsilon * self.method.prior_weight  # ελ
+        return {layer: Prior(c, weight, self.method.ridge) for layer, c in self.second_moments().items()}

@@ -1,0 +1,112 @@
+"""Fine-tuning of the projection W of given layers: Adam, a fixed number of steps an edit, a step skipped for an edit
+whose loss is below `stop_loss` already.
+
+FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W0| ≤ ε element by element. All target tokens are scored from
+the prompt's last position, as if each came first: the released code's weakness, kept because results are under it.
+FT-M: ordinary cross-entropy on the target's tokens, no bound.
+
+Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
+from d4s.methods.base import MasterEditor, Method, Step, Workbench
+from d4s.methods.presets import ft_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTM(Method):
+    name: ClassVar[str] = "ft-m"
+    paper: ClassVar[str] = "arXiv 2401.01286"
+    changes: ClassVar[str] = "MLP output projections"
+    from_last: ClassVar[bool] = False  # score every target token from the prompt's last position
+
+    layers: tuple[int, ...]
+    learning_rate: float = 5e-4
+    steps: int = 25
+    stop_loss: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.learning_rate <= 0:
+            raise ConfigError(
+                f"steps is {self.steps} and learning_rate {self.learning_rate}; must be ≥ 1 and > 0"
+            )
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> FTM:
+        return cls(layers=ft_preset(anatomy)["layers"])
+
+    def editor(self, bench: Workbench) -> FTEditor:
+        return FTEditor(self, bench, self.layers)
+
+    def bounded_(self, delta: Tensor) -> None:
+        """What Δ may be, in place: anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTL(FTM):
+    name: ClassVar[str] = "ft-l"
+    paper: ClassVar[str] = "arXiv 2012.00363"
+    from_last: ClassVar[bool] = True
+
+    epsilon: float = 5e-4  # ε
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epsilon <= 0:
+            raise ConfigError(f"epsilon is {self.epsilon}, must be positive (ft-m has no bound)")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> FTL:
+        return cls(**ft_preset(anatomy))
+
+    def bounded_(self, delta: Tensor) -> None:
+        delta.clamp_(-self.epsilon, self.epsilon)
+
+
+class FTEditor(MasterEditor):
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        optimiser = torch.optim.Adam(self.deltas.values(), lr=self.method.learning_rate)
+        first = losses = self.gradients(batch)
+        for _ in range(self.method.steps):
+            if bool((losses < self.method.stop_loss).all()):
+                break
+            optimiser.step()
+            for delta in self.deltas.values():
+                self.method.bounded_(delta)
+            self.write()
+            losses = self.gradients(batch)
+        return Step(probabilities(first), probabilities(losses))
+
+    def gradients(self, batch: Sequence[Edit]) -> Tensor:
+        """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are not done."""
+        weights = {layer: self.anatomy.weight(layer) for layer in self.weights.layers}
+        for delta in self.deltas.values():
+            delta.grad = torch.zeros_like(delta)
+
+        def use(_rows: AnswerRows, losses: Tensor) -> None:
+            wanted = losses * (losses.detach() >= self.method.stop_loss)
+            found = torch.autograd.grad(wanted.sum() / len(batch), list(weights.values()))
+            for (layer, delta), gradient in zip(self.deltas.items(), found, strict=True):
+                delta.grad += gradient.T if self.anatomy.transposed(layer) else gradient
+
+        try:
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            return losses_in_batches(
+                self.anatomy, self.tokenizer, batch, use, from_last=self.method.from_last
+            )
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)

@@ -1,0 +1,137 @@
+"""Plumbing of the locate-then-edit family: contexts, keys, targets and the prior, each made in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.closed_form import Prior
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.keys import SubjectRows, keys_at, output_at, subject_rows
+from d4s.methods.base import Editor, Method, Step, Workbench
+from d4s.methods.presets import spread_preset
+from d4s.targets import Place, TargetConfig, Targets, optimise_targets
+
+TARGETS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetMethod(Method):
+    """Fields shared by methods that search a target and solve for the weights."""
+
+    layers: tuple[int, ...]
+    target: TargetConfig = field(default_factory=TargetConfig)
+    contexts: int = 1  # of each length, generated contexts a seed word (five words); 0: the bare prompt alone
+    context_lengths: tuple[int, ...] = (10,)  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateMethod(TargetMethod):
+    """And with the prior λC."""
+
+    prior_weight: float = 15_000.0  # λ
+    ridge: float = 0.0  # added to C, relative to mean(diag C), where a small corpus leaves C nearly singular
+
+    def __post_init__(self) -> None:
+        if self.prior_weight <= 0:
+            raise ConfigError(f"prior_weight (λ) is {self.prior_weight}, must be positive")
+        if self.ridge < 0:
+            raise ConfigError(f"ridge is {self.ridge}, must be 0 or more")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> Method:
+        return cls(**spread_preset(anatomy))
+
+
+class LocateEditor(Editor):
+    """An editor with keys, targets and a prior."""
+
+    bare_share: float | None = 0.5  # weight of the bare prompt in a key
+
+    # Where δ is added in the last edited layer, and targets are measured: the first of these.
+    places: tuple[Place, ...] = ("block",)
+
+    def __init__(self, method: TargetMethod, bench: Workbench) -> None:
+        super().__init__(method, bench, method.layers)
+        self.prefixes = tuple(
+            prefix for length in method.context_lengths for prefix in bench.contexts(method.contexts, length)
+        )
+        if self.anatomy.architecture.normed_mlp_output and self.places == ("block",):
+            self.places = ("mlp",)
+
+    @property
+    def last(self) -> int:
+        return self.weights.layers[-1]
+
+    def second_moments(self) -> dict[int, Tensor]:
+        """C of every edited layer, on the model's device, float64."""
+        covariance = self.bench.covariance(self.weights.layers)
+        return {layer: covariance.mean(layer).to(self.anatomy.device) for layer in self.weights.layers}
+
+    def priors(self) -> dict[int, Prior]:
+        """λ (C + ridge · mean(diag C) · I) of every edited layer."""
+        method = self.method
+        return {
+            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
+        }
+
+    def rows(self, edits: Sequence[Edit]) -> SubjectRows:
+        return subject_rows(self.tokenizer, edits, self.prefixes, bare_share=self.bare_share)
+
+    def bare_rows(self, edits: Sequence[Edit]) -> SubjectRows:
+        return subject_rows(self.tokenizer, edits)
+
+    def keys(self, rows: SubjectRows, layer: int) -> Tensor:
+        """[edits, d_in] float64, with the layers below as they are now."""
+        return keys_at(self.anatomy, rows, layer).double()
+
+    def state(self, rows: SubjectRows) -> Tensor:
+        """What targets are measured against: h after the last edited layer (or its MLP output). [edits, d_model]"""
+        block = self.places[0] == "block"
+        module = self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
+        return output_at(self.anatomy, rows, module).double()
+
+    def targets(self, edits: Sequence[Edit]) -> Targets:
+        """Targets on the model's current weights."""
+        return optimise_targets(
+            self.anatomy,
+            self.tokenizer,
+            edits,
+            self.prefixes,
+            self.last,
+            self.method.target,
+            places=self.places,
+        )
+
+
+class TargetsAhead:
+    """Targets that do not depend on earlier edits, optimised in batches on the unedited weights."""
+
+    def __init__(self, editor: LocateEditor) -> None:
+        self.editor = editor
+        self._coming: list[Edit] = []
+        self._ready: dict[str, tuple[Edit, Targets]] = {}
+
+    def announce(self, edits: Sequence[Edit]) -> None:
+        self._coming = list(edits)
+
+    def take(self, batch: Sequence[Edit]) -> Targets:
+        """Targets of the batch; the announced edits that follow it are done in the same pass."""
+        if any(edit.id not in self._ready or self._ready[edit.id][0] != edit for edit in batch):
+            window = list(batch)
+            if batch[0] in self._coming:
+                at = self._coming.index(batch[0])
+                window = self._coming[at : at + max(TARGETS_AHEAD, len(batch))]
+                window += [edit for edit in batch if edit not in window]
+            with self.editor.weights.at_base():
+                found = self.editor.targets(window)
+            self._ready = {edit.id: (edit, found[i : i + 1]) for i, edit in enumerate(window)}
+        return Targets.concatenate([self._ready[edit.id][1] for edit in batch])
+
+
+def step_of(targets: Targets) -> Step:
+    return Step(tuple(targets.first_probability.tolist()), tuple(targets.last_probability.tolist()))

@@ -1,0 +1,51 @@
+"""MEMIT (arXiv 2210.07229), applied again and again to the current weights, nothing cached.
+
+For the edited layers in ascending order, with H_L measured again on the layers edited so far:
+
+    R = (Z − H_L) / (n − i)        ΔW = R Kᵀ (λC + K Kᵀ)⁻¹
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from d4s.closed_form import solve
+from d4s.edits import Edit
+from d4s.methods.base import Step, Workbench
+from d4s.methods.locate import LocateEditor, LocateMethod, step_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMIT(LocateMethod):
+    name: ClassVar[str] = "memit"
+    paper: ClassVar[str] = "arXiv 2210.07229"
+    changes: ClassVar[str] = "MLP output projections"
+    needs: ClassVar[tuple[str, ...]] = ("covariance",)
+
+    def editor(self, bench: Workbench) -> MEMITEditor:
+        return MEMITEditor(self, bench)
+
+
+class MEMITEditor(LocateEditor):
+    def __init__(self, method: LocateMethod, bench: Workbench) -> None:
+        super().__init__(method, bench)
+        self._priors = self.priors()
+
+    def share(self, left: int) -> float:
+        """What the residual is divided by when `left` = n − i layers are still to be edited."""
+        return left
+
+    def reset(self) -> None:
+        """Nothing is remembered but the weights."""
+
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        targets = self.targets(batch)
+        rows, bare = self.rows(batch), self.bare_rows(batch)
+        layers = self.weights.layers
+        for i, layer in enumerate(layers):
+            residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
+            change = solve(residuals, self.keys(rows, layer), self._priors[layer])
+            self.weights.write_(layer, self.weights.delta(layer) + change)
+        return step_of(targets)

@@ -1,0 +1,27 @@
+"""MEMIT with cached keys: each step's solve also holds the keys of all earlier edits,
+
+    ΔW = R Kᵀ (λC + B + K Kᵀ)⁻¹        B += K Kᵀ
+
+with z, h and R = (z − h_L) / (n − i) from the current weights. This is D4S with anchor="current" (see d4s.py), whose
+sums keep the same least-squares problem relative to W0: the two names are one computation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from d4s.methods.base import Workbench
+from d4s.methods.d4s import D4SEditor
+from d4s.methods.locate import LocateMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMITSeq(LocateMethod):
+    name: ClassVar[str] = "memit-seq"
+    paper: ClassVar[str] = "arXiv 2210.07229"
+    changes: ClassVar[str] = "MLP output projections"
+    needs: ClassVar[tuple[str, ...]] = ("covariance",)
+
+    def editor(self, bench: Workbench) -> D4SEditor:
+        return D4SEditor(self, bench, "current")

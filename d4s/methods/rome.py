@@ -1,0 +1,93 @@
+"""ROME (arXiv 2202.05262) and r-ROME (arXiv 2403.07175): one edit at a time as a rank-one change of one layer. v* is
+optimised at the MLP's output, in the bare prompt and 20 generated contexts; k̄ is the key's mean over all of them:
+
+    u = C⁻¹ k̄ / ‖C⁻¹ k̄‖        ΔW = (v* − v) uᵀ / (kᵀ u)
+
+`rome`, as released: k and v = W k (+ bias) are those of the bare prompt. Where k and k̄ point apart, kᵀ u is small
+and a single edit can ruin a model. `r-rome`: k = k̄, and v is the mean output.
+This is EMMET with one edit and ε → 0, where k = k̄.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.closed_form import Prior
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.methods.base import Step, Workbench
+from d4s.methods.locate import LocateEditor, TargetMethod, step_of
+from d4s.methods.presets import rome_preset
+from d4s.targets import Targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROME(TargetMethod):
+    name: ClassVar[str] = "rome"
+    paper: ClassVar[str] = "arXiv 2202.05262"
+    changes: ClassVar[str] = "one MLP output projection"
+    needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    bare_key: ClassVar[bool] = True  # k of the bare prompt beside u of k̄: the released code's flaw
+
+    contexts: int = 2
+    context_lengths: tuple[int, ...] = (5, 10)
+    ridge: float = 0.0  # as in the MEMIT family
+    identity_covariance: bool = False  # C = I
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != 1:
+            raise ConfigError(f"layers={list(self.layers)}: {self.name} changes one layer")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> ROME:
+        return cls(**rome_preset(anatomy))
+
+    def editor(self, bench: Workbench) -> ROMEEditor:
+        return ROMEEditor(self, bench)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RROME(ROME):
+    name: ClassVar[str] = "r-rome"
+    paper: ClassVar[str] = "arXiv 2403.07175"
+    bare_key: ClassVar[bool] = False
+
+
+class ROMEEditor(LocateEditor):
+    places = ("mlp",)
+    bare_share = None  # k̄: bare prompt and contexts count alike
+
+    def __init__(self, method: ROME, bench: Workbench) -> None:
+        super().__init__(method, bench)
+        if method.identity_covariance:
+            self._prior = Prior.identity(self.anatomy.shape(self.last)[1], device=self.anatomy.device)
+        else:
+            self._prior = Prior(self.second_moments()[self.last], 1.0, method.ridge)
+
+    def reset(self) -> None:
+        """Nothing is remembered but the weights."""
+
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        return step_of(Targets.concatenate([self.apply_one(edit) for edit in batch]))
+
+    def apply_one(self, edit: Edit) -> Targets:
+        targets = self.targets([edit])
+        averaged = self.rows([edit])
+        rows = self.bare_rows([edit]) if self.method.bare_key else averaged
+        k = self.keys(rows, self.last)
+        residual = targets.target.double() - self.state(rows)  # v* − v
+        change = rank_one(residual[0], k[0], self.keys(averaged, self.last)[0], self._prior)
+        self.weights.write_(self.last, self.weights.delta(self.last) + change)
+        return targets
+
+
+def rank_one(residual: Tensor, key: Tensor, mean_key: Tensor, prior: Prior) -> Tensor:
+    """(v* − v) uᵀ / (kᵀ u) with u ∝ C⁻¹ k̄. residual [d_out], keys [d_in]; returns [d_out, d_in]."""
+    u = prior.solve(mean_key.unsqueeze(1)).squeeze(1)
+    u = u / u.norm()
+    return residual.outer(u) / key.dot(u)

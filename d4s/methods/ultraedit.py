@@ -1,0 +1,134 @@
+"""UltraEdit (arXiv 2505.14679): no training, no subject, no target search. One forward and backward pass on the
+answers gives, at each position that predicts an answer token, W's input h and the gradient g of the loss in W's
+output. With mean and deviation of concat(h, g) over every such token the editor has ever seen,
+
+    ĥ, ĝ = (concat(h, g) − mean) / deviation        v = −lr ‖ĥ‖² ĝ        ΔW = [(Hᵀ H + I)⁻¹ Hᵀ V]ᵀ
+
+H holds the h themselves. The loss of an edit is the mean over its tokens, and edits are summed, so that a gradient
+does not depend on the batch it comes in. A deviation needs two tokens: a first edit of one token changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.closed_form import Prior, solve
+from d4s.edits import Edit
+from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
+from d4s.methods.base import MasterEditor, Method, Step, Workbench
+from d4s.methods.presets import spread_preset
+from d4s.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class UltraEdit(Method):
+    name: ClassVar[str] = "ultraedit"
+    paper: ClassVar[str] = "arXiv 2505.14679"
+    changes: ClassVar[str] = "MLP output projections"
+
+    layers: tuple[int, ...]
+    learning_rate: float = 1e-6
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> UltraEdit:
+        return cls(layers=spread_preset(anatomy)["layers"])
+
+    def editor(self, bench: Workbench) -> UltraEditEditor:
+        return UltraEditEditor(self, bench)
+
+
+class Moments:
+    """Mean and deviation of all rows seen so far, float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)  # Σ (x − mean)²
+
+    def add_(self, rows: Tensor) -> None:
+        """rows: [n, width]. Merging of two sets' moments: Chan, Golub and LeVeque, 1979."""
+        rows = rows.double()
+        total = self.count + len(rows)
+        away = rows.mean(0) - self.mean
+        self.squares += (rows - rows.mean(0)).square().sum(0) + away.square() * self.count * len(rows) / total
+        self.mean += away * len(rows) / total
+        self.count = total
+
+    def normalised(self, rows: Tensor) -> Tensor:
+        """(rows − mean) / deviation, the sample's (n − 1); float64."""
+        deviation = (self.squares / (self.count - 1).clamp_min(1)).sqrt()
+        return (rows.double() - self.mean) / (deviation + 1e-7)
+
+
+class UltraEditEditor(MasterEditor):
+    def __init__(self, method: UltraEdit, bench: Workbench) -> None:
+        super().__init__(method, bench, method.layers)
+        d_in = self.anatomy.shape(method.layers[0])[1]
+        self._identity = Prior.identity(d_in, dtype=torch.float32, device=self.anatomy.device)
+
+    def reset(self) -> None:
+        super().reset()
+        device = self.anatomy.device
+        self.moments = {layer: Moments(sum(self.anatomy.shape(layer)), device) for layer in self.weights.layers}
+
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        losses, inputs, gradients = self.answers(batch)
+        for layer, delta in self.deltas.items():
+            h, g = inputs[layer], gradients[layer]
+            moments, both = self.moments[layer], torch.cat([h, g], 1)
+            moments.add_(both)
+            h_hat, g_hat = moments.normalised(both).split([h.shape[1], g.shape[1]], 1)
+            v = -self.method.learning_rate * h_hat.square().sum(1, keepdim=True) * g_hat
+            delta += solve(v, h, self._identity)
+        self.write()
+        return Step(probabilities(losses), (float("nan"),) * len(batch))
+
+    def answers(self, batch: Sequence[Edit]) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """Losses [edits], and h [tokens, d_in] and g [tokens, d_out] a layer, float32."""
+        layers = self.weights.layers
+        inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        gradients: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        outputs: dict[int, Tensor] = {}
+
+        def keep(layer: int, output: Tensor) -> Tensor:
+            # No weight has a gradient here: the graph begins at the lowest edited layer's output.
+            outputs[layer] = output if output.requires_grad else output.detach().requires_grad_(True)
+            return outputs[layer].clone()
+
+        with ExitStack() as stack:
+            traces = {
+                layer: stack.enter_context(
+                    Trace(self.anatomy.projection(layer), edit=lambda output, layer=layer: keep(layer, output))
+                )
+                for layer in layers
+            }
+
+            def use(rows: AnswerRows, losses: Tensor) -> None:
+                found = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
+                for layer, gradient in zip(layers, found, strict=True):
+                    for kept, values in ((inputs, traces[layer].input), (gradients, gradient)):
+                        at_tokens = values.detach().reshape(*rows.ids.shape, -1)[rows.row, rows.read]
+                        kept[layer].append(at_tokens.float())
+
+            losses = losses_in_batches(self.anatomy, self.tokenizer, batch, use)
+        joined = ({layer: torch.cat(parts) for layer, parts in kept.items()} for kept in (inputs, gradients))
+        return losses, *joined
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        for layer, moments in self.moments.items():
+            state |= {f"moments.{layer}.{name}": tensor.clone() for name, tensor in vars(moments).items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for layer, moments in self.moments.items():
+            for name, tensor in vars(moments).items():
+                tensor.copy_(state[f"moments.{layer}.{name}"])
+        super().load_state_dict(state)

@@ -1,0 +1,261 @@
+"""Edits one after another, with everything that is measured on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from d4s.architectures import Anatomy, Architecture
+from d4s.covariance import Covariance
+from d4s.edits import Edit, check_batch, check_sequence
+from d4s.errors import ConfigError
+from d4s.methods import Editor, Method, Workbench, method_for
+from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# What a history row carries of an evaluation, where the edits have it.
+HEADLINES = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
+
+
+@dataclass
+class Result:
+    """What a sequence did.
+
+    model: the edited model, the object that went in
+    history: one row an evaluation point; row 0 is the unedited model.
+        step: edits made so far
+        efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
+            made so far ("current" evaluation)
+        original_efficacy, original_paraphrase: of the same edits, each tested right after its own step
+        l1_norm.<layer>: mean |w| of an edited layer; l1_growth: its mean relative growth over the layers
+        delta_norm.<layer>: ‖W − W0‖_F
+        seconds: wall-clock time since the start, evaluation included; edit_seconds: without it
+    edits_table: one row an edit: id, step, first_probability and last_probability of its target's optimisation
+    evaluations: the full evaluation behind each history row
+    editor: goes on from here, or restores the original weights
+    """
+
+    model: Any
+    method: Method
+    edits: tuple[Edit, ...]
+    editor: Editor
+    baseline: Baseline
+    history: list[dict[str, Any]] = field(default_factory=list)
+    edits_table: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def to_frame(self) -> DataFrame:
+        """The history as a DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.history)
+
+    def summary(self) -> str:
+        """The history as a short text table; mean |w| growth in percent."""
+        names = [n for n in HEADLINES if any(n in row for row in self.history)]
+        lines = [f"{'edits':>6}  " + "  ".join(f"{n:>11}" for n in names) + "  mean |w|    s/edit"]
+        for row in self.history:
+            cells = "  ".join(f"{row[n]:11.3f}" if n in row else " " * 11 for n in names)
+            pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
+            lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
+        return "\n".join(lines)
+
+    def forgetting(self, metric: str = "efficacy") -> DataFrame:
+        """How edits made in one stretch fare later: rows: made up to step i, columns: tested at step t.
+
+        Each cell is the mean of `metric` over the edits made between the evaluation point before i and i.
+        """
+        import pandas
+
+        points = [row["step"] for row in self.history if row["step"]]
+        matrix = pandas.DataFrame(index=points, columns=points, dtype=float)
+        matrix.index.name, matrix.columns.name = "made up to", "tested at"
+        done = [e for e, row in zip(self.evaluations, self.history, strict=True) if row["step"]]
+        begin = 0
+        for made in points:
+            ids = {edit.id for edit in self.edits[begin:made]}
+            for tested, evaluation in zip(points, done, strict=True):
+                if tested >= made:
+                    values = [r[metric] for r in evaluation.rows if r["id"] in ids and r.get(metric) is not None]
+                    matrix.loc[made, tested] = sum(values) / len(values) if values else math.nan
+            begin = made
+        return matrix
+
+    def restore(self) -> None:
+        """The original weights back, bit for bit."""
+        self.editor.restore()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": "d4s-result-1",
+            "method": self.method.name,
+            "config": asdict(self.method),
+            "edits": len(self.edits_table),
+            "history": self.history,
+            "edits_table": self.edits_table,
+            "evaluations": [e.to_dict() for e in self.evaluations],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """JSON of all but the model; written beside its place, then renamed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with open(beside, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def edit_sequence(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    method: str | Method = "d4s",
+    config: Mapping[str, Any] | Method | None = None,
+    covariance: Covariance | str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
+    evaluate_every: int | None = None,
+    neighborhood_limit: int | None = None,
+    original: bool = True,
+    generate: bool = False,
+    baseline: Baseline | None = None,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Makes the edits in order, `batch_size` a step, in place, and measures as it goes.
+
+    model: a transformers causal language model, float32 | float16 | bfloat16, CPU or CUDA
+    edits: in the order they are to be made; a later edit may change a fact that an earlier one has changed
+    method: a name from `d4s.methods()`, or a configured method
+    config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration
+    covariance: key statistics of the unedited model, or their file; None: estimated on text that the model
+        samples, and cached
+    evaluate_every: edits between evaluations; each scores ALL edits made so far. None: only at the end
+    neighborhood_limit: neighbourhood prompts an edit that are scored at the points between the first and the last; None: all
+    original: also test each edit right after its own step
+    generate: also score free generation
+    baseline: the unedited model's answers to these edits, where they have been taken before
+    seed: of contexts, samples and intervals; same seed, same machine: same result
+
+    Raises a D4SError before anything is changed if an edit, the model, the statistics or an argument is not
+    right. A step that fails leaves the weights as the step before it left them.
+    """
+    edits = tuple(edits)
+    if not edits:
+        raise ConfigError("no edits were given")
+    for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
+    check_sequence(edits)
+    batches = [edits[i : i + batch_size] for i in range(0, len(edits), batch_size)]
+    for batch in batches:
+        check_batch(batch)
+    if isinstance(covariance, (str, os.PathLike)):
+        covariance = Covariance.load(covariance)
+    configured = method_for(method, Anatomy(model, architecture), config)
+    bench = Workbench(
+        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
+    )
+    training = model.training
+    model.eval()
+    try:
+        editor = configured.editor(bench)
+        taken = baseline if baseline is not None else take_baseline(model, tokenizer, edits)
+        run = _Run(Result(model, configured, edits, editor, taken), neighborhood_limit, generate, seed)
+        run.point(0, last=False)
+        editor.announce(edits)
+        made = 0
+        with tqdm(total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True) as bar:
+            for batch in batches:
+                run.step(batch, original)
+                before, made = made, made + len(batch)
+                bar.update(len(batch))
+                due = evaluate_every is not None and made // evaluate_every > before // evaluate_every
+                if due or made == len(edits):
+                    run.point(made, last=made == len(edits))
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"})
+    finally:
+        model.train(training)
+    return run.result
+
+
+class _Run:
+    """A sequence under way: clocks, and the tests right after each step."""
+
+    def __init__(self, result: Result, neighborhood_limit: int | None, generate: bool, seed: int) -> None:
+        self.result, self.limit, self.generate, self.seed = result, neighborhood_limit, generate, seed
+        self.began = time.perf_counter()
+        self.edit_seconds = 0.0
+        self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
+        self.unedited = result.editor.weights.mean_absolute()
+
+    def step(self, batch: Sequence[Edit], original: bool) -> None:
+        result = self.result
+        began = time.perf_counter()
+        step = result.editor.edit(batch)
+        if result.editor.anatomy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.edit_seconds += time.perf_counter() - began
+        made = len(result.edits_table) + len(batch)
+        for i, edit in enumerate(batch):
+            row: dict[str, Any] = {"id": edit.id, "step": made}
+            if step.first_probability:
+                row |= {
+                    "first_probability": step.first_probability[i],
+                    "last_probability": step.last_probability[i],
+                }
+            result.edits_table.append(row)
+        if original:
+            now = self._evaluate(batch, limit=0)
+            for name, values in self.right_after.items():
+                values += [row[name] for row in now.rows if row.get(name) is not None]
+
+    def _evaluate(self, edits: Sequence[Edit], limit: int | None) -> Evaluation:
+        return evaluate(
+            self.result.model,
+            self.result.editor.tokenizer,
+            edits,
+            baseline=self.result.baseline,
+            generate=self.generate,
+            neighborhood_limit=limit,
+            seed=self.seed,
+        )
+
+    def point(self, made: int, *, last: bool) -> None:
+        """One history row: all edits made so far; before the first, all that are to be made."""
+        result, weights = self.result, self.result.editor.weights
+        scored = result.edits[:made] if made else result.edits
+        evaluation = self._evaluate(scored, None if last or not made else self.limit)
+        row: dict[str, Any] = {"step": made}
+        for name, metric in evaluation.metrics.items():
+            row[name] = metric.mean
+            row |= {f"{name}.low": metric.low, f"{name}.high": metric.high}
+        for name, values in self.right_after.items():
+            if values:
+                row[f"original_{name}"] = sum(values) / len(values)
+        norms, changes = weights.mean_absolute(), weights.delta_norm()
+        row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
+        row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}
+        row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
+        row["seconds"] = time.perf_counter() - self.began
+        row["edit_seconds"] = self.edit_seconds
+        result.history.append(row)
+        result.evaluations.append(evaluation)
