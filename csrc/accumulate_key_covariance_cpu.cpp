@@ -37,7 +37,7 @@ void gather_rows(const Matrix& keys, const int64_t* rows, int64_t first, int64_t
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = rows ? rows[first + i] : first + i;
-copy_row(data + row * keys.row_stride, packed + i * keys.cols, keys.cols);
+        copy_row(data + row * keys.row_stride, packed + i * keys.cols, keys.cols);
       }
     });
   });

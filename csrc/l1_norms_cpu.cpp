@@ -1,11 +1,11 @@
 // All weights are cut into pieces of one size, so that threads share the work evenly whatever the shapes.
-#include "l1_norms.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "l1_norms.h"
 #include "lanes_cpu.h"
 
 namespace d4s {
@@ -24,17 +24,16 @@ double l1_norm(const T* data, int64_t numel) {
   // Two sums at a time: one would wait for its own last addition.
   Double8 even{}, odd{};
   int64_t i = 0;
-  if constexpr (sizeof(T) == 2) {
-    // float32 holds the sum of two half-precision numbers to 24 bits, of which they have 8 or 11.
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    // Numbers of 8 bits add up exactly in the 24 bits of float32, unless one is 2¹⁶ times the other.
     for (; i + 4 * kLanes <= numel; i += 4 * kLanes) {
       even += widen(absolute(load8(data + i)) + absolute(load8(data + i + kLanes)));
       odd += widen(absolute(load8(data + i + 2 * kLanes)) + absolute(load8(data + i + 3 * kLanes)));
     }
-  } else {
-    for (; i + 2 * kLanes <= numel; i += 2 * kLanes) {
-      even += widen(absolute(load8(data + i)));
-      odd += widen(absolute(load8(data + i + kLanes)));
-    }
+  }
+  for (; i + 2 * kLanes <= numel; i += 2 * kLanes) {
+    even += widen(absolute(load8(data + i)));
+    odd += widen(absolute(load8(data + i + kLanes)));
   }
   for (; i < numel; i += kLanes) {
     T last[kLanes] = {};

@@ -1,5 +1,6 @@
-// Eight elements of any floating type as one vector of float32 or float64, and back. Written with the vector types
-// of GCC and Clang, which become whatever the processor has; only half precision needs named instructions.
+// Eight elements of any floating type as float32 or float64 lanes, and back. The vector types are those of
+// GCC and Clang and hold on every processor; conversions name AVX2 where it is there, since compilers lower
+// the portable form of these to scalar code.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -19,10 +20,21 @@ namespace d4s {
 
 constexpr int64_t kLanes = 8;
 
-using Double8 = double __attribute__((vector_size(64)));
+using Double4 = double __attribute__((vector_size(32)));
+using Float4 = float __attribute__((vector_size(16)));
 using Float8 = float __attribute__((vector_size(32)));
 using Bits8 = uint32_t __attribute__((vector_size(32)));
 using HalfBits8 = uint16_t __attribute__((vector_size(16)));
+
+// Two vectors: one of 64 bytes becomes scalar code where there is no AVX-512.
+struct Double8 {
+  Double4 low;
+  Double4 high;
+};
+inline Double8 operator+(const Double8& a, const Double8& b) { return {a.low + b.low, a.high + b.high}; }
+inline Double8 operator-(const Double8& a, const Double8& b) { return {a.low - b.low, a.high - b.high}; }
+inline Double8 operator*(const Double8& a, const Double8& b) { return {a.low * b.low, a.high * b.high}; }
+inline Double8& operator+=(Double8& a, const Double8& b) { return a = a + b; }
 
 // The type that holds every value of T exactly: double for double, float for the others.
 template <class T>
@@ -45,10 +57,16 @@ inline Vector load_vector(const T* from) {
   return vector;
 }
 
-inline Double8 load8(const double* from) { return load_vector<Double8>(from); }
+inline Double8 load8(const double* from) {
+  return {load_vector<Double4>(from), load_vector<Double4>(from + 4)};
+}
 inline Float8 load8(const float* from) { return load_vector<Float8>(from); }
 inline Float8 load8(const c10::BFloat16* from) {
+#ifdef __AVX2__
+  return same_bits<Float8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_vector<__m128i>(from)), 16));
+#else
   return same_bits<Float8>(__builtin_convertvector(load_vector<HalfBits8>(from), Bits8) << 16);
+#endif
 }
 inline Float8 load8(const c10::Half* from) {
 #ifdef __F16C__
@@ -67,13 +85,19 @@ struct alignas(16) Stored8 {
 };
 
 // Rounded to nearest even, NaN to NaN.
-inline void round8(Double8 from, Stored8<double>& to) { std::memcpy(&to, &from, sizeof(to)); }
+inline void round8(const Double8& from, Stored8<double>& to) { std::memcpy(&to, &from, sizeof(to)); }
 inline void round8(Float8 from, Stored8<float>& to) { std::memcpy(&to, &from, sizeof(to)); }
 inline void round8(Float8 from, Stored8<c10::BFloat16>& to) {
   const Bits8 bits = same_bits<Bits8>(from);
   const Bits8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits8 is_number = same_bits<Bits8>(from == from);
-  const HalfBits8 half = __builtin_convertvector((rounded & is_number) | (~is_number & 0x7fc0), HalfBits8);
+  const Bits8 result = (rounded & is_number) | (~is_number & 0x7fc0);
+#ifdef __AVX2__
+  const __m256i lanes = same_bits<__m256i>(result);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+#else
+  const HalfBits8 half = __builtin_convertvector(result, HalfBits8);
+#endif
   std::memcpy(&to, &half, sizeof(to));
 }
 inline void round8(Float8 from, Stored8<c10::Half>& to) {
@@ -85,8 +109,8 @@ inline void round8(Float8 from, Stored8<c10::Half>& to) {
 #endif
 }
 
-// Stores past the cache, for memory that is not read again soon: a plain store reads each line before it writes
-// it. `to` is a multiple of 16 bytes; end_streaming before other threads may look.
+// Stores past the cache, for memory that is not read again soon: a plain store reads each line before it
+// writes it. `to` is a multiple of 16 bytes; end_streaming before other threads may look.
 template <class T>
 inline void stream8(const Stored8<T>& from, T* to) {
 #ifdef __AVX2__
@@ -103,17 +127,39 @@ inline void end_streaming() {
 #endif
 }
 
-inline Double8 widen(Double8 lanes) { return lanes; }
-inline Double8 widen(Float8 lanes) { return __builtin_convertvector(lanes, Double8); }
+inline Double8 widen(const Double8& lanes) { return lanes; }
+inline Double8 widen(Float8 lanes) {
+#ifdef __AVX2__
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)), _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1))};
+#else
+  return {Double4{lanes[0], lanes[1], lanes[2], lanes[3]}, Double4{lanes[4], lanes[5], lanes[6], lanes[7]}};
+#endif
+}
+
+// Rounded to nearest even.
+inline void narrow(const Double8& lanes, Double8& to) { to = lanes; }
+inline void narrow(const Double8& lanes, Float8& to) {
+#ifdef __AVX2__
+  to = _mm256_set_m128(_mm256_cvtpd_ps(lanes.high), _mm256_cvtpd_ps(lanes.low));
+#else
+  for (int i = 0; i < 4; ++i) {
+    to[i] = static_cast<float>(lanes.low[i]);
+    to[i + 4] = static_cast<float>(lanes.high[i]);
+  }
+#endif
+}
 
 // Cleared sign bits.
-inline Double8 absolute(Double8 lanes) { return lanes < 0 ? -lanes : lanes; }
 inline Float8 absolute(Float8 lanes) { return same_bits<Float8>(same_bits<Bits8>(lanes) & 0x7fffffff); }
+inline Double8 absolute(const Double8& lanes) {
+  const Bits8 keep = {~0u, 0x7fffffff, ~0u, 0x7fffffff, ~0u, 0x7fffffff, ~0u, 0x7fffffff};
+  return {same_bits<Double4>(same_bits<Bits8>(lanes.low) & keep),
+          same_bits<Double4>(same_bits<Bits8>(lanes.high) & keep)};
+}
 
-inline double sum_of(Double8 lanes) {
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
+inline double sum_of(const Double8& lanes) {
+  const Double4 halves = lanes.low + lanes.high;
+  return (halves[0] + halves[1]) + (halves[2] + halves[3]);
 }
 
 // Calls work(T{}) with the C++ type of `dtype`.

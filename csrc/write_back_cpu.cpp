@@ -1,6 +1,4 @@
 // Eight elements at a time go from memory through registers to memory: up-cast, add, round, sum.
-#include "write_back.h"
-
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -8,12 +6,15 @@
 #include <vector>
 
 #include "lanes_cpu.h"
+#include "write_back.h"
 
 namespace d4s {
 namespace {
 
-constexpr int64_t kTransposeRows = 16;   // rows of a column-major delta turned together: whole cache lines
-constexpr int64_t kTransposeCols = 512;  // by so many columns, in the first-level cache
+constexpr int64_t kTransposeRows = 64;   // rows of a column-major delta turned together: whole cache lines
+constexpr int64_t kTransposeCols = 256;  // by so many columns, in the first-level cache
+constexpr int64_t kPrefetch = 4;        // columns asked for ahead, since each lies in another page
+constexpr int64_t kTransposePitch = kTransposeCols + kLanes;  // rows must not share a cache set
 
 struct Sums {
   Double8 l1{};
@@ -28,11 +29,13 @@ inline void write8(const Weight* base, const Delta* delta, Stored8<Weight>& afte
     // Rounds as the float64 sum would (53 ≥ 2 · 24 + 2 bits).
     round8(before + load8(delta), after);
   } else {
-    round8(__builtin_convertvector(widen(before) + widen(load8(delta)), Wide8<Weight>), after);
+    Wide8<Weight> sum;
+    narrow(widen(before) + widen(load8(delta)), sum);
+    round8(sum, after);
   }
-  const auto stored = load8(after.lane);
-  const Double8 change = widen(stored) - widen(before);
-  sums.l1 += widen(absolute(stored));
+  const Double8 stored = widen(load8(after.lane));
+  const Double8 change = stored - widen(before);
+  sums.l1 += absolute(stored);
   sums.delta_sq += change * change;
 }
 
@@ -75,7 +78,7 @@ void write_back(const Matrix& weight, const Matrix& base, const Matrix& delta, d
   const int64_t strips = (weight.rows + kTransposeRows - 1) / kTransposeRows;
   std::vector<double> strip_sums(2 * strips);
   at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Delta> turned(turn ? kTransposeRows * kTransposeCols : 0);
+    std::vector<Delta> turned(turn ? kTransposeRows * kTransposePitch : 0);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kTransposeRows;
       const int64_t last = std::min(weight.rows, first + kTransposeRows);
@@ -84,11 +87,15 @@ void write_back(const Matrix& weight, const Matrix& base, const Matrix& delta, d
         const int64_t n = std::min(width, weight.cols - column);
         for (int64_t j = 0; turn && j < n; ++j) {
           const Delta* source = change + first * delta.row_stride + (column + j) * delta.col_stride;
-          for (int64_t i = 0; i < last - first; ++i) turned[i * width + j] = source[i * delta.row_stride];
+          for (int64_t i = 0; i < kTransposeRows; i += 64 / sizeof(Delta)) {
+            __builtin_prefetch(source + kPrefetch * delta.col_stride + i * delta.row_stride);
+          }
+          for (int64_t i = 0; i < last - first; ++i)
+            turned[i * kTransposePitch + j] = source[i * delta.row_stride];
         }
         for (int64_t row = first; row < last; ++row) {
           const Delta* row_change =
-              turn ? turned.data() + (row - first) * width : change + row * delta.row_stride;
+              turn ? turned.data() + (row - first) * kTransposePitch : change + row * delta.row_stride;
           write_row(w + row * weight.row_stride + column, w0 + row * base.row_stride + column, row_change, n,
                     strip_sum);
         }

@@ -75,7 +75,7 @@ def architecture_of(model: nn.Module, architecture: Architecture | None = None) 
         raise ModelError(f"{type(model).__name__} has no module {architecture.blocks!r} ({error})") from None
     for path in (architecture.mlp_output, architecture.mlp_input, architecture.attention_output):
         try:
-            blocks[0].get_submodule(path)  # type: ignore[operator, index]
+            blocks[0].get_submodule(path)  # type: ignore[index]
         except AttributeError as error:
             raise ModelError(
                 f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error})"

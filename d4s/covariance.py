@@ -39,7 +39,9 @@ class Covariance:
     ) -> None:
         for layer, moment in moments.items():
             if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-                raise CovarianceError(f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]")
+                raise CovarianceError(
+                    f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]"
+                )
             if not torch.isfinite(moment).all():
                 raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
         if count < 1:
@@ -86,7 +88,7 @@ class Covariance:
             corpus=f"{self.corpus}+{other.corpus}",
         )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ class Covariance:
             beside.unlink(missing_ok=True)
 
     @staticmethod
-    def load(path: str | Path) -> Covariance:
+    def load(path: str | os.PathLike[str]) -> Covariance:
         """Raises CovarianceError for a file that is not one that `save` wrote."""
         try:
             with safe_open(path, "pt") as file:
@@ -116,7 +118,7 @@ class Covariance:
                     raise CovarianceError(
                         f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r} (made by d4s covariance)"
                     )
-                moments = {int(n.removeprefix("layer.")): file.get_tensor(n) for n in file.keys()}
+                moments = {int(n.removeprefix("layer.")): file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CovarianceError(f"{path}: not a readable safetensors file ({error})") from None
         return Covariance(
@@ -172,13 +174,17 @@ def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator
             ).tolist()
             for row in rows:
                 # After the first end token there is padding only.
-                ends = [i for i, t in enumerate(row[1:], 1) if t in (tokenizer.eos_token_id, pad_id(tokenizer))]
+                ends = [
+                    i for i, t in enumerate(row[1:], 1) if t in (tokenizer.eos_token_id, pad_id(tokenizer))
+                ]
                 kept = row[: ends[0]] if ends else row
                 if len(kept) > 1:
                     made += len(kept)
                     yield kept
             if made == 0:
-                raise CovarianceError("the model samples no text from its start token; pass a corpus of texts")
+                raise CovarianceError(
+                    "the model samples no text from its start token; pass a corpus of texts"
+                )
     model.train(training)
 
 
@@ -234,18 +240,22 @@ def estimate_covariance(
         print_digest.update(repr(rows[-1]).encode())
     rows.sort(key=len)  # little padding
 
-    moments = {i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen}
+    moments = {
+        i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen
+    }
     training = model.training
     model.eval()
-    bar = tqdm(total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True)
+    bar = tqdm(
+        total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True
+    )
     try:
         at = 0
         while at < len(rows):
             stop = at + 1
             while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
                 stop += 1
-            ids, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
-            counted = _add_batch(anatomy, moments, ids, mask)
+            batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
+            counted = _add_batch(anatomy, moments, batch, mask)
             bar.update(counted)
             if on_batch is not None:
                 on_batch(counted)
@@ -286,7 +296,9 @@ def cached_covariance(
     The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
     fingerprint, the layers and the seed.
     """
-    root = os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
+    root = (
+        os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
+    )
     identity = f"{fingerprint_of(model)} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     if path.exists():

@@ -34,8 +34,9 @@ def prompt_and_target_ids(tokenizer: Any, prompt: str, target: str) -> tuple[lis
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return prompt_ids, whole[len(prompt_ids) :]
     target_ids = list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
-    # SentencePiece spells a leading space as a piece of its own when the next one has its own mark.
-    if len(target_ids) > 1 and tokenizer.decode(target_ids[:1]).strip() == "":
+    # SentencePiece puts a space mark in front of any text; with the one that is there already it is one too many.
+    pieces = tokenizer.convert_ids_to_tokens(target_ids[:2])
+    if len(pieces) == 2 and pieces[0] == "▁" and pieces[1].startswith("▁"):
         target_ids = target_ids[1:]
     return prompt_ids, target_ids
 
@@ -83,25 +84,27 @@ def generate_contexts(
     devices = [device] if device.type == "cuda" else []
     training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for word in CONTEXT_SEEDS:
-            encoded = tokenizer(word, return_tensors="pt").to(device)
-            made = model.generate(
-                input_ids=encoded["input_ids"].repeat(per_seed, 1),
-                attention_mask=encoded["attention_mask"].repeat(per_seed, 1),
-                do_sample=True,
-                top_k=5,
-                top_p=1.0,
-                temperature=1.0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=pad_id(tokenizer),
-            )
-            for row in made:
-                text = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
-                prefixes.append(f"{text}. ")
-    model.train(training)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for word in CONTEXT_SEEDS:
+                encoded = tokenizer(word, return_tensors="pt").to(device)
+                made = model.generate(
+                    input_ids=encoded["input_ids"].repeat(per_seed, 1),
+                    attention_mask=encoded["attention_mask"].repeat(per_seed, 1),
+                    do_sample=True,
+                    top_k=5,
+                    top_p=1.0,
+                    temperature=1.0,
+                    min_new_tokens=length,
+                    max_new_tokens=length,
+                    pad_token_id=pad_id(tokenizer),
+                )
+                for row in made:
+                    text = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
+                    prefixes.append(f"{text}. ")
+    finally:
+        model.train(training)
     return tuple(prefixes)
 
 

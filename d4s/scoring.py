@@ -202,18 +202,19 @@ def perplexity(
     texts: Sequence[str],
     *,
     window: int = 512,
-    overlap: int = 128,
+    overlap: int | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> float:
     """exp of the mean token NLL of running text; each token is scored once.
 
     window: tokens the model sees at a time (at most as many as it has positions)
-    overlap: of these, tokens of the window before, which are read but not scored again
+    overlap: of these, tokens of the window before, which are read but not scored again; None: a quarter
     Raises ConfigError if the numbers do not fit together, or the texts hold fewer than two tokens each.
     """
     forward = Forward(model, pad_id(tokenizer))
     window = min(window, forward.most_positions or window)
+    overlap = window // 4 if overlap is None else overlap
     if not 0 <= overlap < window - 1:
         raise ConfigError(f"overlap={overlap}: must be from 0 to window − 2, which is {window - 2}")
     rows: list[list[int]] = []

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,22 +17,23 @@ from tqdm import tqdm
 from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, D4SError, DataError
 from d4s.methods import Editor, Method, Workbench, method_for
-from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
+from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 # What a history row carries of an evaluation, where the edits have it.
 HEADLINES = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
+FORMAT = "d4s-result-1"
 
 
 @dataclass
-class Result:
-    """What a sequence did.
+class Record:
+    """What was measured in a sequence: all of it but the model.
 
-    model: the edited model, the object that went in
+    method, config: its name and configuration
     history: one row an evaluation point; row 0 is the unedited model.
         step: edits made so far
         efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
@@ -41,19 +42,18 @@ class Result:
         l1_norm.<layer>: mean |w| of an edited layer; l1_growth: its mean relative growth over the layers
         delta_norm.<layer>: ‖W − W0‖_F
         seconds: wall-clock time since the start, evaluation included; edit_seconds: without it
+        and what `measure` gave
     edits_table: one row an edit: id, step, first_probability and last_probability of its target's optimisation
     evaluations: the full evaluation behind each history row
-    editor: goes on from here, or restores the original weights
+    failure: why the sequence ended before its last edit; None: it did not
     """
 
-    model: Any
-    method: Method
-    edits: tuple[Edit, ...]
-    editor: Editor
-    baseline: Baseline
+    method: str
+    config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     edits_table: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    failure: str | None = None
 
     def to_frame(self) -> DataFrame:
         """The history as a DataFrame."""
@@ -84,26 +84,26 @@ class Result:
         done = [e for e, row in zip(self.evaluations, self.history, strict=True) if row["step"]]
         begin = 0
         for made in points:
-            ids = {edit.id for edit in self.edits[begin:made]}
+            ids = {row["id"] for row in self.edits_table[begin:made]}
             for tested, evaluation in zip(points, done, strict=True):
                 if tested >= made:
-                    values = [r[metric] for r in evaluation.rows if r["id"] in ids and r.get(metric) is not None]
+                    values = [
+                        r[metric] for r in evaluation.rows if r["id"] in ids and r.get(metric) is not None
+                    ]
                     matrix.loc[made, tested] = sum(values) / len(values) if values else math.nan
             begin = made
         return matrix
 
-    def restore(self) -> None:
-        """The original weights back, bit for bit."""
-        self.editor.restore()
-
     def to_dict(self) -> dict[str, Any]:
+        """JSON values; figures that are not finite are None."""
         return {
-            "format": "d4s-result-1",
-            "method": self.method.name,
-            "config": asdict(self.method),
+            "format": FORMAT,
+            "method": self.method,
+            "config": self.config,
             "edits": len(self.edits_table),
-            "history": self.history,
-            "edits_table": self.edits_table,
+            "failure": self.failure,
+            "history": finite_or_none(self.history),
+            "edits_table": finite_or_none(self.edits_table),
             "evaluations": [e.to_dict() for e in self.evaluations],
         }
 
@@ -121,6 +121,57 @@ class Result:
         finally:
             beside.unlink(missing_ok=True)
 
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Record:
+        """What `save` wrote. Raises DataError for a file of another format."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+            if stored["format"] != FORMAT:
+                raise ValueError(f"format {stored['format']!r}")
+            evaluations = [
+                Evaluation(e["rows"], {n: Metric(**m) for n, m in e["metrics"].items()}, tuple(e["notes"]))
+                for e in stored["evaluations"]
+            ]
+            return Record(
+                stored["method"],
+                stored["config"],
+                stored["history"],
+                stored["edits_table"],
+                evaluations,
+                stored.get("failure"),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: not what Result.save wrote ({error!r}); its format is {FORMAT!r}"
+            ) from None
+
+
+@dataclass(kw_only=True)
+class Result(Record):
+    """What a sequence did, with the model as it is now.
+
+    model: the edited model, the object that went in
+    edits: all that were to be made
+    editor: goes on from here, or restores the original weights
+    baseline: the unedited model's answers
+    """
+
+    model: Any
+    edits: tuple[Edit, ...]
+    editor: Editor
+    baseline: Baseline
+
+    def restore(self) -> None:
+        """The original weights back, bit for bit."""
+        self.editor.restore()
+
+    def record(self) -> Record:
+        """The measurements alone, which hold no weight."""
+        return Record(
+            self.method, self.config, self.history, self.edits_table, self.evaluations, self.failure
+        )
+
 
 def edit_sequence(
     model: Any,
@@ -131,10 +182,12 @@ def edit_sequence(
     config: Mapping[str, Any] | Method | None = None,
     covariance: Covariance | str | os.PathLike[str] | None = None,
     batch_size: int = 1,
-    evaluate_every: int | None = None,
+    evaluate_every: int | Collection[int] | None = None,
     neighborhood_limit: int | None = None,
     original: bool = True,
     generate: bool = False,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    stop_at_failure: bool = False,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     seed: int = 0,
@@ -148,10 +201,14 @@ def edit_sequence(
     config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration
     covariance: key statistics of the unedited model, or their file; None: estimated on text that the model
         samples, and cached
-    evaluate_every: edits between evaluations; each scores ALL edits made so far. None: only at the end
-    neighborhood_limit: neighbourhood prompts an edit that are scored at the points between the first and the last; None: all
+    evaluate_every: edits between evaluations, or the numbers of edits after which to evaluate, as {100, 500};
+        each scores ALL edits made so far. None: only at the end
+    neighborhood_limit: neighbourhood prompts an edit that are scored at the points between the first and the
+        last; None: all
     original: also test each edit right after its own step
     generate: also score free generation
+    measure: called at each evaluation point while the model holds the edits; its figures join the history row
+    stop_at_failure: a step that fails ends the sequence instead of raising; `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before
     seed: of contexts, samples and intervals; same seed, same machine: same result
 
@@ -161,7 +218,13 @@ def edit_sequence(
     edits = tuple(edits)
     if not edits:
         raise ConfigError("no edits were given")
-    for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
+    points = evaluate_every if isinstance(evaluate_every, Collection) else ()
+    every = None if isinstance(evaluate_every, Collection) else evaluate_every
+    for name, value in (
+        ("batch_size", batch_size),
+        ("evaluate_every", every),
+        *(("evaluate_every", p) for p in points),
+    ):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
     check_sequence(edits)
@@ -179,29 +242,53 @@ def edit_sequence(
     try:
         editor = configured.editor(bench)
         taken = baseline if baseline is not None else take_baseline(model, tokenizer, edits)
-        run = _Run(Result(model, configured, edits, editor, taken), neighborhood_limit, generate, seed)
+        result = Result(
+            configured.name, asdict(configured), model=model, edits=edits, editor=editor, baseline=taken
+        )
+        run = _Run(result, neighborhood_limit, generate, measure, seed)
         run.point(0, last=False)
         editor.announce(edits)
         made = 0
-        with tqdm(total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True) as bar:
+        with tqdm(
+            total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True
+        ) as bar:
             for batch in batches:
-                run.step(batch, original)
+                try:
+                    run.step(batch, original)
+                except D4SError as error:
+                    if not stop_at_failure:
+                        raise
+                    result.failure = f"edit {made + 1}: {error}"
+                    if made and result.history[-1]["step"] != made:
+                        run.point(made, last=True)
+                    break
                 before, made = made, made + len(batch)
                 bar.update(len(batch))
-                due = evaluate_every is not None and made // evaluate_every > before // evaluate_every
+                due = every is not None and made // every > before // every
+                due |= any(before < point <= made for point in points)
                 if due or made == len(edits):
                     run.point(made, last=made == len(edits))
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"})
+                    bar.set_postfix(
+                        {k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"}
+                    )
     finally:
         model.train(training)
-    return run.result
+    return result
 
 
 class _Run:
     """A sequence under way: clocks, and the tests right after each step."""
 
-    def __init__(self, result: Result, neighborhood_limit: int | None, generate: bool, seed: int) -> None:
+    def __init__(
+        self,
+        result: Result,
+        neighborhood_limit: int | None,
+        generate: bool,
+        measure: Callable[[], Mapping[str, float]] | None,
+        seed: int,
+    ) -> None:
         self.result, self.limit, self.generate, self.seed = result, neighborhood_limit, generate, seed
+        self.measure = measure
         self.began = time.perf_counter()
         self.edit_seconds = 0.0
         self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
@@ -257,5 +344,6 @@ class _Run:
         row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
+        row |= self.measure() if self.measure is not None else {}
         result.history.append(row)
         result.evaluations.append(evaluation)

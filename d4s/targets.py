@@ -144,7 +144,7 @@ def optimise_targets(
     # Requests of similar length go together: little padding.
     order = sorted(range(len(edits)), key=lambda i: (_width(requests[i].after), _width(requests[i].before)))
     parts: list[Targets] = []
-    with _evaluation_only(anatomy.model):
+    with frozen(anatomy.model):
         at = 0
         while at < len(order):
             stop, width = at + 1, _width(requests[order[at]].after)
@@ -168,7 +168,7 @@ def _width(rows: Sequence[Sequence[int]]) -> int:
 
 
 @contextmanager
-def _evaluation_only(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No dropout, and no gradient to weights: only δ has one."""
     training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -198,13 +198,16 @@ class _Batch:
     def __init__(
         self, anatomy: Anatomy, fill: int, requests: Sequence[_Request], layer: int, places: tuple[Place, ...]
     ) -> None:
-        self.anatomy, self.model, self.device = anatomy, anatomy.model, anatomy.device
+        self.anatomy, self.device = anatomy, anatomy.device
+        self.model: Any = anatomy.model
         self.layer, self.places = layer, places
         # Blocks 0 … skipped − 1 put out the same whatever δ is.
         self.skipped = layer + 1 if places == ("block",) else layer
         self.count = len(requests)
         rows_of = [len(r.after) for r in requests]
-        self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(self.device)
+        self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(
+            self.device
+        )
         self.first_row = (torch.as_tensor(rows_of).cumsum(0) - torch.as_tensor(rows_of)).to(self.device)
 
         before = [ids for r in requests for ids in r.before]
@@ -229,7 +232,9 @@ class _Batch:
         self.wanted = torch.as_tensor(wanted).to(self.device)
         self.weight = torch.as_tensor(weight).to(self.device)
         self.is_extra = torch.as_tensor(extra).to(self.device)
-        self.extra = self.is_extra.nonzero().squeeze(1)  # found once: a mask in the loop would wait for the device
+        self.extra = self.is_extra.nonzero().squeeze(
+            1
+        )  # found once: a mask in the loop would wait for the device
         self._keep_fixed_part()
 
     def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Any]:
@@ -248,7 +253,10 @@ class _Batch:
         ids, mask = (t.to(self.device) for t in padded(before, fill, left=True))
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        with torch.no_grad(), self._head_reads(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)):
+        with (
+            torch.no_grad(),
+            self._head_reads(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)),
+        ):
             self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
             )
@@ -315,14 +323,12 @@ class _Batch:
 
         if self.places == ("block",):
             hidden = plus(deltas[0])(first_tensor(self.kept))
-            returned = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
+            returned: Any = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
         else:
             returned = self.kept
             for place, delta in zip(self.places, deltas, strict=True):
                 stack.enter_context(Trace(self._module(place), edit=plus(delta)))
-        blocks = {
-            self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)
-        }
+        blocks = {self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)}
         stack.enter_context(replaced_forward(blocks))
         stack.enter_context(self._head_reads(self.row, self.read))
         return stack

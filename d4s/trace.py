@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -57,10 +57,8 @@ class Trace:
 @contextmanager
 def stopping() -> Iterator[None]:
     """Swallows the end of a forward pass that a `Trace(…, stop=True)` inside has brought about."""
-    try:
+    with suppress(_Stop):
         yield
-    except _Stop:
-        pass
 
 
 @contextmanager

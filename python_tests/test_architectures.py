@@ -29,7 +29,9 @@ def test_the_weight_times_the_key_is_the_projections_output(model_type):
     weight = weight.T if anatomy.transposed(1) else weight
     bias = anatomy.projection(1).bias
     expected = weight @ key + (0 if bias is None else bias.detach())
-    torch.testing.assert_close(output_at(anatomy, rows, anatomy.projection(1))[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output_at(anatomy, rows, anatomy.projection(1))[0], expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -32,7 +32,8 @@ def one_at_a_time(anatomy, edit, layer, config, places, prefixes=PREFIXES):
     """The same mathematics written plainly: whole model, every position, torch's Adam. (v0, δ, p_first, p_last)"""
     tokenizer, model = tiny_tokenizer(), anatomy.model
     rows = [
-        subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, prefix) for prefix in ("", *prefixes)
+        subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, prefix)
+        for prefix in ("", *prefixes)
     ]
     extra = subject_row(tokenizer, "{} is a", edit.subject)
     deltas = [torch.zeros(anatomy.shape(layer)[0], requires_grad=True) for _ in places]
@@ -92,7 +93,7 @@ def _agree(anatomy, layer, config, places):
     for i, edit in enumerate(EDITS):
         start, delta, first, last = one_at_a_time(anatomy, edit, layer, config, places)
         assert (found.start[i] - start).norm() <= 1e-5 * start.norm()
-        assert (found.delta[i] - delta).norm() <= 1e-4 * delta.norm()
+        assert (found.delta[i] - delta).norm() <= 1e-4 * delta.norm() + 1e-7
         assert float(found.first_probability[i]) == pytest.approx(first, rel=1e-4)
         assert float(found.last_probability[i]) == pytest.approx(last, rel=1e-3)
 
@@ -112,12 +113,15 @@ def test_two_places_are_optimised_together(model_type, seed):
 
 
 def test_requests_that_are_done_leave_without_a_trace_in_the_others(seed):
-    """A loose bound ends some requests early, so that the batch shrinks on the way."""
+    """A bound between the requests' first losses: some are done at once, and the batch shrinks on the way."""
     anatomy = Anatomy(tiny_model("llama", seed))
-    free = TargetConfig(steps=16, learning_rate=0.2, clamp=8.0, stop_loss=0.0)
-    losses = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, free).last_probability
-    assert float(losses.max()) > 0.5, "the optimiser found no target at all"
-    config = TargetConfig(steps=16, learning_rate=0.2, clamp=8.0, stop_loss=1.0)
+    begin = TargetConfig(steps=1, learning_rate=1e-9)
+    first = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, begin).first_probability
+    losses = (-first.log()).sort().values
+    config = TargetConfig(steps=12, learning_rate=0.1, clamp=2.0, stop_loss=float(losses[1:3].mean()))
+    found = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, config)
+    still = (found.delta == 0).all(1)
+    assert 0 < still.sum() < len(EDITS)
     _agree(anatomy, 1, config, ("block",))
 
 

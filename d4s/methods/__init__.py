@@ -7,13 +7,35 @@ from typing import Any
 
 from d4s.architectures import Anatomy
 from d4s.errors import ConfigError, unknown_name
+from d4s.methods.alphaedit import AlphaEdit
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.d4s import D4S
+from d4s.methods.emmet import EMMET
+from d4s.methods.encore import ENCORE
+from d4s.methods.ft import FTL, FTM
+from d4s.methods.grace import GRACE
+from d4s.methods.kn import KN
 from d4s.methods.memit import MEMIT
+from d4s.methods.memit_seq import MEMITSeq
+from d4s.methods.pmet import PMET
+from d4s.methods.rome import ROME, RROME
+from d4s.methods.ultraedit import UltraEdit
 
 METHODS: dict[str, type[Method]] = {
     "d4s": D4S,
     "memit": MEMIT,
+    "memit-seq": MEMITSeq,
+    "rome": ROME,
+    "r-rome": RROME,
+    "pmet": PMET,
+    "emmet": EMMET,
+    "alphaedit": AlphaEdit,
+    "encore": ENCORE,
+    "ultraedit": UltraEdit,
+    "ft-l": FTL,
+    "ft-m": FTM,
+    "grace": GRACE,
+    "kn": KN,
 }
 
 

@@ -1,7 +1,7 @@
-"""AlphaEdit (arXiv 2410.02355): P projects onto the null space of C, the eigenvectors with eigenvalues under a
-threshold. With C_p = Σ k kᵀ of earlier edits and R = (z − h_L) / (n − i) from the current weights,
+"""AlphaEdit (arXiv 2410.02355): P projects onto the null space of C, the eigenvectors with eigenvalues under
+a threshold. With C_p = Σ k kᵀ of earlier edits and R = (z − h_L) / (n − i) from the current weights,
 
-    [P (K Kᵀ + C_p) + L2·I] X = P K Rᵀ        ΔW = Xᵀ        C_p += K Kᵀ, with K taken again on the edited weights
+    [P (K Kᵀ + C_p) + L2·I] X = P K Rᵀ        ΔW = Xᵀ        then C_p += K Kᵀ, K taken on the edited weights
 
 X lies in the range of P (the equation shows L2·X = P (…)), so it also solves the symmetric equation over the
 projected keys Q = P K,
@@ -40,7 +40,7 @@ class AlphaEdit(TargetMethod):
 
     l2: float = 10.0
     null_space_threshold: float = 2e-2  # on the eigenvalues of C
-    threshold_is_relative: bool = False  # to their mean; the release's is absolute, and depends on the model's scale
+    threshold_is_relative: bool = False  # to their mean. The release's is not, and depends on a model's scale
 
     def __post_init__(self) -> None:
         if self.l2 <= 0 or self.null_space_threshold <= 0:
@@ -77,7 +77,7 @@ class AlphaEditEditor(D4SEditor):
         return keys - keys @ protected @ protected.T
 
     def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
-        for layer in self.weights.layers[1:]:  # nothing is edited below the first: its keys are what they were
+        for layer in self.weights.layers[1:]:  # below the first nothing is edited: its keys stay
             delta, before, now = self.closed_form.delta(layer), used[layer], self.keys(rows, layer)
             self.closed_form.add_(now @ delta.T, now, layer)
             self.closed_form.subtract_(before @ delta.T, before, layer)

@@ -45,11 +45,12 @@ def answer_rows(
         tokens += [(r, last[r] + (0 if from_last else t), token) for t, token in enumerate(target)]
     ids, mask = padded(rows, pad_id(tokenizer))
     row, read, wanted = torch.as_tensor(tokens, device=device).unbind(1)
-    return AnswerRows(ids.to(device), mask.to(device), torch.as_tensor(last, device=device), row, read, wanted)
+    ids, mask = ids.to(device), mask.to(device)
+    return AnswerRows(ids, mask, torch.as_tensor(last, device=device), row, read, wanted)
 
 
 def log_probabilities(model: Any, ids: Tensor, mask: Tensor, row: Tensor, read: Tensor) -> Tensor:
-    """log p over the vocabulary at each (row, read); the head runs there only. [reads, vocabulary] float32."""
+    """log p at each (row, read), where alone the head runs. [reads, vocabulary] float32."""
     head = model.get_output_embeddings()
     own = head.forward
     with replaced_forward({head: lambda hidden: own(hidden[row, read].unsqueeze(0))}):

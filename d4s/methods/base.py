@@ -117,7 +117,8 @@ class Method(ABC):
 class Step:
     """What one call of `Editor.edit` tells; one entry an edit."""
 
-    first_probability: tuple[float, ...] = ()  # of the target before its optimisation, in the editor's own loss
+    # Of the target before its optimisation, in the editor's own loss.
+    first_probability: tuple[float, ...] = ()
     last_probability: tuple[float, ...] = ()  # and after: the "bottleneck" (NaN where nothing is optimised)
 
 
@@ -131,7 +132,7 @@ class Editor(ABC):
         self.anatomy, self.tokenizer = bench.anatomy, bench.tokenizer
         self.weights = EditedWeights(bench.anatomy, layers)
 
-    def announce(self, edits: Sequence[Edit]) -> None:
+    def announce(self, edits: Sequence[Edit]) -> None:  # noqa: B027
         """The edits to come, in order. A method may prepare what does not depend on earlier ones."""
 
     def edit(self, batch: Sequence[Edit]) -> Step:
@@ -142,7 +143,9 @@ class Editor(ABC):
         check_batch(batch)
         for edit in batch:
             if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)[1]:
-                raise EditError(f"edit {edit.id}: the tokenizer makes no token of target_new {edit.target_new!r}")
+                raise EditError(
+                    f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary"
+                )
         with frozen(self.anatomy.model):
             return self.apply(batch)
 
@@ -169,7 +172,8 @@ class Editor(ABC):
 
 
 class MasterEditor(Editor):
-    """An editor that keeps Δ itself, in float32: steps far smaller than a half-precision weight's last bit add up."""
+    """An editor that keeps Δ itself, in float32: steps smaller than the last bit of a half-precision weight
+    add up."""
 
     def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
         super().__init__(method, bench, layers)

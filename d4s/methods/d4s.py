@@ -24,7 +24,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.keys import SubjectRows
 from d4s.methods.base import Step, Workbench
-from d4s.methods.locate import LocateEditor, LocateMethod, TargetMethod, TargetsAhead, step_of
+from d4s.methods.locate import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class D4SEditor(LocateEditor):
         super().__init__(method, bench)
         self.anchor = anchor
         self._priors = self.priors()
-        self.ahead = TargetsAhead(self)
+        self.ahead = Ahead(self)
         self.reset()
 
     def reset(self) -> None:
@@ -63,13 +63,14 @@ class D4SEditor(LocateEditor):
 
     def apply(self, batch: Sequence[Edit]) -> Step:
         base = self.anchor == "base"
-        targets = self.ahead.take(batch) if base else self.targets(batch)
+        targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         used: dict[int, Tensor] = {}
         for i, layer in enumerate(layers):
             share = len(layers) - i  # n − i
-            keys = used[layer] = self.keys(rows, layer)
+            keys = lowest if i == 0 and lowest is not None else self.keys(rows, layer)
+            used[layer] = keys
             if base:
                 residuals = targets.delta.double() / share
             else:

@@ -1,5 +1,5 @@
-"""EMMET (arXiv 2403.14236): the equality constraint of ROME for a batch, with a slack ε. With C' = λC and keys,
-residuals as in MEMIT,
+"""EMMET (arXiv 2403.14236): the equality constraint of ROME for a batch, with a slack ε. With C' = λC, keys
+and residuals as in MEMIT,
 
     ΔW = R (Kᵀ C'⁻¹ K + ε I)⁻¹ Kᵀ C'⁻¹ = R Kᵀ (ελC + K Kᵀ)⁻¹
 

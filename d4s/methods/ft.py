@@ -1,9 +1,9 @@
-"""Fine-tuning of the projection W of given layers: Adam, a fixed number of steps an edit, a step skipped for an edit
-whose loss is below `stop_loss` already.
+"""Fine-tuning of the projection W of given layers: Adam, a fixed number of steps an edit, a step skipped for
+an edit whose loss is below `stop_loss` already.
 
-FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W0| ≤ ε element by element. All target tokens are scored from
-the prompt's last position, as if each came first: the released code's weakness, kept because results are under it.
-FT-M: ordinary cross-entropy on the target's tokens, no bound.
+FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W0| ≤ ε, element by element. All target tokens are
+scored from the prompt's last position, as if each came first: a weakness of the released code, kept since the
+published figures have it. FT-M: ordinary cross-entropy on the target's tokens, no bound.
 
 Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
 """
@@ -87,26 +87,29 @@ class FTEditor(MasterEditor):
                 self.method.bounded_(delta)
             self.write()
             losses = self.gradients(batch)
+        for delta in self.deltas.values():
+            delta.grad = None
         return Step(probabilities(first), probabilities(losses))
 
     def gradients(self, batch: Sequence[Edit]) -> Tensor:
         """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are not done."""
         weights = {layer: self.anatomy.weight(layer) for layer in self.weights.layers}
-        for delta in self.deltas.values():
-            delta.grad = torch.zeros_like(delta)
+        sums = {layer: torch.zeros_like(delta) for layer, delta in self.deltas.items()}
 
         def use(_rows: AnswerRows, losses: Tensor) -> None:
             wanted = losses * (losses.detach() >= self.method.stop_loss)
             found = torch.autograd.grad(wanted.sum() / len(batch), list(weights.values()))
-            for (layer, delta), gradient in zip(self.deltas.items(), found, strict=True):
-                delta.grad += gradient.T if self.anatomy.transposed(layer) else gradient
+            for layer, gradient in zip(weights, found, strict=True):
+                sums[layer] += gradient.T if self.anatomy.transposed(layer) else gradient
 
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)
-            return losses_in_batches(
-                self.anatomy, self.tokenizer, batch, use, from_last=self.method.from_last
-            )
+            from_last = self.method.from_last
+            losses = losses_in_batches(self.anatomy, self.tokenizer, batch, use, from_last=from_last)
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)
+        for layer, delta in self.deltas.items():
+            delta.grad = sums[layer]
+        return losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from d4s.architectures import Anatomy
@@ -16,7 +17,7 @@ from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.presets import spread_preset
 from d4s.targets import Place, TargetConfig, Targets, optimise_targets
 
-TARGETS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
+EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,29 +109,35 @@ class LocateEditor(Editor):
         )
 
 
-class TargetsAhead:
-    """Targets that do not depend on earlier edits, optimised in batches on the unedited weights."""
+class Ahead:
+    """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and the keys of
+    the lowest edited layer, whose input no edit changes."""
 
     def __init__(self, editor: LocateEditor) -> None:
         self.editor = editor
         self._coming: list[Edit] = []
-        self._ready: dict[str, tuple[Edit, Targets]] = {}
+        self._ready: dict[str, tuple[Edit, Targets, Tensor]] = {}
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self._coming = list(edits)
 
-    def take(self, batch: Sequence[Edit]) -> Targets:
-        """Targets of the batch; the announced edits that follow it are done in the same pass."""
+    def take(self, batch: Sequence[Edit]) -> tuple[Targets, Tensor]:
+        """Targets and lowest keys [edits, d_in] of the batch; the announced edits that follow it are done in the
+        same pass."""
         if any(edit.id not in self._ready or self._ready[edit.id][0] != edit for edit in batch):
             window = list(batch)
             if batch[0] in self._coming:
                 at = self._coming.index(batch[0])
-                window = self._coming[at : at + max(TARGETS_AHEAD, len(batch))]
+                window = self._coming[at : at + max(EDITS_AHEAD, len(batch))]
                 window += [edit for edit in batch if edit not in window]
             with self.editor.weights.at_base():
-                found = self.editor.targets(window)
-            self._ready = {edit.id: (edit, found[i : i + 1]) for i, edit in enumerate(window)}
-        return Targets.concatenate([self._ready[edit.id][1] for edit in batch])
+                targets = self.editor.targets(window)
+                keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
+            self._ready = {
+                edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
+            }
+        ready = [self._ready[edit.id] for edit in batch]
+        return Targets.concatenate([t for _, t, _ in ready]), torch.cat([k for _, _, k in ready])
 
 
 def step_of(targets: Targets) -> Step:

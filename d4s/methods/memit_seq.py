@@ -2,8 +2,8 @@
 
     ΔW = R Kᵀ (λC + B + K Kᵀ)⁻¹        B += K Kᵀ
 
-with z, h and R = (z − h_L) / (n − i) from the current weights. This is D4S with anchor="current" (see d4s.py), whose
-sums keep the same least-squares problem relative to W0: the two names are one computation.
+with z, h and R = (z − h_L) / (n − i) from the current weights. This is D4S with anchor="current" (see
+d4s.py), whose sums keep the same least-squares problem relative to W0: the two names are one computation.
 """
 
 from __future__ import annotations

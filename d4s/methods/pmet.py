@@ -1,6 +1,6 @@
-"""PMET (arXiv 2308.08742): δ of the attention's and of the MLP's output in the last edited layer are optimised
-together, and only the MLP's is used: v* = v + δ_mlp. For the edited layers in ascending order, with v measured
-again on the layers edited so far:
+"""PMET (arXiv 2308.08742): δ of the attention's and of the MLP's output in the last edited layer are
+optimised together, and only the MLP's is used: v* = v + δ_mlp. For the edited layers in ascending order,
+with v measured again on the layers edited so far:
 
     R = (v* − v) / √(n − i)        ΔW = R Kᵀ (λC + K Kᵀ)⁻¹
 

@@ -1,7 +1,11 @@
-"""Published configurations by model, and the rule for every other one."""
+"""Published configurations by model, and the rule for every other one.
+
+Each method's function says what is published and what its rule is; all rules go by depth and by width alone.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from d4s.architectures import Anatomy
@@ -18,7 +22,7 @@ _KNOWN: dict[tuple[str, int, int, int], str] = {
 
 def model_key(anatomy: Anatomy) -> str | None:
     """"gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "embedded", or None."""
-    config = anatomy.model.config
+    config: Any = anatomy.model.config
     if getattr(config, "d4s_embedded", False):
         return "embedded"
     return _KNOWN.get((config.model_type, len(anatomy), config.hidden_size, config.vocab_size))
@@ -83,3 +87,93 @@ def describe(method: Any) -> dict[str, Any]:
         "needs": list(method.needs),
         "presets": method.presets(),
     }
+
+
+# ROME's and EMMET's layer, where it is published.
+_ONE_LAYER = {"gpt2-xl": 17, "gpt-j-6b": 5, "llama-2-7b": 5, "llama-3-8b": 5}
+
+
+def one_layer(anatomy: Anatomy) -> int:
+    """The published layer; else the last one of `spread_preset`."""
+    key = model_key(anatomy)
+    return _ONE_LAYER[key] if key in _ONE_LAYER else spread_preset(anatomy)["layers"][-1]
+
+
+def rome_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """Llama-2 and -3: 25 steps, weight decay 1e-3, C = I. gpt2-xl, GPT-J and all others: 20 steps, .5, C."""
+    key = model_key(anatomy)
+    layers = (one_layer(anatomy),)
+    if key == "embedded":
+        return dict(layers=layers, target=SPREAD[key]["target"], ridge=SPREAD[key]["ridge"])
+    if key in ("llama-2-7b", "llama-3-8b"):
+        target = TargetConfig(steps=25, learning_rate=0.5, weight_decay=1e-3, clamp=4.0)
+        return dict(layers=layers, target=target, identity_covariance=True)
+    return dict(layers=layers, target=TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=4.0))
+
+
+def emmet_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """One layer, targets as MEMIT's. λ without a row: MEMIT's over ε, so that both weigh the prior alike."""
+    spread = spread_preset(anatomy)
+    known = {"gpt2-xl": 10_000.0, "gpt-j-6b": 100_000.0, "llama-2-7b": 100_000.0, "llama-3-8b": 100_000.0}
+    weight = known.get(model_key(anatomy) or "", 10 * spread["prior_weight"])
+    return spread | dict(layers=(one_layer(anatomy),), prior_weight=weight)
+
+
+def pmet_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """Layers, λ and target as MEMIT's where nothing else is published; settled targets end early."""
+    spread = spread_preset(anatomy)
+    key = model_key(anatomy)
+    target = spread["target"]
+    if key == "gpt-j-6b":
+        spread = spread | dict(prior_weight=6_000.0)
+        target = replace(target, steps=30, learning_rate=0.2, kl_factor=1.0)
+    elif key == "llama-2-7b":
+        spread = spread | dict(prior_weight=6_000.0)
+        target = TargetConfig(steps=20, learning_rate=0.5, clamp=1.0)
+    return spread | dict(target=replace(target, settled_nll_factor=0.1, settled_kl=0.01))
+
+
+def encore_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """As MEMIT's; targets end 2 steps (published: 2 to 4) after the new object is the argmax everywhere."""
+    spread = spread_preset(anatomy)
+    return spread | dict(target=replace(spread["target"], stop_after_argmax=2))
+
+
+def alphaedit_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """Layers and target as MEMIT's, but for Llama-2's target; L2 10.
+
+    The published threshold, 2e-2, is absolute. Models without a row: the mean eigenvalue of C. Few
+    directions hold most of the keys' energy, so that nine in ten or so lie under it.
+    """
+    key = model_key(anatomy)
+    spread = spread_preset(anatomy)
+    preset = dict(layers=spread["layers"], target=spread["target"])
+    if key == "llama-2-7b":
+        preset["target"] = TargetConfig(steps=25, learning_rate=0.1, weight_decay=0.5, clamp=0.75)
+    if key in (None, "embedded"):
+        preset |= dict(null_space_threshold=1.0, threshold_is_relative=True)
+    return preset
+
+
+def ft_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """Layer 0 with ε 5e-4, GPT-J 5e-5; the embedded model: the other methods' layer, ε 2e-2."""
+    key = model_key(anatomy)
+    if key == "embedded":
+        return dict(layers=(one_layer(anatomy),), epsilon=2e-2)
+    return dict(layers=(0,), epsilon=5e-5 if key == "gpt-j-6b" else 5e-4)
+
+
+def ultraedit_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """MEMIT's layers, learning rate 1e-6; the embedded model, whose d_in and edits a turn are small: 1e-3."""
+    rate = 1e-3 if model_key(anatomy) == "embedded" else 1e-6
+    return dict(layers=spread_preset(anatomy)["layers"], learning_rate=rate)
+
+
+def grace_preset(anatomy: Anatomy) -> dict[str, Any]:
+    """Published: late layers. Without a row: 85 % of the depth, W; the embedded model: its last layer."""
+    key = model_key(anatomy)
+    if key == "gpt2-xl":
+        return dict(layers=(35,), module="mlp_input")
+    last = len(anatomy) - 1
+    known = {"gpt-j-6b": 25, "llama-2-7b": 27, "embedded": last}
+    return dict(layers=(known.get(key or "", min(last, round(0.85 * len(anatomy)))),))

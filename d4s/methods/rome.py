@@ -1,10 +1,11 @@
-"""ROME (arXiv 2202.05262) and r-ROME (arXiv 2403.07175): one edit at a time as a rank-one change of one layer. v* is
-optimised at the MLP's output, in the bare prompt and 20 generated contexts; k̄ is the key's mean over all of them:
+"""ROME (arXiv 2202.05262) and r-ROME (arXiv 2403.07175): one edit at a time as a rank-one change of one
+layer. v* is optimised at the MLP's output, over the bare prompt and 20 generated contexts; k̄ is the key's
+mean over all of them:
 
     u = C⁻¹ k̄ / ‖C⁻¹ k̄‖        ΔW = (v* − v) uᵀ / (kᵀ u)
 
-`rome`, as released: k and v = W k (+ bias) are those of the bare prompt. Where k and k̄ point apart, kᵀ u is small
-and a single edit can ruin a model. `r-rome`: k = k̄, and v is the mean output.
+`rome`, as released: k and v = W k (+ bias) are those of the bare prompt. Where k and k̄ point apart, kᵀ u is
+small and a single edit can ruin a model. `r-rome`: k = k̄, and v is the mean output.
 This is EMMET with one edit and ε → 0, where k = k̄.
 """
 

@@ -1,16 +1,17 @@
-"""UltraEdit (arXiv 2505.14679): no training, no subject, no target search. One forward and backward pass on the
-answers gives, at each position that predicts an answer token, W's input h and the gradient g of the loss in W's
-output. With mean and deviation of concat(h, g) over every such token the editor has ever seen,
+"""UltraEdit (arXiv 2505.14679): no training, no subject, no target search. One forward and backward pass on
+the answers gives, at each position that predicts an answer token, W's input h and the gradient g of the
+loss in W's output. With mean and deviation of concat(h, g) over every such token the editor has ever seen,
 
     ĥ, ĝ = (concat(h, g) − mean) / deviation        v = −lr ‖ĥ‖² ĝ        ΔW = [(Hᵀ H + I)⁻¹ Hᵀ V]ᵀ
 
-H holds the h themselves. The loss of an edit is the mean over its tokens, and edits are summed, so that a gradient
-does not depend on the batch it comes in. A deviation needs two tokens: a first edit of one token changes nothing.
+H holds the h themselves. The loss of an edit is the mean over its tokens, and edits are summed, so that a
+gradient does not depend on the batch it comes in. A deviation needs two tokens: a first edit of one token
+changes nothing, and of the released code's 100 edits a turn every one has company.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +24,7 @@ from d4s.closed_form import Prior, solve
 from d4s.edits import Edit
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
-from d4s.methods.presets import spread_preset
+from d4s.methods.presets import ultraedit_preset
 from d4s.trace import Trace
 
 
@@ -38,7 +39,7 @@ class UltraEdit(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> UltraEdit:
-        return cls(layers=spread_preset(anatomy)["layers"])
+        return cls(**ultraedit_preset(anatomy))
 
     def editor(self, bench: Workbench) -> UltraEditEditor:
         return UltraEditEditor(self, bench)
@@ -75,8 +76,10 @@ class UltraEditEditor(MasterEditor):
 
     def reset(self) -> None:
         super().reset()
-        device = self.anatomy.device
-        self.moments = {layer: Moments(sum(self.anatomy.shape(layer)), device) for layer in self.weights.layers}
+        anatomy = self.anatomy
+        self.moments = {
+            layer: Moments(sum(anatomy.shape(layer)), anatomy.device) for layer in self.weights.layers
+        }
 
     def apply(self, batch: Sequence[Edit]) -> Step:
         losses, inputs, gradients = self.answers(batch)
@@ -97,16 +100,17 @@ class UltraEditEditor(MasterEditor):
         gradients: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         outputs: dict[int, Tensor] = {}
 
-        def keep(layer: int, output: Tensor) -> Tensor:
-            # No weight has a gradient here: the graph begins at the lowest edited layer's output.
-            outputs[layer] = output if output.requires_grad else output.detach().requires_grad_(True)
-            return outputs[layer].clone()
+        def keep(layer: int) -> Callable[[Tensor], Tensor]:
+            def kept(output: Tensor) -> Tensor:
+                # No weight has a gradient here: the graph begins at the lowest edited layer's output.
+                outputs[layer] = output if output.requires_grad else output.detach().requires_grad_(True)
+                return outputs[layer].clone()
+
+            return kept
 
         with ExitStack() as stack:
             traces = {
-                layer: stack.enter_context(
-                    Trace(self.anatomy.projection(layer), edit=lambda output, layer=layer: keep(layer, output))
-                )
+                layer: stack.enter_context(Trace(self.anatomy.projection(layer), edit=keep(layer)))
                 for layer in layers
             }
 
@@ -118,8 +122,11 @@ class UltraEditEditor(MasterEditor):
                         kept[layer].append(at_tokens.float())
 
             losses = losses_in_batches(self.anatomy, self.tokenizer, batch, use)
-        joined = ({layer: torch.cat(parts) for layer, parts in kept.items()} for kept in (inputs, gradients))
-        return losses, *joined
+        return (
+            losses,
+            {layer: torch.cat(parts) for layer, parts in inputs.items()},
+            {layer: torch.cat(parts) for layer, parts in gradients.items()},
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()

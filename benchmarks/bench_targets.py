@@ -1,0 +1,38 @@
+"""Targets of many requests in batches, against one request at a time through the whole model."""
+
+from __future__ import annotations
+
+from benchmarks import originals
+from benchmarks.measure import relative_error, seconds
+from benchmarks.subjects import subject_of_measurement
+from d4s.targets import TargetConfig, optimise_targets
+
+
+def test_targets_in_batches(benchmark, claim, device):
+    anatomy, tokenizer, edits, prefixes, layer = subject_of_measurement(device, count=100)
+    # No early stop: both do the same number of steps.
+    config = TargetConfig(steps=10, learning_rate=0.1, stop_loss=0.0)
+    few = edits[:8]
+    singles = [originals.target(anatomy, tokenizer, edit, prefixes, layer, config) for edit in few]
+    together = optimise_targets(anatomy, tokenizer, few, prefixes, layer, config).delta
+    bound = 1e-3 if device.type == "cpu" else 0.2  # bf16 on the GPU
+    for one, many in zip(singles, together, strict=True):
+        assert relative_error(many, one) < bound
+
+    def one_by_one():
+        for edit in few:
+            originals.target(anatomy, tokenizer, edit, prefixes, layer, config)
+
+    theirs = min(seconds(one_by_one, device) for _ in range(2)) / len(few)
+
+    def in_batches():
+        optimise_targets(anatomy, tokenizer, edits, prefixes, layer, config)
+
+    mine = min(seconds(in_batches, device) for _ in range(2)) / len(edits)
+    claim(
+        "targets of 100 requests: speed of one request at a time, whole model",
+        theirs / mine,
+        5.0 if device.type == "cpu" else 10.0,
+        seconds_a_request=mine,
+    )
+    benchmark.pedantic(in_batches, rounds=1)

@@ -1,0 +1,38 @@
+"""Write-back with both norms, against the memory bandwidth that a plain copy reaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.measure import compare
+from d4s import ops, reference
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_back(benchmark, claim, device, dtype, transposed):
+    d_out, d_in = 4096, 14336
+    shape = (d_in, d_out) if transposed else (d_out, d_in)
+    base = torch.randn(*shape, device=device).to(dtype)
+    delta = 0.01 * torch.randn(d_out, d_in, device=device, dtype=torch.float64)
+    weight, twin = torch.empty_like(base), torch.empty_like(base)
+    sums = ops.write_back_(weight, base, delta, transposed)
+    truth = reference.write_back_(twin, base, delta, transposed)
+    assert torch.equal(weight, twin)
+    torch.testing.assert_close(sums, truth, rtol=1e-10, atol=0)
+
+    moved = 2 * weight.nbytes + delta.nbytes
+    source = torch.randn(moved // 8, device=device)
+    copy = torch.empty_like(source)  # reads and writes as many bytes as the operation
+    mine, theirs = compare(
+        lambda: ops.write_back_(weight, base, delta, transposed), lambda: copy.copy_(source), device
+    )
+    name = str(dtype).removeprefix("torch.") + (" stored transposed" if transposed else "")
+    claim(
+        f"write-back + norms, {name}: of a copy's bandwidth",
+        theirs / mine,
+        0.85 if device.type == "cuda" else 0.8,
+        bytes_a_second=moved / mine,
+    )
+    benchmark.pedantic(lambda: ops.write_back_(weight, base, delta, transposed), rounds=5)

@@ -1,0 +1,39 @@
+"""What model claims are measured on: the embedded model on a CPU, a Llama-3-8B-shaped random one on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from d4s import demo
+from d4s.architectures import Anatomy
+from d4s.edits import Edit
+from d4s.prompts import generate_contexts
+
+
+def subject_of_measurement(
+    device: torch.device, *, count: int
+) -> tuple[Anatomy, Any, Sequence[Edit], tuple[str, ...], int]:
+    """(model, tokenizer, edits, contexts, edited layer); the tokenizer and edits are the embedded model's."""
+    model, tokenizer = demo.load_model()
+    edits = demo.load_demo_edits(count)
+    prefixes = generate_contexts(model, tokenizer)
+    if device.type == "cpu":
+        return Anatomy(model), tokenizer, edits, prefixes, 0
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4_096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8_192,
+        rope_theta=500_000.0,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        large = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return Anatomy(large.eval()), tokenizer, edits, prefixes, 8

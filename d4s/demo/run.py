@@ -1,0 +1,123 @@
+"""The main job: edits the embedded model in sequence with D4S, and for comparison with plain MEMIT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from d4s.covariance import Covariance, estimate_covariance
+from d4s.demo import folder, load_demo_edits, load_model
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.metrics import take_baseline
+from d4s.plots import plot_metrics, plot_norms
+from d4s.scoring import score
+from d4s.sequence import Result, edit_sequence
+
+SHOWN = 5  # facts printed before and after
+FIGURES = ("efficacy", "paraphrase", "specificity", "average")
+
+
+def demo_covariance(
+    model: Any, tokenizer: Any, *, layers: tuple[int, ...], progress: bool = False
+) -> Covariance:
+    """Key statistics over sentences of the facts that the model was trained on, in a seeded order."""
+    from d4s.demo.facts import facts_of, read_records
+
+    sentences = facts_of(read_records(folder() / "counterfact.json")).sentences
+    texts = [f"{s.text} {s.object}" for s in sentences]
+    Random(0).shuffle(texts)
+    return estimate_covariance(model, tokenizer, texts, layers=layers, tokens=30_000, progress=progress)
+
+
+def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
+    """(greedy answer of the new target's length, p(new), p(true)) an edit, on its own prompt."""
+    import math
+
+    found = []
+    questions = [(edit.text, (edit.target_new, edit.target_true or edit.target_new)) for edit in edits]
+    for scores in score(model, tokenizer, questions):
+        new, true = scores
+        said = min(scores, key=lambda s: s.nll)
+        found.append(
+            (tokenizer.decode(list(said.predicted)).strip(), math.exp(-new.nll), math.exp(-true.nll))
+        )
+    return found
+
+
+def run_demo(
+    out: Path,
+    *,
+    count: int = 200,
+    method: str = "d4s",
+    against: str = "memit",
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Edits, prints, draws; returns the figures that `d4s demo --json` prints.
+
+    out: folder for metrics.png, norms.png, their data, and the two results
+    count: edits made, one at a time
+    """
+    edits = load_demo_edits()
+    if not 10 <= count <= len(edits):
+        raise ConfigError(
+            f"--edits {count}: must be within 10…{len(edits)}, the facts that come with the model"
+        )
+    Random(seed).shuffle(edits)
+    edits = edits[:count]
+    model, tokenizer = load_model()
+    layers = tuple(range(len(model.model.layers)))
+    say(
+        f"The embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{len(layers)} blocks."
+    )
+    before = answers(model, tokenizer, edits[:SHOWN])
+    baseline = take_baseline(model, tokenizer, edits)
+    covariance = demo_covariance(model, tokenizer, layers=layers, progress=progress)
+    results: dict[str, Result] = {}
+    after = before
+    for name in (method, against):
+        say(f"\n{count} edits, one at a time, with {name}:")
+        result = edit_sequence(
+            model,
+            tokenizer,
+            edits,
+            method=name,
+            covariance=covariance,
+            evaluate_every=max(1, count // 10),
+            neighborhood_limit=2,
+            baseline=baseline,
+            seed=seed,
+            progress=progress,
+        )
+        say(result.summary())
+        if name == method:
+            after = answers(model, tokenizer, edits[:SHOWN])
+        result.save(out / f"{name}.json")
+        results[name] = result
+        result.restore()
+
+    say(f"\nThe first {SHOWN} edits, before and after all {count} (with {method}):")
+    for edit, (old, _, _), (new, p_new, p_true) in zip(edits, before, after, strict=False):
+        say(f"  {edit.text}")
+        say(
+            f"      before: {old!r}   after: {new!r}   "
+            f"p({edit.target_new}) = {p_new:.2f}, p({edit.target_true}) = {p_true:.2f}"
+        )
+    frames = {name: result.to_frame() for name, result in results.items()}
+    plot_metrics(frames, out / "metrics.png")
+    plot_norms(frames, out / "norms.png")
+    say(f"\nFigures: {os.path.join(out, 'metrics.png')} and {os.path.join(out, 'norms.png')}")
+    figures: dict[str, Any] = {}
+    for name, result in results.items():
+        figures[name] = {f: result.history[-1][f] for f in FIGURES} | {
+            "l1_growth": result.history[-1]["l1_growth"]
+        }
+    figures["unedited"] = {f: results[method].history[0][f] for f in FIGURES}
+    figures["edits"] = count
+    return figures

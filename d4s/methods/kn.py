@@ -1,0 +1,144 @@
+"""KN, knowledge neurons (arXiv 2104.08696): the neurons (inputs of W) that a fact hangs on are found, and
+their columns of W rewritten with embeddings. With w̄ the neurons of one layer at the prompt's last token,
+and p the probability of the old answer as a function of them, integrated gradients over m steps (midpoint
+rule):
+
+    attribution = w̄ ⊙ 1/m Σ_j ∂p/∂w (α_j w̄),  α_j = (j − ½) / m        Σ attributions → p(w̄) − p(0)
+
+Kept are neurons above .2 · the largest over all layers, and of these the ones that more than .7 of the texts
+(the prompt and its paraphrases) share. Each one's column of W, the vector it adds to the stream:
+
+    W[:, i] −= λ₁ emb(old),  += λ₂ emb(new)        λ = ‖W[:, i]‖ / ‖emb‖
+
+An answer of several tokens is represented by its first: p, emb(old) and emb(new) are about that token
+alone. Embeddings are the output's, which raise a token's logit (the paper's model ties the two). Where the
+old answer is not known, it is what the model says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from d4s.architectures import Anatomy
+from d4s.edits import Edit
+from d4s.errors import ConfigError, ModelError
+from d4s.methods.answers import log_probabilities
+from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
+from d4s.prompts import prompt_and_target_ids
+from d4s.trace import Trace, replaced_forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class KN(Method):
+    name: ClassVar[str] = "kn"
+    paper: ClassVar[str] = "arXiv 2104.08696"
+    changes: ClassVar[str] = "columns of MLP output projections"
+    needs: ClassVar[tuple[str, ...]] = ("paraphrases, where there are any",)
+
+    layers: tuple[int, ...]
+    steps: int = 20  # m
+    threshold: float = 0.2  # of the largest attribution
+    share: float = 0.7  # of the texts that must agree on a neuron
+    # The paraphrases that the edit brings are often those it is tested with; False: the prompt alone.
+    paraphrases: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ConfigError(f"steps is {self.steps}; one step is a gradient at one point, not an integral")
+        if not 0 < self.threshold < 1 or not 0 <= self.share < 1:
+            raise ConfigError(f"threshold={self.threshold} and share={self.share} must be between 0 and 1")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> KN:
+        """All layers: the search decides."""
+        return cls(layers=tuple(range(len(anatomy))))
+
+    def editor(self, bench: Workbench) -> KNEditor:
+        return KNEditor(self, bench)
+
+
+class KNEditor(Editor):
+    def __init__(self, method: KN, bench: Workbench) -> None:
+        super().__init__(method, bench, method.layers)
+        model: Any = self.anatomy.model
+        self.embeddings: Tensor = model.get_output_embeddings().weight
+        width, d_out = self.embeddings.shape[1], self.anatomy.shape(method.layers[0])[0]
+        if width != d_out:
+            raise ModelError(
+                f"embeddings have {width} dimensions and W puts out {d_out}; kn needs models where they agree"
+            )
+
+    def reset(self) -> None:
+        """Nothing is remembered but the weights."""
+
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        for edit in batch:
+            self.apply_one(edit)
+        return not_optimised(batch)
+
+    def apply_one(self, edit: Edit) -> None:
+        prompt, new = prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)
+        if edit.target_true is None:
+            old = int(self.last_probabilities(prompt).argmax())
+        else:
+            old = prompt_and_target_ids(self.tokenizer, edit.text, edit.target_true)[1][0]
+        texts = [prompt]
+        if self.method.paraphrases:
+            texts += [list(self.tokenizer(text)["input_ids"]) for text in edit.paraphrases]
+        for layer, neurons in self.shared_neurons(texts, old).items():
+            change = torch.zeros(self.anatomy.shape(layer), dtype=torch.float64, device=self.anatomy.device)
+            weight = self.anatomy.weight(layer).detach().double()
+            weight = weight.T if self.anatomy.transposed(layer) else weight
+            norms = weight[:, neurons].norm(dim=0)  # ‖W[:, i]‖
+            for token, sign in ((old, -1.0), (new[0], 1.0)):
+                embedding = self.embeddings[token].detach().double()
+                change[:, neurons] += sign * (embedding / embedding.norm()).outer(norms)
+            self.weights.write_(layer, self.weights.delta(layer) + change)
+
+    def shared_neurons(self, texts: Sequence[Sequence[int]], token: int) -> dict[int, list[int]]:
+        """Layer → neurons kept by the rules above."""
+        votes: Counter[tuple[int, int]] = Counter()
+        for ids in texts:
+            found = torch.stack([self.attributions(ids, layer, token) for layer in self.weights.layers])
+            kept = (found > self.method.threshold * found.max()).nonzero().tolist()
+            votes.update((self.weights.layers[i], neuron) for i, neuron in kept)
+        shared: dict[int, list[int]] = {}
+        for (layer, neuron), count in sorted(votes.items()):
+            if count > self.method.share * len(texts):
+                shared.setdefault(layer, []).append(neuron)
+        return shared
+
+    def last_probabilities(self, ids: Sequence[int], rows: int = 1) -> Tensor:
+        """p over the vocabulary after the last token, in each of equal rows. [rows, vocabulary] float32."""
+        device = self.anatomy.device
+        repeated = torch.as_tensor([list(ids)] * rows, device=device)
+        row = torch.arange(rows, device=device)
+        read = torch.full((rows,), len(ids) - 1, device=device)
+        return log_probabilities(self.anatomy.model, repeated, torch.ones_like(repeated), row, read).exp()
+
+    def attributions(self, ids: Sequence[int], layer: int, token: int) -> Tensor:
+        """Of each neuron of the layer to p(token). [d_in] float32."""
+        steps, length = self.method.steps, len(ids)
+        module = self.anatomy.projection(layer)
+        with torch.no_grad(), Trace(module) as trace:
+            self.last_probabilities(ids)
+        neurons = trace.input.reshape(length, -1)[-1].float()  # w̄
+        alphas = (torch.arange(steps, device=neurons.device) + 0.5) / steps
+        scaled = (alphas.unsqueeze(1) * neurons).requires_grad_(True)
+        own = module.forward
+
+        def with_scaled(inputs: Tensor) -> Tensor:
+            rows = inputs.reshape(steps, length, -1)
+            changed = torch.cat([rows[:, :-1], scaled.unsqueeze(1).to(rows.dtype)], 1)
+            return own(changed.view(inputs.shape))
+
+        with replaced_forward({module: with_scaled}):
+            p = self.last_probabilities(ids, steps)[:, token]
+        (gradient,) = torch.autograd.grad(p.sum(), [scaled])
+        return neurons * gradient.mean(0)

@@ -1,0 +1,270 @@
+"""Figures of edit sequences. Each is written with its data beside it: figure.png and figure.csv.
+
+One style: the colours of Okabe and Ito (2008), which the colour-blind and black-and-white print tell apart
+with the markers and line styles that go with them; legends stand outside the axes. No display is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d4s.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))  # dotted is the unedited model's
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,
+    "pdf.fonttype": 42,  # text in PDFs stays text
+    "svg.fonttype": "none",
+}
+_PANEL = (3.1, 2.5)  # inches
+_MOST_MARKERS = 12
+_MOST_TICKS = 12
+_DECADES = 1.5  # of values apart before an axis turns logarithmic
+
+
+def plot_metrics(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
+    """Efficacy, paraphrase, specificity and their average against edits made: a panel each, a line a method.
+
+    histories: method → `Result.to_frame()`; shares from 0 to 1, drawn in percent with their 95 % interval.
+    The unedited model's level (row of step 0) is a dotted line.
+    """
+    names = ("efficacy", "paraphrase", "specificity", "average")
+    parts: list[dict[str, Any]] = []
+    levels: dict[str, float] = {}
+    for method, history in histories.items():
+        for name in (n for n in names if n in history):
+            rows = history[["step", name]].dropna()
+            edited = rows[rows["step"] > 0]
+            part = {"panel": name, "line": method, "x": edited["step"], "y": 100 * edited[name]}
+            for bound in ("low", "high"):
+                if f"{name}.{bound}" in history:
+                    part[bound] = 100 * history.loc[edited.index, f"{name}.{bound}"]
+            parts.append(part)
+            unedited = rows[rows["step"] == 0]
+            if len(unedited):
+                levels.setdefault(name, 100 * float(unedited[name].iloc[0]))
+    data = _table(parts, "plot_metrics needs columns 'step' and one of " + ", ".join(names))
+    plot_lines(data, path, x_label="edits made", y_label="share (%)", levels=levels, y_range=(0, 100))
+
+
+def plot_norms(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
+    """Growth of mean |w| of each edited layer, in percent of the unedited layer: a panel a layer.
+
+    histories: method → `Result.to_frame()` with columns `l1_norm.<layer>`, the unedited first
+    Where growths are decades apart the axis is logarithmic (linear next to 0).
+    """
+    prefix = "l1_norm."
+    parts: list[dict[str, Any]] = []
+    layers = {c for h in histories.values() for c in h.columns if str(c).startswith(prefix)}
+    for column in sorted(layers, key=lambda c: int(c.removeprefix(prefix))):
+        for method, history in histories.items():
+            if column in history:
+                norms = history[column]
+                part = {"panel": f"layer {column.removeprefix(prefix)}", "line": method, "x": history["step"]}
+                parts.append(part | {"y": 100 * (norms / norms.iloc[0] - 1)})
+    data = _table(parts, "plot_norms needs columns 'step' and 'l1_norm.<layer>'")
+    plot_lines(data, path, x_label="edits made", y_label="growth of mean |w| (%)")
+
+
+def plot_target_probability(tables: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
+    """p(target) at the first and last step of each target's optimisation: the "bottleneck" curve.
+
+    tables: method → DataFrame of `Result.edits_table` (`first_probability`, `last_probability`). Points are
+    means over a fiftieth of the sequence each, drawn at its last edit.
+    """
+    parts: list[dict[str, Any]] = []
+    for method, table in tables.items():
+        for panel, column in (("first step", "first_probability"), ("last step", "last_probability")):
+            if column in table and len(table):
+                stretch = -(-len(table) // 50)
+                values = table[column].reset_index(drop=True)
+                means = values.groupby(values.index // stretch).mean()
+                ends = [min(len(table), (i + 1) * stretch) for i in means.index]
+                parts.append({"panel": panel, "line": method, "x": ends, "y": means.to_numpy()})
+    data = _table(parts, "plot_target_probability needs 'first_probability' or 'last_probability'")
+    plot_lines(data, path, x_label="edit", y_label="p(target)", y_range=(0, 1))
+
+
+def plot_forgetting(matrix: DataFrame, path: str | os.PathLike[str], *, metric: str = "efficacy") -> None:
+    """Heat map of `Result.forgetting()`: a row for when edits were made, a column for when they were tested."""
+    if not len(matrix):
+        raise ConfigError("plot_forgetting needs a matrix with a row for each evaluation point")
+    values = 100 * matrix.to_numpy(dtype=float)
+    rows, columns = values.shape
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for axis, labels in ((axes.xaxis, matrix.columns), (axes.yaxis, matrix.index)):
+            places = range(0, len(labels), -(-len(labels) // _MOST_TICKS))
+            axis.set_ticks(list(places), [str(labels[place]) for place in places])
+        axes.set(xlabel="tested after (edits)", ylabel="made up to (edits)")
+        axes.grid(False)
+        if max(rows, columns) <= _MOST_TICKS:
+            for r in range(rows):
+                for c in range(columns):
+                    if not math.isnan(values[r, c]):
+                        # Cividis is dark below the middle of its range.
+                        colour = "white" if values[r, c] < 55 else "black"
+                        axes.text(
+                            c, r, f"{values[r, c]:.0f}", ha="center", va="center", color=colour, fontsize=8
+                        )
+        figure.colorbar(image, label=f"{metric} (%)")
+
+    size = (min(7.0, 2.4 + 0.42 * columns), min(6.0, 1.6 + 0.36 * rows))
+    _write(draw, size, matrix.to_csv, path)
+
+
+def plot_lines(
+    data: DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    x_label: str,
+    y_label: str,
+    levels: Mapping[str, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> None:
+    """Lines in panels, one style for each line's name in all of them.
+
+    data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV
+    levels: panel → a dotted horizontal line, the unedited model's
+    y_range: None: as the data, logarithmic where they span decades
+    """
+    for column in ("panel", "line", "x", "y"):
+        if column not in data:
+            raise ConfigError(
+                f"plot_lines: no column {column!r} in the data ({', '.join(map(str, data.columns))})"
+            )
+    panels, lines = list(dict.fromkeys(data["panel"])), list(dict.fromkeys(data["line"]))
+    if not panels:
+        raise ConfigError("plot_lines: no data")
+    across = min(len(panels), 2 if len(panels) == 4 else 3)
+    down = -(-len(panels) // across)
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for number, line in enumerate(lines):
+                _line(axes, data[(data["panel"] == panel) & (data["line"] == line)], number, line)
+            if levels is not None and panel in levels:
+                axes.axhline(levels[panel], color="#555555", linestyle=":", linewidth=1.3, label="unedited")
+            axes.set_title(panel)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for place, axes in enumerate(grid.flat[: len(panels)]):
+            below = place + across >= len(panels)  # no panel below: it carries the label
+            axes.tick_params(labelbottom=below)
+            axes.set_xlabel(x_label if below else "")
+            axes.set_ylabel(y_label if place % across == 0 else "")
+        if y_range is not None:
+            margin = 0.03 * (y_range[1] - y_range[0])
+            grid[0, 0].set_ylim(y_range[0] - margin, y_range[1] + margin)
+        else:
+            _scale(grid[0, 0], data["y"].to_numpy(dtype=float))
+        named: dict[str, Any] = {}
+        for axes in grid.flat[: len(panels)]:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                named.setdefault(label, handle)
+        most = max(1, int(_PANEL[0] * across * 9 / (6 + max(map(len, named)))))
+        figure.legend(
+            list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), most)
+        )
+
+    width = _PANEL[0] * across + (0.9 if across == 1 else 0.3)
+    _write(draw, (width, _PANEL[1] * down + 0.5), lambda file: data.to_csv(file, index=False), path)
+
+
+def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
+    if not len(rows):
+        return
+    colour = COLOURS[number % len(COLOURS)]
+    # Markers of different lines stand at different places, so that one does not hide the other.
+    every = max(1, len(rows) // _MOST_MARKERS)
+    axes.plot(
+        rows["x"],
+        rows["y"],
+        label=label,
+        color=colour,
+        linestyle=DASHES[number % len(DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        markevery=(number % every, every),
+    )
+    if "low" in rows and "high" in rows:
+        axes.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
+
+
+def _scale(axes: Axes, values: Any) -> None:
+    """Logarithmic where values are decades apart; linear next to 0 if some are 0 or below."""
+    sizes = sorted(abs(v) for v in values if v and math.isfinite(v))
+    if not sizes or math.log10(sizes[-1] / sizes[0]) < _DECADES:
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+    else:
+        # From the tenth percentile of the sizes: a few values next to 0 would stretch the axis for nothing.
+        smallest = sizes[len(sizes) // 10]
+        axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
+
+
+def _table(parts: list[dict[str, Any]], needs: str) -> DataFrame:
+    import pandas
+
+    frames = [pandas.DataFrame({k: list(v) if k in "xylowhigh" else v for k, v in p.items()}) for p in parts]
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        raise ConfigError(f"{needs}; there is nothing to draw")
+    return pandas.concat(frames, ignore_index=True)
+
+
+def _write(
+    draw: Callable[[Figure], None],
+    size: tuple[float, float],
+    save_data: Callable[[Path], Any],
+    path: str | os.PathLike[str],
+) -> None:
+    """Figure and data, each beside its place, then renamed. The figure's format goes by its suffix."""
+    # A figure of its own: no window system, no state of pyplot.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"{path}: figures are written as {', '.join('.' + k for k in known)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+
+        def save_figure(file: Path) -> None:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=200)
+
+        for place, save in ((path, save_figure), (path.with_suffix(".csv"), save_data)):
+            beside = place.with_name(f"{place.name}.{os.getpid()}.part")
+            try:
+                save(beside)
+                beside.replace(place)
+            finally:
+                beside.unlink(missing_ok=True)

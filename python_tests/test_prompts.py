@@ -1,0 +1,248 @@
+"""From text to token rows: the subject's last token, the target's tokens, contexts, padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from d4s.errors import EditError, TokenizerError
+from d4s.prompts import (
+    CONTEXT_SEEDS,
+    generate_contexts,
+    pad_id,
+    padded,
+    prompt_and_target_ids,
+    subject_row,
+)
+
+
+def bpe(words: list[str], *, start: bool = True, metaspace: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with these merged pieces over single characters, which does not split before merging."""
+    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz .ABCDEFGHILMNOPRST"))
+    vocabulary = {"<s>": 0, **{c: i for i, c in enumerate(characters, 1)}}
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            pair = (word[: end - 1], word[end - 1])
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append(pair)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+        tokenizer.decoder = decoders.Metaspace()
+    if start:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def token_texts(tokenizer, text: str) -> list[str]:
+    """What of the text each token stands for, by its offsets."""
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return [text[first:stop] for first, stop in offsets]
+
+
+def last_by_hand(tokenizer, text: str, end: int) -> int:
+    """The last token any of whose characters stands before `end`, found by growing the text's offsets."""
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return max(i for i, (first, stop) in enumerate(offsets) if first < end and stop > first)
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("subject", ["Danielle Darrieux", "Lyon", "Xqzv", "Steve Jobs;", "a"])
+@pytest.mark.parametrize("template", ["The mother tongue of {} is", "{} worked for", "Who is {}", "{}'s capital"])
+def test_the_subjects_last_token_is_found_by_offsets(start, subject, template):
+    tokenizer = tiny_tokenizer(start)
+    row = subject_row(tokenizer, template, subject)
+    text = template.replace("{}", subject)
+    assert list(row.ids) == tokenizer(text)["input_ids"] and row.target_start == len(row.ids)
+    assert row.subject_last == last_by_hand(tokenizer, text, template.index("{}") + len(subject))
+    assert token_texts(tokenizer, text)[row.subject_last].strip()[-1] == subject[-1]
+
+
+def test_a_start_token_moves_the_place_by_one():
+    with_start, without = (
+        subject_row(tiny_tokenizer(start), "The capital of {} is", "France") for start in (True, False)
+    )
+    assert with_start.subject_last == without.subject_last + 1
+    assert with_start.ids[1:] == without.ids
+
+
+def test_of_a_subject_that_stands_twice_the_templates_one_is_meant():
+    tokenizer = tiny_tokenizer()
+    first = subject_row(tokenizer, "{} is a city, and Lyon is French", "Lyon")
+    second = subject_row(tokenizer, "Lyon is a city, and {} is French", "Lyon")
+    assert first.ids == second.ids
+    texts = token_texts(tokenizer, "Lyon is a city, and Lyon is French")
+    assert "".join(texts[: first.subject_last + 1]).endswith("Lyon") and first.subject_last < second.subject_last
+    assert "".join(texts[: second.subject_last + 1]) == "Lyon is a city, and Lyon"
+
+
+def test_of_a_subject_that_holds_itself_or_the_prefix_the_templates_end_counts():
+    tokenizer = tiny_tokenizer()
+    row = subject_row(tokenizer, "{} is", "Lyon Lyon", prefix="Lyon. ")
+    assert "".join(token_texts(tokenizer, "Lyon. Lyon Lyon is")[: row.subject_last + 1]) == "Lyon. Lyon Lyon"
+
+
+@pytest.mark.parametrize("subject", ["Škoda Ř", "東京", "Beyoncé", "naïve 🙂", "é"])
+def test_of_a_character_of_several_bytes_the_last_token_counts(subject):
+    tokenizer = tiny_tokenizer()
+    row = subject_row(tokenizer, "Where is {}? In", subject)
+    # Byte-level pieces: the bytes up to the token end exactly with the subject's last byte.
+    spelled = "".join(tokenizer.convert_ids_to_tokens(list(row.ids[: row.subject_last + 1])))
+    whole = "".join(tokenizer.convert_ids_to_tokens(tokenizer("Where is " + subject)["input_ids"]))
+    assert spelled == whole
+
+
+def test_a_token_that_reaches_over_the_subjects_end_is_its_last():
+    tokenizer = bpe(["ork i", "Yo"])
+    row = subject_row(tokenizer, "In {} it rains", "York")
+    assert token_texts(tokenizer, "In York it rains")[row.subject_last] == "ork i"
+
+
+def test_a_token_that_reaches_over_the_subjects_start_does_no_harm():
+    tokenizer = bpe(["n Yo"])
+    row = subject_row(tokenizer, "in {} it rains", "York")
+    assert token_texts(tokenizer, "in York it rains")[row.subject_last] == "k"
+    assert subject_row(tokenizer, "in {} it rains", "Yo").subject_last == row.subject_last - 2
+
+
+def test_a_prefix_stands_before_the_prompt():
+    tokenizer = tiny_tokenizer()
+    plain = subject_row(tokenizer, "The capital of {} is", "France", "Paris")
+    behind = subject_row(tokenizer, "The capital of {} is", "France", "Paris", prefix="You and {} play. ")
+    text = "You and {} play. The capital of France is"
+    assert list(behind.ids[: behind.target_start]) == tokenizer(text)["input_ids"]
+    assert "".join(token_texts(tokenizer, text)[: behind.subject_last + 1]).endswith("France")
+    assert behind.ids[behind.target_start :] == plain.ids[plain.target_start :]
+
+
+def test_prompt_and_target_are_one_text_where_nothing_merges_across():
+    tokenizer = tiny_tokenizer()
+    prompt, target = prompt_and_target_ids(tokenizer, "The capital of France is", "Paris Lyon")
+    assert prompt == tokenizer("The capital of France is")["input_ids"]
+    assert prompt + target == tokenizer("The capital of France is Paris Lyon")["input_ids"]
+    row = subject_row(tokenizer, "The capital of {} is", "France", "Paris Lyon")
+    assert list(row.ids) == prompt + target and row.target_start == len(prompt)
+
+
+def test_the_prompts_ids_stay_where_the_tokenizer_would_merge_across_the_border():
+    """'is P' is one piece of the joined text; prompt and target keep their own pieces all the same."""
+    tokenizer = bpe(["is P", "is"])
+    joined = tokenizer("it is Paris")["input_ids"]
+    prompt, target = prompt_and_target_ids(tokenizer, "it is", "Paris")
+    assert prompt == tokenizer("it is")["input_ids"] and joined[: len(prompt)] != prompt
+    assert "".join(tokenizer.convert_ids_to_tokens(target)) == " Paris", "with the one space that joins them"
+    row = subject_row(tokenizer, "{} is", "it", "Paris")
+    assert list(row.ids) == prompt + target and row.target_start == len(prompt)
+
+
+@pytest.mark.parametrize("doubling", [True, False])
+def test_a_sentencepiece_target_begins_with_one_space_mark(doubling):
+    """Llama 2's tokenizer puts a mark in front of ' Paris' although there is one; newer ones do not."""
+    tokenizer = bpe(["▁is▁P", "▁is"], metaspace=True)
+    if doubling:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    prompt, target = prompt_and_target_ids(tokenizer, "it is", "Paris")
+    assert prompt == tokenizer("it is")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(target) == list("▁Paris")
+
+
+def test_a_target_gets_no_start_token():
+    tokenizer = bpe(["is P", "is"])
+    assert 0 not in prompt_and_target_ids(tokenizer, "it is", "Paris")[1]
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    with pytest.raises(TokenizerError, match=r"ByT5Tokenizer gives no character offsets.*fast tokenizer"):
+        subject_row(ByT5Tokenizer(), "The capital of {} is", "France")
+
+
+def test_a_template_without_place_for_the_subject_is_refused():
+    with pytest.raises(EditError, match=r"'The capital is' has no '\{\}'"):
+        subject_row(tiny_tokenizer(), "The capital is", "France")
+
+
+def test_a_subject_whose_end_the_tokenizer_drops_is_named():
+    tokenizer = bpe([])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ss!", "")
+    with pytest.raises(TokenizerError, match=r"no token of .* covers the end of the subject 'lass!'"):
+        subject_row(tokenizer, "who is {}", "lass!")
+
+
+def test_contexts_are_seeded_continuations_of_the_five_seeds_by_the_model(seed):
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    first = generate_contexts(model, tokenizer, per_seed=2, length=6, seed=7)
+    assert first == generate_contexts(model, tokenizer, per_seed=2, length=6, seed=7)
+    assert first != generate_contexts(model, tokenizer, per_seed=2, length=6, seed=8)
+    assert first != generate_contexts(tiny_model("llama", seed + 1), tokenizer, per_seed=2, length=6, seed=7)
+    assert len(first) == 10 and all(text.endswith(". ") for text in first)
+    assert [text.startswith(word) for text, word in zip(first[::2], CONTEXT_SEEDS, strict=True)] == [True] * 5
+    assert len(generate_contexts(model, tokenizer)) == 5
+
+
+def test_contexts_take_one_of_the_five_likeliest_tokens_each_time(monkeypatch, seed):
+    model, tokenizer = tiny_model("gpt2", seed), tiny_tokenizer()
+    made: list[torch.Tensor] = []
+    plain = model.generate
+
+    def spy(**arguments):
+        made.append(plain(**arguments))
+        return made[-1]
+
+    monkeypatch.setattr(model, "generate", spy)
+    model.generation_config.top_p, model.generation_config.temperature = 0.01, 1e-3  # the model's own wishes
+    generate_contexts(model, tokenizer, per_seed=8, length=7, seed=seed)
+    ranks = []
+    for rows, word in zip(made, CONTEXT_SEEDS, strict=True):
+        prompt = tokenizer(word)["input_ids"]
+        assert rows.shape == (8, len(prompt) + 7) and (rows[:, : len(prompt)] == torch.tensor(prompt)).all()
+        with torch.no_grad():
+            logits = model(rows).logits[:, len(prompt) - 1 : -1]
+        logits[..., tokenizer.eos_token_id] = -torch.inf  # no text ends early
+        chosen = rows[:, len(prompt) :].unsqueeze(-1)
+        ranks.append((logits > logits.gather(-1, chosen)).sum(-1))
+    ranks = torch.cat(ranks)
+    assert ranks.max() <= 4 and (ranks > 0).float().mean() > 0.2
+
+
+def test_contexts_leave_random_state_and_training_flag_as_they_were(seed):
+    model = tiny_model("gpt2", seed, resid_pdrop=0.5).train()
+    before = torch.get_rng_state()
+    first = generate_contexts(model, tiny_tokenizer(), seed=1)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert generate_contexts(model.eval(), tiny_tokenizer(), seed=1) == first, "no dropout while sampling"
+    assert not model.training
+
+
+def test_contexts_that_fail_leave_the_training_flag(monkeypatch, seed):
+    model = tiny_model("gpt2", seed).train()
+    before = torch.get_rng_state()
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate_contexts(model, tiny_tokenizer())
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_are_padded_on_the_side_asked_for():
+    rows = [(3, 1, 4), (1,), (5, 9)]
+    ids, mask = padded(rows, 7)
+    assert ids.tolist() == [[3, 1, 4], [1, 7, 7], [5, 9, 7]] and mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    ids, mask = padded(rows, 7, left=True)
+    assert ids.tolist() == [[3, 1, 4], [7, 7, 1], [7, 5, 9]] and mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_an_id_to_pad_with_is_always_found():
+    tokenizer = bpe([])
+    assert pad_id(tiny_tokenizer()) == tiny_tokenizer().pad_token_id
+    assert pad_id(tokenizer) == tokenizer.bos_token_id
+    tokenizer.bos_token = None
+    assert pad_id(tokenizer) == 0
