@@ -34,7 +34,8 @@ void gather_rows(const Matrix& keys, const int64_t* rows, int64_t first, int64_t
   with_cpu_type(keys.dtype, [&](auto zero) {
     using Key = decltype(zero);
     const Key* data = static_cast<const Key*>(keys.data);
-    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kElementsAThread / keys.cols);
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = rows ? rows[first + i] : first + i;
         copy_row(data + row * keys.row_stride, packed + i * keys.cols, keys.cols);

@@ -19,6 +19,7 @@
 namespace d4s {
 
 constexpr int64_t kLanes = 8;
+constexpr int64_t kElementsAThread = 1 << 15;  // less is done sooner than a second thread wakes
 
 using Double4 = double __attribute__((vector_size(32)));
 using Float4 = float __attribute__((vector_size(16)));

@@ -11,9 +11,9 @@
 namespace d4s {
 namespace {
 
-constexpr int64_t kTransposeRows = 64;   // rows of a column-major delta turned together: whole cache lines
-constexpr int64_t kTransposeCols = 256;  // by so many columns, in the first-level cache
-constexpr int64_t kPrefetch = 4;        // columns asked for ahead, since each lies in another page
+constexpr int64_t kTransposeRows = 64;   // rows of a column-major delta turned together: runs of memory
+constexpr int64_t kTransposeCols = 128;  // by so many columns, in the second-level cache
+constexpr int64_t kPrefetch = 4;         // columns asked for ahead, since each lies in another page
 constexpr int64_t kTransposePitch = kTransposeCols + kLanes;  // rows must not share a cache set
 
 struct Sums {
@@ -77,7 +77,8 @@ void write_back(const Matrix& weight, const Matrix& base, const Matrix& delta, d
   // One pair of sums a strip, added up in order at the end: the result does not depend on the threads.
   const int64_t strips = (weight.rows + kTransposeRows - 1) / kTransposeRows;
   std::vector<double> strip_sums(2 * strips);
-  at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kElementsAThread / (kTransposeRows * weight.cols));
+  at::parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
     std::vector<Delta> turned(turn ? kTransposeRows * kTransposePitch : 0);
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kTransposeRows;

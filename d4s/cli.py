@@ -14,28 +14,37 @@ from typing import Any
 
 from d4s.errors import ConfigError, D4SError, ModelError
 
+# What `d4s reproduce` makes; the protocols stand in d4s/reproduce.py.
+PAPER = ("table2", "table3", "table4", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8")
+
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of MODEL: a folder, a hub name, or "embedded"."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     if options.model == "embedded":
         from d4s import demo
 
-        return demo.load_model()
-    try:
-        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{options.model}: no causal language model could be loaded ({reason}). MODEL is a folder with "
-            "config.json, weights and tokenizer.json, the name of one on the hub, or 'embedded'"
-        ) from None
+        model, tokenizer = demo.load_model(None if dtype == "auto" else dtype)
+    else:
+        try:
+            # Other weight files than safetensors are pickles, and nothing is unpickled here.
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+        except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"{options.model}: no causal language model could be loaded ({reason}). MODEL is a folder with "
+                "config.json, model.safetensors and tokenizer.json, the name of one on the hub, or 'embedded'"
+            ) from None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except (AssertionError, RuntimeError) as error:  # no such device, or a torch that was built without it
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _load_edits(options: argparse.Namespace) -> list[Any]:
@@ -60,6 +69,19 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
         except json.JSONDecodeError:
             fields[name] = value
     return fields or None
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers with commas, as --layers 4,5,6"""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas, as 4,5,6") from None
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas, as --methods d4s,memit"""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _empty_folder(path: Path) -> Path:
@@ -151,9 +173,8 @@ def covariance(options: argparse.Namespace) -> None:
     from d4s.covariance import estimate_covariance
 
     model, tokenizer = _load_model(options)
-    layers = [int(i) for i in options.layers.split(",")] if options.layers else None
     found = estimate_covariance(
-        model, tokenizer, options.corpus, layers=layers, tokens=options.tokens, seed=options.seed
+        model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
     )
     found.save(options.out)
     facts = {
@@ -166,6 +187,110 @@ def covariance(options: argparse.Namespace) -> None:
         _print_json(facts)
     else:
         print(f"{options.out}: layers {facts['layers']}, {found.count} key vectors a layer")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from d4s.compare import compare as compare_methods
+
+    out = _empty_folder(options.out)
+    edits = _load_edits(options)
+    model, tokenizer = _load_model(options)
+    found = compare_methods(
+        model,
+        tokenizer,
+        edits,
+        options.methods,
+        covariance=_covariance_for(options, model, tokenizer),
+        batch_size=options.batch_size,
+        evaluate_every=options.evaluate_every,
+        seeds=options.seeds or options.seed,
+        shuffle=options.shuffle,
+        count=options.count,
+        neighborhood_limit=options.neighborhood_limit,
+    )
+    found.save(out)
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(f"{found.summary()}\ntable, histories, figures: {out}")
+
+
+def analyze(options: argparse.Namespace) -> None:
+    from d4s.analysis import analyze_data, analyze_model
+    from d4s.compare import compare as compare_methods
+    from d4s.sequence import Record
+
+    bounds = {n: b for n in ("efficacy", "specificity") if (b := getattr(options, f"{n}_bound")) is not None}
+    view: Any
+    if options.edits is None:
+        if options.view == "data":
+            raise ConfigError("analyze data needs EDITS: d4s analyze data MODEL EDITS --out DIR")
+        record = Record.load(options.model)
+        out = _empty_folder(options.out)
+        view = analyze_model(record, bounds=bounds, seed=options.seed)
+    else:
+        out = _empty_folder(options.out)
+        edits = _load_edits(options)
+        model, tokenizer = _load_model(options)
+        run: dict[str, Any] = {
+            "methods": options.methods,
+            "covariance": _covariance_for(options, model, tokenizer),
+            "batch_size": options.batch_size,
+            "evaluate_every": options.evaluate_every or max(1, len(edits) // 10),
+        }
+        if options.view == "data":
+            view = analyze_data(model, tokenizer, edits, **run, seed=options.seed)
+        else:
+            limit = options.neighborhood_limit
+            found = compare_methods(
+                model, tokenizer, edits, **run, seeds=options.seed, neighborhood_limit=limit
+            )
+            view = analyze_model(found, bounds=bounds, seed=options.seed)
+    view.save(out)
+    if options.json:
+        _print_json(view.to_dict())
+    else:
+        print(f"{view.summary()}\ntables, figures: {out}")
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    from d4s.datasets import load_edits
+    from d4s.reproduce import reproduce as reproduce_one
+
+    out = _empty_folder(options.out)
+    edits = {path.stem: load_edits(path, skip_bad=options.skip_bad) for path in options.edits or ()}
+    model, tokenizer = _load_model(options)
+    found = reproduce_one(
+        options.name,
+        model,
+        tokenizer,
+        edits or None,
+        out=out,
+        counts=options.counts,
+        methods=options.methods,
+        covariance=_covariance_for(options, model, tokenizer),
+        tasks=options.tasks,
+        task_folder=options.task_folder,
+        task_limit=options.task_limit,
+        seed=options.seed,
+    )
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(f"{found.summary()}\nfigure, data, details: {out}")
+
+
+def _covariance_for(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """--covariance, or the embedded model's own; None: estimated and cached where a method needs it."""
+    from d4s.covariance import Covariance
+
+    if options.covariance:
+        return Covariance.load(options.covariance)
+    if options.model == "embedded":
+        from d4s.demo.run import demo_covariance
+
+        return demo_covariance(model, tokenizer, layers=tuple(range(len(model.model.layers))))
+    return None
 
 
 def models(options: argparse.Namespace) -> None:
@@ -200,12 +325,19 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
-        function: Any, text: str, *, model: bool = False, edits: bool = False
+        function: Any,
+        text: str,
+        *,
+        first: dict[str, Any] | None = None,
+        model: bool = False,
+        edits: bool = False,
     ) -> argparse.ArgumentParser:
         made = verbs.add_parser(function.__name__, help=text, description=text)
         made.set_defaults(function=function)
         made.add_argument("--json", action="store_true", help="figures as JSON on standard output")
         made.add_argument("--seed", type=int, default=0)
+        if first is not None:
+            made.add_argument(**first)
         if model:
             made.add_argument("model", metavar="MODEL", help="folder, hub name, or 'embedded'")
             made.add_argument("--device", help="cpu, cuda, cuda:1 …; default: cuda where there is one")
@@ -216,7 +348,9 @@ def parser() -> argparse.ArgumentParser:
                 help="of the weights",
             )
         if edits:
-            made.add_argument("edits", metavar="EDITS", help="file of edits, or 'embedded'")
+            # A file of results comes without edits.
+            optional: dict[str, Any] = {"nargs": "?"} if function is analyze else {}
+            made.add_argument("edits", metavar="EDITS", help="file of edits, or 'embedded'", **optional)
             made.add_argument("--limit", type=int, help="take the first LIMIT edits")
             made.add_argument(
                 "--skip-bad", action="store_true", help="leave wrong records out, and list them"
@@ -237,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
     made.add_argument("--batch-size", type=int, default=1, help="edits a step")
     made.add_argument("--evaluate-every", type=int, help="edits between evaluations")
-    made.add_argument("--set", nargs="*", metavar="FIELD=VALUE", help="fields of the method's configuration")
+    made.add_argument("--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="fields of the method's configuration")
 
     made = verb(evaluate, "score a model on edits", model=True, edits=True)
     made.add_argument("--generate", action="store_true", help="also score free generation")
@@ -247,8 +381,56 @@ def parser() -> argparse.ArgumentParser:
         "corpus", metavar="CORPUS", nargs="?", help="text file; default: sampled from the model"
     )
     made.add_argument("--out", type=Path, required=True, help="safetensors file")
-    made.add_argument("--layers", help="as 4,5,6; default: all")
+    made.add_argument("--layers", type=_numbers, help="as 4,5,6; default: all")
     made.add_argument("--tokens", type=int, help="key vectors; default: 10 · d_in")
+
+    def several(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--out", type=Path, required=True, help="new folder for tables and figures")
+        made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
+        made.add_argument("--batch-size", type=int, default=1, help="edits a step")
+        made.add_argument(
+            "--neighborhood-limit", type=int, help="neighbours an edit that are scored on the way; default: all"
+        )
+
+    made = verb(compare, "the same edits with several methods", model=True, edits=True)
+    several(made)
+    made.add_argument("--methods", type=_names, default=["d4s", "memit"], help="as d4s,memit,rome")
+    made.add_argument("--evaluate-every", type=int, help="edits between evaluations; default: at the end")
+    made.add_argument("--seeds", type=_numbers, help="as 0,1,2: means over them; default: --seed")
+    made.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
+    made.add_argument("--count", type=int, help="edits made, the first of that order; default: all")
+
+    made = verb(
+        analyze,
+        "why editing makes a model decline: by what it is edited with (data), or by what changes inside it (model). "
+        "The model view also takes the result of an earlier run: d4s analyze model RESULT.json",
+        first={"dest": "view", "choices": ("data", "model")},
+        model=True,
+        edits=True,
+    )
+    several(made)
+    made.add_argument("--methods", type=_names, default=["rome", "memit"], help="as rome,memit,d4s")
+    made.add_argument("--evaluate-every", type=int, help="edits between evaluations; default: a tenth of them")
+    for name in ("efficacy", "specificity"):
+        made.add_argument(
+            f"--{name}-bound", type=float, help="share it must not fall under; default: 90 %% of its first level"
+        )
+
+    made = verb(
+        reproduce,
+        "a table or figure of the D4S paper",
+        first={"dest": "name", "metavar": "NAME", "choices": PAPER, "help": ", ".join(PAPER)},
+        model=True,
+    )
+    made.add_argument("--edits", type=Path, nargs="+", help="a file a data set; default: the embedded model's")
+    made.add_argument("--skip-bad", action="store_true", help="leave wrong records out, and list them")
+    made.add_argument("--counts", type=_numbers, help="edits at which is scored; default: the paper's")
+    made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: the paper's")
+    made.add_argument("--out", type=Path, required=True, help="new folder for table, figure and statement")
+    made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
+    made.add_argument("--tasks", type=_names, help="downstream tasks of the harness, for table4 and fig6")
+    made.add_argument("--task-folder", type=Path, help="folder of local task files")
+    made.add_argument("--task-limit", type=int, help="questions of each task")
 
     verb(models, "model types that can be edited")
     verb(methods, "methods, what they need, and their presets")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ from d4s.architectures import Anatomy, Architecture
 from d4s.errors import CovarianceError, DataError
 from d4s.prompts import pad_id, padded
 from d4s.trace import Trace, stopping
+
+logger = logging.getLogger("d4s.covariance")
 
 KEYS_A_DIMENSION = 10  # key vectors per d_in: within .3 % of the full statistics (arXiv 2506.04226)
 LONGEST_TEXT = 128  # tokens; longer texts are cut into pieces
@@ -42,6 +45,8 @@ class Covariance:
                 raise CovarianceError(
                     f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]"
                 )
+            if moment.dtype not in (torch.float32, torch.float64):
+                raise CovarianceError(f"layer {layer}: moment is {moment.dtype}, must be float32 or float64")
             if not torch.isfinite(moment).all():
                 raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
         if count < 1:
@@ -118,12 +123,18 @@ class Covariance:
                     raise CovarianceError(
                         f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r} (made by d4s covariance)"
                     )
-                moments = {int(n.removeprefix("layer.")): file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CovarianceError(f"{path}: not a readable safetensors file ({error})") from None
-        return Covariance(
-            moments, int(metadata["count"]), fingerprint=metadata["fingerprint"], corpus=metadata["corpus"]
-        )
+        try:
+            return Covariance(
+                {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()},
+                int(metadata["count"]),
+                fingerprint=metadata["fingerprint"],
+                corpus=metadata["corpus"],
+            )
+        except (KeyError, ValueError) as error:  # CovarianceError among them
+            raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
 
 
 def fingerprint_of(model: nn.Module) -> str:
@@ -141,7 +152,11 @@ def fingerprint_of(model: nn.Module) -> str:
 def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
     """Non-blank lines of a text file, or the texts themselves."""
     if not isinstance(corpus, (str, os.PathLike)):
-        yield from (text for text in corpus if text.strip())
+        for number, text in enumerate(corpus, 1):
+            if not isinstance(text, str):
+                raise DataError(f"text {number} of the corpus is a {type(text).__name__}, must be a string")
+            if text.strip():
+                yield text
         return
     try:
         with open(corpus, encoding="utf-8") as file:
@@ -150,14 +165,16 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         raise DataError(f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error})") from None
 
 
+def _longest(model: Any) -> int:
+    """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
+    return min(LONGEST_TEXT, getattr(model.config, "max_position_embeddings", LONGEST_TEXT))
+
+
 @torch.no_grad()
 def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator[list[int]]:
     """Texts that the model itself says, from its start token on, at temperature 1."""
     device = next(model.parameters()).device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
-    longest = min(LONGEST_TEXT, getattr(model.config, "max_position_embeddings", LONGEST_TEXT))
-    training = model.training
-    model.eval()
     made = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -169,7 +186,7 @@ def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
-                max_new_tokens=longest - 1,
+                max_new_tokens=_longest(model) - 1,
                 pad_token_id=pad_id(tokenizer),
             ).tolist()
             for row in rows:
@@ -185,7 +202,6 @@ def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator
                 raise CovarianceError(
                     "the model samples no text from its start token; pass a corpus of texts"
                 )
-    model.train(training)
 
 
 def estimate_covariance(
@@ -210,15 +226,17 @@ def estimate_covariance(
     dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
     on_batch: called with the number of key vectors after each batch.
 
-    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut.
+    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut into pieces.
     """
     if dtype not in (torch.float32, torch.float64):
         raise CovarianceError(f"dtype={dtype}: sums are float32 or float64, never half precision")
     anatomy = Anatomy(model, architecture)
     chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(len(anatomy)))
     anatomy.check_layers(chosen)
+    if tokens is not None and tokens < 1:
+        raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
     wanted = tokens if tokens is not None else KEYS_A_DIMENSION * max(anatomy.shape(i)[1] for i in chosen)
-    device = anatomy.device
+    device, longest = anatomy.device, _longest(model)
     print_digest = hashlib.sha256()
 
     def pieces() -> Iterator[list[int]]:
@@ -227,41 +245,39 @@ def estimate_covariance(
             return
         for text in _texts_of(corpus):
             ids = tokenizer(text)["input_ids"]
-            for at in range(0, len(ids), LONGEST_TEXT):
-                yield ids[at : at + LONGEST_TEXT]
-
-    rows: list[list[int]] = []
-    total = 0
-    for ids in pieces():
-        if total >= wanted:
-            break
-        rows.append(list(ids[: wanted - total]))
-        total += len(rows[-1])
-        print_digest.update(repr(rows[-1]).encode())
-    rows.sort(key=len)  # little padding
+            for at in range(0, len(ids), longest):
+                yield ids[at : at + longest]
 
     moments = {
         i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen
     }
     training = model.training
     model.eval()
-    bar = tqdm(
-        total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True
-    )
     try:
-        at = 0
-        while at < len(rows):
-            stop = at + 1
-            while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
-                stop += 1
-            batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
-            counted = _add_batch(anatomy, moments, batch, mask)
-            bar.update(counted)
-            if on_batch is not None:
-                on_batch(counted)
-            at = stop
+        rows: list[list[int]] = []
+        total = 0
+        for ids in pieces():
+            rows.append(list(ids[: wanted - total]))
+            total += len(rows[-1])
+            print_digest.update(repr(rows[-1]).encode())
+            if total == wanted:
+                break
+        rows.sort(key=len)  # little padding
+        with tqdm(
+            total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True
+        ) as bar:
+            at = 0
+            while at < len(rows):
+                stop = at + 1
+                while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
+                    stop += 1
+                batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
+                counted = _add_batch(anatomy, moments, batch, mask)
+                bar.update(counted)
+                if on_batch is not None:
+                    on_batch(counted)
+                at = stop
     finally:
-        bar.close()
         model.train(training)
     for moment in moments.values():
         ops.symmetrize_(moment)
@@ -302,7 +318,10 @@ def cached_covariance(
     identity = f"{fingerprint_of(model)} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     if path.exists():
-        return Covariance.load(path)
+        try:
+            return Covariance.load(path)
+        except CovarianceError as error:
+            logger.warning("%s; it is made again", error)
     found = estimate_covariance(
         model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
     )

@@ -182,7 +182,7 @@ def plot_lines(
             margin = 0.03 * (y_range[1] - y_range[0])
             grid[0, 0].set_ylim(y_range[0] - margin, y_range[1] + margin)
         else:
-            _scale(grid[0, 0], data["y"].to_numpy(dtype=float))
+            _scale(grid[0, 0], data)
         named: dict[str, Any] = {}
         for axes in grid.flat[: len(panels)]:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -215,17 +215,17 @@ def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
         axes.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
 
 
-def _scale(axes: Axes, values: Any) -> None:
-    """Logarithmic where values are decades apart; linear next to 0 if some are 0 or below."""
-    sizes = sorted(abs(v) for v in values if v and math.isfinite(v))
-    if not sizes or math.log10(sizes[-1] / sizes[0]) < _DECADES:
+def _scale(axes: Axes, data: DataFrame) -> None:
+    """Logarithmic where the lines' largest values are decades apart; linear next to 0 if some are 0 or below."""
+    values = data[data["y"].abs() < math.inf]
+    sizes = values["y"].abs().groupby([values["panel"], values["line"]]).max()
+    sizes = sizes[sizes > 0]
+    if not len(sizes) or math.log10(sizes.max() / sizes.min()) < _DECADES:
         return
-    if min(values) > 0:
+    if values["y"].min() > 0:
         axes.set_yscale("log")
     else:
-        # From the tenth percentile of the sizes: a few values next to 0 would stretch the axis for nothing.
-        smallest = sizes[len(sizes) // 10]
-        axes.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)))
+        axes.set_yscale("symlog", linthresh=10 ** (math.floor(math.log10(sizes.min())) - 1))
 
 
 def _table(parts: list[dict[str, Any]], needs: str) -> DataFrame:

@@ -17,9 +17,11 @@ from tqdm import tqdm
 from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
-from d4s.errors import ConfigError, D4SError, DataError
+from d4s.errors import ConfigError, D4SError, DataError, ModelError
 from d4s.methods import Editor, Method, Workbench, method_for
+from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
+from d4s.prompts import subject_row
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -63,12 +65,16 @@ class Record:
 
     def summary(self) -> str:
         """The history as a short text table; mean |w| growth in percent."""
+
+        def number(value: float | None) -> float:
+            return math.nan if value is None else value  # a stored figure that was not finite
+
         names = [n for n in HEADLINES if any(n in row for row in self.history)]
         lines = [f"{'edits':>6}  " + "  ".join(f"{n:>11}" for n in names) + "  mean |w|    s/edit"]
         for row in self.history:
-            cells = "  ".join(f"{row[n]:11.3f}" if n in row else " " * 11 for n in names)
+            cells = "  ".join(f"{number(row[n]):11.3f}" if n in row else " " * 11 for n in names)
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
-            lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
+            lines.append(f"{row['step']:6d}  {cells}  {100 * number(row['l1_growth']):+7.2f} %  {pace:8.3f}")
         return "\n".join(lines)
 
     def forgetting(self, metric: str = "efficacy") -> DataFrame:
@@ -234,6 +240,10 @@ def edit_sequence(
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
     configured = method_for(method, Anatomy(model, architecture), config)
+    _check_finite(model)
+    if isinstance(configured, TargetMethod):
+        for edit in edits:
+            subject_row(tokenizer, edit.prompt, edit.subject)
     bench = Workbench(
         model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
     )
@@ -276,6 +286,15 @@ def edit_sequence(
     return result
 
 
+def _check_finite(model: Any) -> None:
+    """Raises ModelError if any weight holds NaN or infinity: nothing the model says then means anything."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight.detach()).all():
+            raise ModelError(
+                f"{name} holds values that are NaN or infinite; load the model again from an intact file"
+            )
+
+
 class _Run:
     """A sequence under way: clocks, and the tests right after each step."""
 
@@ -297,7 +316,8 @@ class _Run:
     def step(self, batch: Sequence[Edit], original: bool) -> None:
         result = self.result
         began = time.perf_counter()
-        step = result.editor.edit(batch)
+        with result.editor.weights.all_or_nothing():
+            step = result.editor.edit(batch)
         if result.editor.anatomy.device.type == "cuda":
             torch.cuda.synchronize()
         self.edit_seconds += time.perf_counter() - began

@@ -83,6 +83,18 @@ class EditedWeights:
             for layer, data in edited.items():
                 self.anatomy.weight(layer).data = data
 
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A failure inside puts the edited weights back as they were at the start. Memory: one more copy of them."""
+        before, l1, delta_square = self.current(), dict(self._l1), dict(self._delta_square)
+        try:
+            yield
+        except BaseException:
+            for layer, weight in before.items():
+                self.anatomy.weight(layer).data.copy_(weight)
+            self._l1, self._delta_square = l1, delta_square
+            raise
+
     def restore_(self) -> None:
         """Puts W0 back, bit for bit."""
         for layer in self.layers:

@@ -52,8 +52,8 @@ def test_it_is_the_mean_of_k_kt_over_every_token_of_every_text(model_type, seed)
         close(mean, total / count)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 10**6])
-def test_how_texts_are_batched_does_not_matter(batch_tokens, seed):
+@pytest.mark.parametrize(("batch_tokens", "batches"), [(1, 12), (80, 6), (10**6, 1)])
+def test_how_texts_are_batched_does_not_matter(batch_tokens, batches, seed):
     model = tiny_model("gpt2", seed).double()
     seen: list[int] = []
     found = estimate(
@@ -61,7 +61,7 @@ def test_how_texts_are_batched_does_not_matter(batch_tokens, seed):
     )
     total, count = sums_by_hand(model, ids_of(TEXTS * 3), 1)
     close(found.mean(1), total / count, 1e-12)
-    assert sum(seen) == count and (len(seen) == 12) == (batch_tokens == 1) and (len(seen) == 1) == (batch_tokens > 40)
+    assert sum(seen) == count and len(seen) == batches
 
 
 def test_one_pass_for_all_layers_gives_what_one_pass_a_layer_gives(seed):
@@ -336,7 +336,7 @@ def test_files_that_save_did_not_write_are_refused(tmp_path, seed):
     save_file(tensors, bad, metadata={k: v for k, v in metadata.items() if k != "fingerprint"})
     refused("fingerprint")
     save_file({"layer.one": tensors["layer.0"]}, bad, metadata=metadata)
-    refused("layer.one")
+    refused("'one'")
     save_file({"layer.0": tensors["layer.0"].half()}, bad, metadata=metadata)
     refused("float32 or float64")
     save_file({"layer.0": tensors["layer.0"] * float("nan")}, bad, metadata=metadata)

@@ -49,7 +49,7 @@ def test_a_thousand_small_steps_are_not_lost_to_rounding(dtype, seed):
     anatomy, weights = edited("llama", seed, dtype)
     base = anatomy.weight(0).detach().clone()
     total = torch.zeros(anatomy.shape(0), dtype=torch.float64)
-    step = torch.randn(anatomy.shape(0), dtype=torch.float64) * 1e-4
+    step = torch.randn(anatomy.shape(0), dtype=torch.float64) * 1e-5
     for _ in range(1000):
         total += step
         weights.write_(0, total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from d4s.edits import Edit
 from d4s.prompts import generate_contexts, prompt_and_target_ids, subject_row
 from d4s.scoring import score
 from d4s.targets import TargetConfig, optimise_targets
+from d4s.trace import Trace
 
 PLACES = (
     "subject, before its last token",
@@ -50,8 +52,10 @@ def causal_trace(
         if last == end or first > last:
             continue
         token = prompt_and_target_ids(tokenizer, edit.text, edit.target_true or edit.target_new)[1][0]
-        clean = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        p_clean = float(clean.logits[0, -1].softmax(-1)[token])
+        with ExitStack() as stack:
+            traces = [stack.enter_context(Trace(block)) for block in anatomy.blocks]
+            p_clean = float(model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[token])
+        clean = [trace.output for trace in traces]
         shape = (1, last - first + 1, embedding.weight.shape[1])
         disturbance = torch.randn(shape, generator=generator) * sigma
 
@@ -74,7 +78,7 @@ def causal_trace(
                     continue
                 counted[p] += 1
                 for b, block in enumerate(anatomy.blocks):
-                    kept = _block_output(anatomy, clean, b)
+                    kept = clean[b]
 
                     def restore(
                         _module: Any, _args: Any, output: Any, span=slice(begin, stop), kept=kept
@@ -93,12 +97,6 @@ def causal_trace(
         finally:
             handle.remove()
     return recovered / counted.clamp_min(1)
-
-
-def _block_output(anatomy: Anatomy, clean: Any, block: int) -> Tensor:
-    """Hidden states after a block. The last entry is behind the final norm, so the last block has none of its own
-    and is traced one block earlier."""
-    return clean.hidden_states[min(block + 1, len(anatomy) - 1)]
 
 
 def target_nll_by_layer(
@@ -169,8 +167,7 @@ def write_card(folder: Path, model: Any, tokenizer: Any, edits: Sequence[Edit], 
         "## Where it reads facts from",
         "",
         "Causal trace: share of the lost probability that comes back when one place's state after one block is put "
-        f"back to its clean value, the subject's embeddings being disturbed (3 σ; mean over {len(sample)} facts). The "
-        "last column is traced before the final norm's block.",
+        f"back to its clean value, the subject's embeddings being disturbed (3 σ; mean over {len(sample)} facts).",
         "",
         "| after block | " + " | ".join(str(b) for b in blocks) + " |",
         "|---|" + "---|" * len(blocks),

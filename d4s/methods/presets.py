@@ -5,7 +5,8 @@ Each method's function says what is published and what its rule is; all rules go
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 from d4s.architectures import Anatomy
@@ -21,7 +22,7 @@ _KNOWN: dict[tuple[str, int, int, int], str] = {
 
 
 def model_key(anatomy: Anatomy) -> str | None:
-    """"gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "embedded", or None."""
+    """A row's name ("gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "embedded"), or None."""
     config: Any = anatomy.model.config
     if getattr(config, "d4s_embedded", False):
         return "embedded"
@@ -51,10 +52,10 @@ SPREAD: dict[str, dict[str, Any]] = {
         target=TargetConfig(steps=25, learning_rate=0.1, weight_decay=0.5, clamp=0.75),
     ),
     "embedded": dict(
-        layers=(1,),
+        layers=(0,),
         prior_weight=200.0,
         ridge=0.1,
-        target=TargetConfig(steps=30, learning_rate=0.3, weight_decay=0.1, clamp=2.0),
+        target=TargetConfig(steps=15, learning_rate=0.5, weight_decay=0.1, clamp=1.5),
     ),
 }
 
@@ -79,13 +80,24 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     )
 
 
+class _Published:
+    """What presets look at in a model of the literature, without the model."""
+
+    def __init__(self, model_type: str, blocks: int, width: int, vocabulary: int) -> None:
+        config = SimpleNamespace(model_type=model_type, hidden_size=width, vocab_size=vocabulary)
+        self.model, self.blocks = SimpleNamespace(config=config), blocks
+
+    def __len__(self) -> int:
+        return self.blocks
+
+
 def describe(method: Any) -> dict[str, Any]:
     """What `d4s methods` prints of a method class: paper, what it changes and needs, presets a model."""
     return {
         "paper": method.paper,
         "changes": method.changes,
         "needs": list(method.needs),
-        "presets": method.presets(),
+        "presets": {name: asdict(method.preset(_Published(*row))) for row, name in _KNOWN.items()},
     }
 
 

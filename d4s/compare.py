@@ -1,0 +1,362 @@
+"""The same edits with several methods: one order, one seed, the same weights to begin with, one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from d4s.architectures import Anatomy, Architecture
+from d4s.covariance import Covariance
+from d4s.edits import Edit
+from d4s.errors import ConfigError, D4SError, ModelError
+from d4s.methods import Method, method_for
+from d4s.metrics import Baseline, finite_or_none, take_baseline
+from d4s.plots import plot_metrics, plot_norms, plot_target_probability
+from d4s.sequence import HEADLINES, Record, edit_sequence
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# 97.5 % quantiles of Student's t, by degrees of freedom from 1 on.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+_CLOCKS = ("step", "seconds", "edit_seconds")
+_MOST_LAYERS = 8  # of a method whose norms are drawn layer by layer
+
+Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What each method did.
+
+    results: label of the method → seed → what was measured; a sequence that broke off has a `failure`. Row 0
+        of every history is the unedited model, the same for all
+    """
+
+    results: dict[str, dict[int, Record]]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(seed for by_seed in self.results.values() for seed in by_seed))
+
+    @property
+    def interval(self) -> str:
+        """What the 95 % intervals are taken over, and how."""
+        if len(self.seeds) > 1:
+            return f"over {len(self.seeds)} seeds, Student's t"
+        return "over edits, bootstrap"
+
+    @property
+    def collapsed(self) -> dict[str, str]:
+        """Label → where and why it broke off; methods that went through are not in it."""
+        several = len(self.seeds) > 1
+        found = {}
+        for label, by_seed in self.results.items():
+            ends = [
+                f"seed {seed}, {record.failure}" if several else record.failure
+                for seed, record in by_seed.items()
+                if record.failure is not None
+            ]
+            if ends:
+                found[label] = "; ".join(ends)
+        return found
+
+    def histories(self) -> dict[str, DataFrame]:
+        """Label → history as a DataFrame, mean over seeds with intervals <name>.low and <name>.high."""
+        import pandas
+
+        frames = {}
+        for label, by_seed in self.results.items():
+            at: dict[int, list[dict[str, Any]]] = {}
+            for record in by_seed.values():
+                for row in record.history:
+                    at.setdefault(row["step"], []).append(row)
+            if at:
+                frames[label] = pandas.DataFrame([over_seeds(at[step]) for step in sorted(at)])
+        return frames
+
+    def table(self, points: Sequence[int] | None = None) -> DataFrame:
+        """A row a method (and a point): its figures, each with `.low` and `.high`.
+
+        points: numbers of edits, of those at which was evaluated; None: the last
+        Columns: method, edits, the figures of the history, l1_growth, seconds_an_edit (evaluation not counted),
+        interval (what the bounds are), collapsed (where and why the method broke off; empty: it did not).
+        """
+        import pandas
+
+        rows = []
+        for label, by_seed in self.results.items():
+            for point in points if points is not None else (None,):
+                found = [row for record in by_seed.values() if (row := _row_at(record, point)) is not None]
+                if not found and point is not None:
+                    continue
+                cells: dict[str, Any] = {"method": label, "edits": min((r["step"] for r in found), default=0)}
+                if found:
+                    timed = [
+                        row
+                        | {"seconds_an_edit": row["edit_seconds"] / row["step"] if row["step"] else math.nan}
+                        for row in found
+                    ]
+                    figures = over_seeds(timed)
+                    cells |= {name: value for name, value in figures.items() if _is_figure(name)}
+                cells |= {"interval": self.interval, "collapsed": self.collapsed.get(label, "")}
+                rows.append(cells)
+        last = ["interval", "collapsed"]
+        table = pandas.DataFrame(rows)
+        return table[[c for c in table.columns if c not in last] + last]
+
+    def target_probabilities(self) -> dict[str, DataFrame]:
+        """Label → edits_table, mean over seeds edit by edit in the order made, of methods that search a target."""
+        import pandas
+
+        tables = {}
+        for label, by_seed in self.results.items():
+            parts = [pandas.DataFrame(record.edits_table) for record in by_seed.values()]
+            columns = ["first_probability", "last_probability"]
+            parts = [part[columns] for part in parts if set(columns) <= set(part.columns)]
+            if parts and not (mean := sum(parts) / len(parts)).isna().all(axis=None):
+                tables[label] = mean
+        return tables
+
+    def summary(self, points: Sequence[int] | None = None) -> str:
+        """The table as text: shares and growth in percent, intervals in brackets."""
+        table = self.table(points)
+        names = [n for n in HEADLINES if n in table] + [
+            n for n in table.columns if n.endswith("_argmax") or n in ("retained", "text_perplexity")
+        ]
+        shown = [_spelled(table, name, 1.0 if name == "text_perplexity" else 100.0) for name in names]
+        columns = [("method", list(table["method"])), ("edits", [str(n) for n in table["edits"]])]
+        columns += list(zip([n.replace("_", " ") for n in names], shown, strict=True))
+        if "l1_growth" in table:
+            columns.append(("mean |w|", [f"{100 * g:+.2f} %" if g == g else "" for g in table["l1_growth"]]))
+            columns.append(("s/edit", [f"{s:.3f}" if s == s else "" for s in table["seconds_an_edit"]]))
+        lines = aligned(columns)
+        lines.append(
+            f"Shares in percent, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
+        )
+        lines += [f"{label} broke off: {why}" for label, why in self.collapsed.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values of the table; figures that are not finite are None."""
+        return {
+            "format": "d4s-comparison-1",
+            "interval": self.interval,
+            "seeds": list(self.seeds),
+            "collapsed": self.collapsed,
+            "rows": finite_or_none(self.table().to_dict("records")),
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """table.csv, table.json, history.csv, the figures, and each sequence as results/<method>-<seed>.json."""
+        import pandas
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.table().to_csv(folder / "table.csv", index=False)
+        (folder / "table.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        frames = []
+        for label, by_seed in self.results.items():
+            for seed, record in by_seed.items():
+                record.save(folder / "results" / f"{label.replace(os.sep, '-')}-{seed}.json")
+                frame = record.to_frame()
+                frame.insert(0, "seed", seed)
+                frame.insert(0, "method", label)
+                frames.append(frame)
+        pandas.concat(frames, ignore_index=True).to_csv(folder / "history.csv", index=False)
+        histories = self.histories()
+        plot_metrics(histories, folder / "metrics.png")
+        plot_norms(few_layers(histories), folder / "norms.png")
+        if probabilities := self.target_probabilities():
+            plot_target_probability(probabilities, folder / "target_probability.png")
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    methods: Configs = ("d4s", "memit"),
+    *,
+    covariance: Covariance | str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
+    evaluate_every: int | Collection[int] | None = None,
+    seeds: int | Sequence[int] = (0,),
+    shuffle: bool = False,
+    count: int | None = None,
+    neighborhood_limit: int | None = None,
+    original: bool = True,
+    generate: bool = False,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    baseline: Baseline | None = None,
+    architecture: Architecture | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """The same edits with each method, from the same weights, which are put back bit for bit after each.
+
+    methods: names from `d4s.methods()`; or label → what differs from the preset, as {"d4s": None,
+        "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method
+    seeds: of contexts and samples; several: figures are means over them with Student's t intervals
+    shuffle: each seed also has its own order of the edits, the same for all methods
+    count: edits made, the first of that order; None: all
+    baseline: the unedited model's answers to the edits; None: taken once, for all methods
+    All others: as `edit_sequence`.
+
+    A method that fails after some edits, or cannot begin, is kept with what was measured up to there and the
+    reason; the others go on. Memory: one copy of the edited weights of one method at a time.
+    Raises ConfigError for a method or field that does not exist, before anything is changed; the error of the
+    first method if none could begin; ModelError if a method does not give the weights back.
+    """
+    edits = list(edits)
+    seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
+    if not seeds:
+        raise ConfigError("seeds is empty; give one or more, as seeds=(0, 1, 2)")
+    if count is not None and not 1 <= count <= len(edits):
+        raise ConfigError(f"count={count}: must be from 1 to {len(edits)}, the edits that were given")
+    if isinstance(covariance, (str, os.PathLike)):
+        covariance = Covariance.load(Path(covariance))
+    configured = _configured(methods, Anatomy(model, architecture))
+    if baseline is None:
+        baseline = take_baseline(model, tokenizer, edits)
+    before = weights_digest(model)
+    results: dict[str, dict[int, Record]] = {label: {} for label in configured}
+    errors: list[D4SError] = []
+    for seed in seeds:
+        order = Random(seed).sample(edits, len(edits)) if shuffle else edits
+        for label, method in configured.items():
+            try:
+                result = edit_sequence(
+                    model,
+                    tokenizer,
+                    order[:count],
+                    method=method,
+                    covariance=covariance,
+                    batch_size=batch_size,
+                    evaluate_every=evaluate_every,
+                    neighborhood_limit=neighborhood_limit,
+                    original=original,
+                    generate=generate,
+                    measure=measure,
+                    stop_at_failure=True,
+                    baseline=baseline,
+                    architecture=architecture,
+                    seed=seed,
+                    progress=progress,
+                )
+            except D4SError as error:
+                errors.append(error)
+                results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+            else:
+                results[label][seed] = result.record()
+                result.restore()
+                del result  # and with it the copy of the weights
+            if weights_digest(model) != before:
+                raise ModelError(f"{label} did not give back the weights it began with; load the model again")
+    if len(errors) == len(configured) * len(seeds):
+        raise errors[0]
+    return Comparison(results)
+
+
+def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
+    named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    configured: dict[str, Method] = {}
+    for label, config in named.items():
+        if isinstance(config, Method):
+            configured[label] = config
+        else:
+            fields = dict(config or {})
+            configured[label] = method_for(str(fields.pop("method", label)), anatomy, fields)
+    if not configured:
+        raise ConfigError("no methods were given; d4s methods lists them")
+    return configured
+
+
+def weights_digest(model: Any) -> str:
+    """Hex digest of every bit of every parameter."""
+    digest = hashlib.blake2b()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        flat = parameter.detach().reshape(-1).cpu().contiguous()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of history rows of several seeds, with 95 % intervals by Student's t; one row stays as it is."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    combined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name.endswith((".low", ".high")):
+            continue
+        values = [float(row[name]) for row in rows if row.get(name) is not None]
+        combined[name] = mean = math.fsum(values) / len(values)
+        if name not in _CLOCKS and len(values) > 1:
+            deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
+            combined |= {f"{name}.low": mean - half, f"{name}.high": mean + half}
+    combined["step"] = min(row["step"] for row in rows)
+    return combined
+
+
+def student_t(freedom: int) -> float:
+    """97.5 % quantile of Student's t; beyond the table's end to .1 %."""
+    return _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.4 / freedom + 2.7 / freedom**2
+
+
+def few_layers(histories: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
+    """Without methods that edit too many layers to be drawn a panel each, if others remain."""
+    few = {
+        label: frame
+        for label, frame in histories.items()
+        if sum(str(c).startswith("l1_norm.") and str(c).count(".") == 1 for c in frame.columns)
+        <= _MOST_LAYERS
+    }
+    chosen = few or histories
+    # Means over seeds carry intervals of the norms too, which are no layers.
+    return {
+        label: frame[[c for c in frame.columns if not (c.startswith("l1_norm.") and c.count(".") > 1)]]
+        for label, frame in chosen.items()
+    }
+
+
+def _is_figure(name: str) -> bool:
+    stem = name.removesuffix(".low").removesuffix(".high")
+    return stem not in _CLOCKS and "." not in stem
+
+
+def _row_at(record: Record, point: int | None) -> dict[str, Any] | None:
+    if point is None:
+        return record.history[-1] if record.history else None
+    return next((row for row in record.history if row["step"] == point), None)
+
+
+def _spelled(table: DataFrame, name: str, unit: float) -> list[str]:
+    cells = []
+    for _, row in table.iterrows():
+        value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
+        text = "" if value != value else f"{unit * value:.1f}"
+        cells.append(text if low != low or not text else f"{text} [{unit * low:.1f}, {unit * high:.1f}]")
+    return cells
+
+
+def aligned(columns: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Lines of a text table: the first column to the left, the others to the right."""
+    widths = [max(len(head), *map(len, cells)) for head, cells in columns]
+    rows = zip(*([head, *cells] for head, cells in columns), strict=True)
+    lines = []
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    return lines

@@ -1,0 +1,708 @@
+"""The D4S paper's tables and figures (arXiv 2410.23843) on any model: one function, one protocol a name.
+
+Each gives a table, a figure with its data, and a paragraph that says by a stated criterion whether the paper's
+claim holds on this model. The paper's sizes are the defaults; the embedded model has small ones of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from d4s.analysis import (
+    ModelView,
+    Retained,
+    analyze_data,
+    analyze_model,
+    frame_lines,
+    plot_change,
+    plot_decline,
+    plot_original_and_current,
+    plot_surprise,
+)
+from d4s.architectures import Anatomy
+from d4s.compare import Comparison, compare, few_layers
+from d4s.covariance import Covariance
+from d4s.edits import Edit
+from d4s.errors import ConfigError, unknown_name
+from d4s.methods.presets import model_key
+from d4s.metrics import finite_or_none
+from d4s.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+THREE = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
+TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+MOST_FACTS = 200  # asked for what a model retains
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a claim of the paper holds here. holds: None where there is nothing to judge by."""
+
+    claim: str
+    criterion: str
+    measured: str
+    holds: bool | None
+
+    def __str__(self) -> str:
+        if self.holds is None:
+            end = "there is no judging it here"
+        else:
+            end = f"the claim {'holds' if self.holds else 'does not hold'} here"
+        return f"The paper: {self.claim}. Criterion: {self.criterion}. Measured: {self.measured}; {end}."
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One table or figure of the paper.
+
+    table: its figures; verdict: of the paper's claim; setting: model, data and sizes in words
+    """
+
+    name: str
+    table: DataFrame
+    verdict: Verdict
+    setting: str
+
+    @property
+    def statement(self) -> str:
+        return f"{self.verdict} {self.setting}"
+
+    def summary(self) -> str:
+        return "\n".join([*frame_lines(self.table), "", self.statement])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rows = finite_or_none(self.table.to_dict("records"))
+        return {"name": self.name, "rows": rows, "holds": self.verdict.holds, "statement": self.statement}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a protocol runs on. data: name → edits, as many as the largest count or more; `facts` are not edited."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    data: dict[str, list[Edit]]
+    facts: list[Edit]
+    counts: tuple[int, ...]
+    methods: tuple[str, ...]
+    covariance: Covariance | None
+    tasks: tuple[str, ...]
+    task_folder: str | os.PathLike[str] | None
+    task_limit: int | None
+    seed: int
+    progress: bool
+    out: Path
+
+    @property
+    def most(self) -> int:
+        return self.counts[-1]
+
+    def file(self, suffix: str = "") -> Path:
+        return self.out / f"{self.name}{suffix}.png"
+
+    def compare(self, edits: Sequence[Edit], **options: Any) -> Comparison:
+        """One edit a step, scored at the counts; the details are saved beside the figure."""
+        found = compare(
+            self.model,
+            self.tokenizer,
+            edits[: self.most],
+            self.methods,
+            covariance=self.covariance,
+            evaluate_every=self.counts,
+            seeds=self.seed,
+            progress=self.progress,
+            **options,
+        )
+        found.save(self.out / f"{self.name}-details")
+        return found
+
+    def downstream(self) -> Callable[[], dict[str, float]]:
+        """Scores of the model as it is: of the harness's tasks where they are named, else of facts not edited."""
+        if not self.tasks:
+            retained = Retained(self.model, self.tokenizer, self.facts, seed=self.seed)
+            return lambda: {"retained": retained()["retained"]}
+
+        def measure() -> dict[str, float]:
+            from d4s.downstream import run_tasks
+
+            found = run_tasks(
+                self.model,
+                self.tokenizer,
+                self.tasks,
+                limit=self.task_limit,
+                include_path=self.task_folder,
+                seed=self.seed,
+            )
+            scores = {}
+            for task, metrics in found.items():
+                # What the tables of the field show: normalised accuracy where there is one.
+                name = next((n for n in ("acc_norm", "acc") if n in metrics), next(iter(metrics)))
+                scores[f"{task} {name}"] = metrics[name].value
+            return scores
+
+        return measure
+
+
+Outcome = tuple["DataFrame", Verdict]
+
+
+def _metrics_tables(setting: Setting) -> Outcome:
+    """Tables 2 and 3: efficacy, paraphrase and specificity of each method after the counts, per data set."""
+    import pandas
+
+    tables, curves = [], []
+    for label, edits in setting.data.items():
+        one = (
+            dataclasses.replace(setting, name=f"{setting.name}-{label}") if len(setting.data) > 1 else setting
+        )
+        comparison = one.compare(edits, original=False, neighborhood_limit=None)
+        table = comparison.table(setting.counts)
+        table.insert(0, "data", label)
+        tables.append(table)
+        if len(setting.data) == 1:
+            plot_metrics(comparison.histories(), setting.file())
+        for method, history in comparison.histories().items():
+            edited = history[history["step"] > 0]
+            if "average" in edited:
+                points = {"panel": label, "line": method, "x": edited["step"], "y": 100 * edited["average"]}
+                curves.append(pandas.DataFrame(points))
+    if len(setting.data) > 1 and curves:
+        plot_lines(
+            pandas.concat(curves),
+            setting.file(),
+            x_label="edits made",
+            y_label="average (%)",
+            y_range=(0, 100),
+        )
+    table = pandas.concat(tables, ignore_index=True)
+    return _chosen(table, ("data", "method", "edits")), _highest_average(table)
+
+
+def _chosen(table: DataFrame, first: Sequence[str]) -> DataFrame:
+    """The columns of the paper, and what the data also have."""
+    wanted = [n for n in (*THREE, "multi_hop", "portability", "efficacy_argmax") if n in table]
+    bounded = [c for n in wanted for c in (n, f"{n}.low", f"{n}.high") if c in table]
+    return table[[*first, *bounded, "l1_growth", "seconds_an_edit", "collapsed"]]
+
+
+def _highest_average(table: DataFrame) -> Verdict:
+    claim = "D4S has the highest average of efficacy, paraphrase and specificity"
+    criterion = "at every number of edits and on every data set no other method's average is higher"
+    said, holds = [], []
+    for (data, edits), part in table.groupby(["data", "edits"], sort=False):
+        scored = part.set_index("method")["average"].dropna() if "average" in part else part.iloc[:0]
+        others = scored.drop("d4s", errors="ignore")
+        if "d4s" not in scored or not len(others):
+            continue
+        best = others.idxmax()
+        holds.append(bool(scored["d4s"] >= others[best]))
+        rows = part.set_index("method")
+        apart = rows["average.low"]["d4s"] > rows["average.high"][best]
+        apart |= rows["average.high"]["d4s"] < rows["average.low"][best]
+        said.append(
+            f"{data}, {edits} edits: d4s {_percent(scored['d4s'])}, the best other {best} {_percent(others[best])}"
+            + ("" if apart else " (intervals overlap)")
+        )
+    broken = table[(table["collapsed"] != "") & (table["method"] != "d4s")]["method"].unique()
+    if len(broken):
+        said.append(f"broke off: {', '.join(broken)}")
+    return Verdict(
+        claim, criterion, "; ".join(said) or "no average of d4s and another", all(holds) if holds else None
+    )
+
+
+def _downstream_table(setting: Setting) -> Outcome:
+    """Table 4: downstream scores before and after the last count."""
+    import pandas
+
+    edits = next(iter(setting.data.values()))
+    measure = setting.downstream()
+    comparison = setting.compare(edits, original=False, measure=measure, neighborhood_limit=2)
+    rows = []
+    for method, history in comparison.histories().items():
+        first, last = history.iloc[0], history.iloc[-1]
+        for name in _scores(setting, history):
+            rows.append(
+                {
+                    "method": method,
+                    "task": name,
+                    "edits": int(last["step"]),
+                    "before": first[name],
+                    "after": last[name],
+                    "change": last[name] - first[name],
+                    "collapsed": comparison.collapsed.get(method, ""),
+                }
+            )
+    histories = comparison.histories()
+    _plot_scores(histories, _scores(setting, next(iter(histories.values()))), setting.file())
+    table = pandas.DataFrame(rows)
+    allowed = 0.02
+    own = table[table["method"] == "d4s"]
+    worst = {m: part["change"].min() for m, part in table.groupby("method", sort=False)}
+    verdict = Verdict(
+        "with D4S the downstream scores after thousands of edits stay near the unedited model's",
+        f"no score falls by more than {_points(allowed)} with d4s",
+        "largest fall: " + ", ".join(f"{m} {_points(-change)}" for m, change in worst.items()),
+        bool((own["change"] >= -allowed).all() and (own["collapsed"] == "").all()) if len(own) else None,
+    )
+    return table, verdict
+
+
+def _data_figures(setting: Setting) -> Outcome:
+    """Fig. 2 and 3: what is lost elsewhere, by the data that the model is edited with."""
+    forms = setting.name == "fig3"
+    data: Any = {name: edits[: setting.most] for name, edits in setting.data.items()}
+    view = analyze_data(
+        setting.model,
+        setting.tokenizer,
+        next(iter(data.values())) if forms else data,
+        setting.methods,
+        facts=setting.facts,
+        covariance=setting.covariance,
+        evaluate_every=setting.counts,
+        seed=setting.seed,
+        progress=setting.progress,
+    )
+    view.save(setting.out / f"{setting.name}-details")
+    relation = view.relation()
+    # Sampling error of a share over the facts that are asked.
+    noise = 1.96 * math.sqrt(0.25 / len(setting.facts))
+    if forms:
+        plot_surprise(relation, setting.file())
+        groups = view.groups.set_index("group")["perplexity"]
+        ordered = bool(groups["true_false"] < groups["multiple_choice"] < groups["directly_generated"])
+        pooled = view.correlations().query("drop == 'retained_drop'").iloc[-1]
+        verdict = Verdict(
+            "the more surprising the form's target (true/false < multiple choice < directly generated), the "
+            "more editing with it harms the model",
+            "perplexities in that order, and Spearman's correlation of perplexity and drop, ranked within each "
+            "method, above 0.5",
+            "perplexities "
+            + ", ".join(f"{name} {value:.3g}" for name, value in groups.items())
+            + f"; correlation {pooled['spearman']:.2f} over {int(pooled['n'])} runs; largest drop "
+            f"{_points(relation['retained_drop'].max())}, sampling error {_points(noise)}",
+            ordered and bool(pooled["spearman"] > 0.5),
+        )
+        return relation, verdict
+    plot_decline(view.history(), setting.file())
+    fell = relation["retained_drop"] > noise
+    spread = relation.groupby("method")["retained_drop"].agg(lambda drops: drops.max() - drops.min())
+    by_method = "; ".join(
+        f"{method}: " + ", ".join(f"{row.group} {_points(row.retained_drop)}" for row in part.itertuples())
+        for method, part in relation.groupby("method", sort=False)
+    )
+    verdict = Verdict(
+        "editing lowers the downstream score, by how much depends on the data",
+        f"unedited facts are lost beyond sampling error ({_points(noise)}) in most of the runs, and the losses of "
+        "one method differ by more than that between data sets",
+        f"lost after {setting.most} edits: {by_method}",
+        bool(fell.mean() > 0.5 and (spread > noise).any()),
+    )
+    return relation, verdict
+
+
+def _model_figures(setting: Setting) -> Outcome:
+    """Fig. 5 to 8, all from what one comparison measured."""
+    edits = next(iter(setting.data.values()))
+    measure = setting.downstream() if setting.name == "fig6" else None
+    comparison = setting.compare(
+        edits, measure=measure, original=setting.name == "fig7", neighborhood_limit=2
+    )
+    view = analyze_model(comparison, seed=setting.seed)
+    view.save(setting.out / f"{setting.name}-details")
+    return {"fig5": _inside, "fig6": _norms, "fig7": _forgetting, "fig8": _curves}[setting.name](
+        setting, comparison, view
+    )
+
+
+def _inside(setting: Setting, comparison: Comparison, view: ModelView) -> Outcome:
+    if probabilities := comparison.target_probabilities():
+        plot_target_probability(probabilities, setting.file("a"))
+    plot_norms(few_layers(comparison.histories()), setting.file("b"))
+    bottleneck = view.bottleneck()
+    said, holds = [], []
+    for method, history in comparison.histories().items():
+        growth = float(history["l1_growth"].iloc[-1])
+        if len(bottleneck) and (bottleneck["method"] == method).any():
+            first, last = bottleneck[bottleneck["method"] == method]["last_probability"]
+            holds.append(bool(last < first and growth > 0))
+            said.append(f"{method}: p(target) {first:.3f}, then {last:.3f}; mean |w| {100 * growth:+.1f} %")
+    verdict = Verdict(
+        "as edits add up, target optimisation gets less far (the bottleneck) and the norms of edited layers grow",
+        "for every method that searches a target, mean p(target) after its optimisation is lower in the last fifth "
+        "of the edits than in the first, and mean |w| has grown",
+        "; ".join(said) or "no method searches a target",
+        all(holds) if holds else None,
+    )
+    return comparison.table(setting.counts)[
+        ["method", "edits", "l1_growth", *_present(comparison, THREE)]
+    ], verdict
+
+
+def _norms(setting: Setting, comparison: Comparison, view: ModelView) -> Outcome:
+    histories = comparison.histories()
+    plot_norms(few_layers(histories), setting.file("a"))
+    plot_change(histories, setting.file("b"))
+    names = _scores(setting, next(iter(histories.values())))
+    _plot_scores(histories, names, setting.file("c"))
+    table = comparison.table((0, *setting.counts))[["method", "edits", "l1_growth", *names, "collapsed"]]
+    last = {method: frame.iloc[-1] for method, frame in histories.items()}
+    holds, said = [], []
+    if "d4s" in last:
+        for method, row in last.items():
+            kept = ", ".join(f"{n} {_percent(row[n])}" for n in names)
+            said.append(
+                f"{method}: mean |w| {100 * row['l1_growth']:+.1f} %, {kept} after {int(row['step'])} edits"
+            )
+            if method != "d4s":
+                holds.append(
+                    bool(last["d4s"]["l1_growth"] < row["l1_growth"])
+                    and all(last["d4s"][n] >= row[n] for n in names)
+                )
+    verdict = Verdict(
+        "D4S holds the norms of the edited layers down and with them the downstream score",
+        "at the last point mean |w| has grown less with d4s than with any other method, and no score is lower",
+        "; ".join(said) or "no run of d4s",
+        all(holds) if holds else None,
+    )
+    return table, verdict
+
+
+def _scores(setting: Setting, history: DataFrame) -> list[str]:
+    """The columns that `Setting.downstream` measured."""
+    tasks = {"retained", *setting.tasks}
+    return [name for name in history.columns if name.split(" ")[0] in tasks and "." not in name]
+
+
+def _plot_scores(histories: Mapping[str, DataFrame], names: Sequence[str], path: Path) -> None:
+    import pandas
+
+    parts = [
+        pandas.DataFrame({"panel": name, "line": method, "x": frame["step"], "y": 100 * frame[name]})
+        for name in names
+        for method, frame in histories.items()
+    ]
+    plot_lines(pandas.concat(parts), path, x_label="edits made", y_label="score (%)", y_range=(0, 100))
+
+
+def _forgetting(setting: Setting, comparison: Comparison, view: ModelView) -> Outcome:
+    plot_original_and_current(comparison.histories(), setting.file())
+    for method, record in view.records.items():
+        plot_forgetting(record.forgetting(), setting.file(f"-{method}"))
+    table = view.forgetting()
+    lost = table[table["metric"] == "efficacy"].set_index("method")["forgotten"]
+    others = lost.drop("d4s", errors="ignore")
+    verdict = Verdict(
+        "with D4S edits are remembered: tested after all edits they fare as right after their own step, while with "
+        "others they are forgotten",
+        "efficacy right after the step minus efficacy now is at most 5 points with d4s, and larger with each other "
+        "method",
+        ", ".join(f"{method} {_points(value)}" for method, value in lost.items()) + " forgotten",
+        bool(lost["d4s"] <= 0.05 and (others > lost["d4s"]).all()) if "d4s" in lost and len(others) else None,
+    )
+    return table, verdict
+
+
+def _curves(setting: Setting, comparison: Comparison, view: ModelView) -> Outcome:
+    histories = comparison.histories()
+    plot_metrics(histories, setting.file())
+    table = comparison.table(setting.counts)
+    table.insert(0, "data", next(iter(setting.data)))
+    fall = {}
+    for method, history in histories.items():
+        edited = history[history["step"] > 0]
+        if "average" in edited and len(edited) > 1:
+            fall[method] = float(edited["average"].iloc[0] - edited["average"].iloc[-1])
+    others = [value for method, value in fall.items() if method != "d4s"]
+    verdict = Verdict(
+        "efficacy, paraphrase and specificity fall with the number of edits, and least with D4S",
+        "from the first point to the last the average falls with every other method, and less with d4s",
+        ", ".join(f"{method} {_points(value)}" for method, value in fall.items()) + " lost on average",
+        bool(all(value > 0 and fall["d4s"] < value for value in others))
+        if "d4s" in fall and others
+        else None,
+    )
+    return _chosen(table, ("method", "edits")), verdict
+
+
+def _present(comparison: Comparison, names: Sequence[str]) -> list[str]:
+    columns = set(comparison.table().columns)
+    return [name for name in names if name in columns]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the paper made a table or figure.
+
+    data: what EDITS should hold; methods: the paper's; counts: edits at which is scored, the paper's where its
+    text says them, up to 1,000 otherwise; small: the same for the embedded model
+    """
+
+    about: str
+    data: str
+    run: Callable[[Setting], Outcome]
+    methods: tuple[str, ...]
+    counts: tuple[int, ...]
+    small: tuple[int, ...]
+    retained: bool = False  # needs facts that are not edited
+    tasks: tuple[str, ...] = ()
+
+
+_TENTHS = tuple(range(100, 1001, 100))
+PROTOCOLS: dict[str, Protocol] = {
+    "table2": Protocol(
+        "methods on zsRE",
+        "zsRE",
+        _metrics_tables,
+        ("rome", "memit", "pmet", "grace", "d4s"),
+        (100, 500, 1000),
+        (10, 25, 50),
+    ),
+    "table3": Protocol(
+        "methods on CounterFact and MQuAKE",
+        "CounterFact and MQuAKE",
+        _metrics_tables,
+        ("ft-l", "rome", "memit", "grace", "d4s"),
+        (1000,),
+        (50,),
+    ),
+    "table4": Protocol(
+        "downstream scores before and after",
+        "zsRE",
+        _downstream_table,
+        ("memit", "d4s"),
+        (10_000,),
+        (100,),
+        retained=True,
+        tasks=TASKS,
+    ),
+    "fig2": Protocol(
+        "decline by data set",
+        "zsRE, ELKEN, 20Q and a commonsense set (PEP3k)",
+        _data_figures,
+        ("kn", "rome", "memit"),
+        _TENTHS,
+        (10, 20, 30),
+        retained=True,
+    ),
+    "fig3": Protocol(
+        "decline by form of question",
+        "facts with known old answers",
+        _data_figures,
+        ("rome", "memit"),
+        _TENTHS,
+        (10, 20, 30),
+        retained=True,
+    ),
+    "fig5": Protocol(
+        "bottleneck and norms",
+        "zsRE or CounterFact",
+        _model_figures,
+        ("rome", "memit"),
+        _TENTHS,
+        tuple(range(10, 61, 10)),
+    ),
+    "fig6": Protocol(
+        "norms and downstream scores with D4S",
+        "zsRE or CounterFact",
+        _model_figures,
+        ("memit", "d4s"),
+        _TENTHS,
+        tuple(range(25, 151, 25)),
+        retained=True,
+    ),
+    "fig7": Protocol(
+        "forgetting",
+        "zsRE or CounterFact",
+        _model_figures,
+        ("memit", "d4s"),
+        _TENTHS,
+        tuple(range(25, 151, 25)),
+    ),
+    "fig8": Protocol(
+        "metrics against edits",
+        "zsRE or CounterFact",
+        _model_figures,
+        ("memit", "d4s"),
+        _TENTHS,
+        tuple(range(25, 151, 25)),
+    ),
+}
+
+
+def reproduce(
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    edits: Mapping[str, Sequence[Edit]] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    counts: Sequence[int] | None = None,
+    methods: Sequence[str] | None = None,
+    covariance: Covariance | None = None,
+    tasks: Sequence[str] | None = None,
+    task_folder: str | os.PathLike[str] | None = None,
+    task_limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reproduction:
+    """A table or figure of the paper: table2, table3, table4, fig2, fig3, fig5, fig6, fig7, fig8.
+
+    edits: name of the data set → its edits, in the order they are made; None: those of the embedded model, in
+        the form that the protocol asks for
+    out: folder for <name>.png and .csv (figure and data), <name>-table.csv, <name>.md (table and statement) and
+        <name>-details
+    counts: numbers of edits at which is scored, one edit a step; the last one is how many are made
+    tasks: downstream tasks as lm-evaluation-harness spells them (table4, fig6); (): facts that are not edited, as
+        multiple choice. None: the paper's for table4, but the facts for the embedded model and for fig6
+    task_folder, task_limit: `include_path` and `limit` of `run_tasks`
+
+    Raises ConfigError for an unknown name, data that are too few for the counts, or where a model other than
+    the embedded one comes without edits.
+    """
+    if name not in PROTOCOLS:
+        raise ConfigError(unknown_name("table or figure", name, PROTOCOLS))
+    protocol = PROTOCOLS[name]
+    embedded = model_key(Anatomy(model)) == "embedded"
+    if edits is None and not embedded:
+        raise ConfigError(f"{name} needs edits: {protocol.data} (the embedded model has its own)")
+    sizes = tuple(sorted(set(counts))) if counts else protocol.small if embedded else protocol.counts
+    if sizes[0] < 1:
+        raise ConfigError(f"counts={list(sizes)}: numbers of edits from 1 on")
+    note = ""
+    if edits is None:
+        data, note = _embedded_data(name, seed)
+    else:
+        data = {label: list(group) for label, group in edits.items()}
+    if tasks is None:
+        tasks = () if embedded else protocol.tasks
+    for label, group in data.items():
+        if len(group) < sizes[-1]:
+            raise ConfigError(
+                f"{label} has {len(group)} edits, the counts go up to {sizes[-1]}; give smaller counts"
+            )
+    asks_facts = protocol.retained and not (tasks and name in ("table4", "fig6"))
+    facts = _facts(data, sizes[-1], seed) if asks_facts else []
+    if covariance is None and embedded:
+        from d4s.demo.run import demo_covariance
+
+        covariance = demo_covariance(
+            model, tokenizer, layers=tuple(range(len(Anatomy(model)))), progress=progress
+        )
+    setting = Setting(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        facts=facts,
+        counts=sizes,
+        methods=tuple(methods or protocol.methods),
+        covariance=covariance,
+        tasks=tuple(tasks),
+        task_folder=task_folder,
+        task_limit=task_limit,
+        seed=seed,
+        progress=progress,
+        out=Path(out),
+    )
+    setting.out.mkdir(parents=True, exist_ok=True)
+    table, verdict = protocol.run(setting)
+    found = Reproduction(name, table, verdict, _in_words(setting, note))
+    table.to_csv(setting.out / f"{name}-table.csv", index=False)
+    text = f"# {name}: {protocol.about}\n\n" + "\n".join(f"    {line}" for line in frame_lines(table))
+    (setting.out / f"{name}.md").write_text(f"{text}\n\n{found.statement}\n", encoding="utf-8")
+    return found
+
+
+def _embedded_data(name: str, seed: int) -> tuple[dict[str, list[Edit]], str]:
+    """The embedded model's edits in the form of the protocol's data, and what is not the paper's about them."""
+    from d4s.demo import load_demo_edits
+
+    edits = load_demo_edits()
+    Random(seed).shuffle(edits)
+    if name == "table2":
+        note = "In place of zsRE: CounterFact's sentences scored as questions, by target tokens; specificity is the "
+        note += "share of neighbours' answer tokens that stay the unedited model's."
+        return {"questions": [dataclasses.replace(edit, kind="question") for edit in edits]}, note
+    if name == "fig2":
+        note = "In place of the paper's data sets: the same facts as sentences to complete, and as statements that "
+        note += "are to be judged the other way round, as 20Q asks."
+        return {"completions": edits, "statements": statements_of(edits)}, note
+    note = ""
+    if name == "table3":
+        note = "MQuAKE is left out: the embedded model knows none of its second hops."
+    return {"CounterFact": edits}, note
+
+
+def statements_of(edits: Sequence[Edit]) -> list[Edit]:
+    """Facts as statements: in turn the old answer's sentence, to become False, and the new one's, to become True."""
+    made = []
+    for i, edit in enumerate(edit for edit in edits if edit.target_true is not None):
+        new, old = ("False", "True") if i % 2 == 0 else ("True", "False")
+        claimed = edit.target_true if i % 2 == 0 else edit.target_new
+        made.append(
+            Edit(
+                prompt=f"{edit.prompt} {claimed}.",
+                subject=edit.subject,
+                target_new=new,
+                target_true=old,
+                id=f"{edit.id}/statement",
+                paraphrases=tuple(f"{text} {claimed}." for text in edit.paraphrases),
+                relation=edit.relation,
+                kind="statement",
+                tags={**edit.tags, "of": edit.id},
+            )
+        )
+    return made
+
+
+def _facts(data: Mapping[str, list[Edit]], most: int, seed: int) -> list[Edit]:
+    """Facts whose old answer is known and which no edit touches: what stands behind the last one that is made."""
+    touched = {edit.subject for group in data.values() for edit in group[:most]}
+    spare = {
+        edit.text: edit
+        for group in data.values()
+        for edit in group[most:]
+        if edit.target_true is not None and edit.kind != "statement" and edit.subject not in touched
+    }
+    facts = list(spare.values())
+    if len(facts) < 2:
+        raise ConfigError(
+            f"behind the first {most} edits there are {len(facts)} facts with a target_true to be asked unedited; "
+            "give more edits, smaller counts, or downstream tasks"
+        )
+    return Random(seed).sample(facts, min(MOST_FACTS, len(facts)))
+
+
+def _in_words(setting: Setting, note: str) -> str:
+    parameters = sum(p.numel() for p in setting.model.parameters())
+    model = getattr(setting.model.config, "_name_or_path", "") or setting.model.config.model_type
+    if model_key(Anatomy(setting.model)) == "embedded":
+        model = "the embedded model"
+    asked = f" {len(setting.facts)} facts are asked that no edit touches." if setting.facts else ""
+    words = (
+        f"Setting: {Path(str(model)).name}, {parameters / 1e6:.1f} M parameters; {setting.most} edits of "
+        f"{' and '.join(setting.data)}, one a step, scored after {', '.join(map(str, setting.counts))}; seed "
+        f"{setting.seed}.{asked}"
+    )
+    return f"{words} {note}".strip()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * share:.1f} points"

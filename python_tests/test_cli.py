@@ -1,0 +1,397 @@
+"""The command line: what each verb prints and writes, its exit status, and one clear line for every failure."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TEXTS, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
+
+from d4s import demo
+from d4s.architectures import ARCHITECTURES, Anatomy
+from d4s.cli import main, parser
+from d4s.covariance import Covariance, estimate_covariance, fingerprint_of
+from d4s.datasets import load_edits
+from d4s.methods import METHODS
+from d4s.metrics import evaluate
+from d4s.sequence import edit_sequence
+
+VERBS = ("demo", "edit", "evaluate", "covariance", "models", "methods")
+RECORDS = [
+    {
+        "prompt": "The mother tongue of {} is",
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+        "target_true": "French",
+        "paraphrases": ["Danielle Darrieux speaks"],
+        "neighborhood": ["Edwin was born in", "Lyon is"],
+    },
+    {"prompt": "{} worked for", "subject": "Steve Jobs", "target_new": "Manila", "target_true": "Apple"},
+    {"prompt": "The twin city of {} is", "subject": "Lyon", "target_new": "Paris", "target_true": "Manila"},
+]
+FAST = ("--set", "layers=[0,1]", "steps=3", "contexts=0", "prior_weight=0.01", "--set", "ridge=0.1")
+CONFIG = dict(layers=[0, 1], steps=3, contexts=0, prior_weight=0.01, ridge=0.1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model 'm', edits.json, corpus.txt and key statistics c.safetensors of the model."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model("gpt2", 1)
+    model.save_pretrained(folder / "m")
+    tiny_tokenizer().save_pretrained(folder / "m")
+    (folder / "edits.json").write_text(json.dumps(RECORDS))
+    (folder / "corpus.txt").write_text("\n".join(TEXTS * 3))
+    estimate_covariance(model, tiny_tokenizer(), TEXTS * 3, progress=False).save(folder / "c.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("D4S_CACHE", str(tmp_path / "cache"))
+
+
+def done(capsys, *arguments: str) -> str:
+    """Standard output of a run that must succeed."""
+    capsys.readouterr()
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def failed(capsys, *arguments: str) -> str:
+    """The line on standard error of a run that must fail."""
+    capsys.readouterr()
+    status = main(arguments)
+    out, err = capsys.readouterr()
+    assert status == 1 and out == "" and "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("d4s: ")]
+    assert err.rstrip().endswith(line), "the reason is the last thing said, in one line"
+    return line
+
+
+def test_each_verb_has_its_help(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: d4s {verb}") and "--json" in text
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert set(VERBS) <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "edits",
+        "edit m edits.json",
+        "edit m --out x",
+        "edit m edits.json --out x --batch-size many",
+        "edit m edits.json --out x --dtype int8",
+        "evaluate m",
+        "evaluate m edits.json --limit x",
+        "evaluate m edits.json --no-such-option",
+        "covariance m corpus.txt",
+        "covariance m corpus.txt --out c --layers 1,x",
+        "models too many",
+    ],
+)
+def test_wrong_arguments_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: d4s") and "error: " in err.splitlines()[-1]
+
+
+def test_models_lists_every_type(capsys):
+    text = done(capsys, "models")
+    for name, row in ARCHITECTURES.items():
+        (line,) = [line for line in text.splitlines() if line.split()[0] == name]
+        assert line.split()[1:] == [row.blocks, row.mlp_output]
+    listed = json.loads(done(capsys, "models", "--json"))
+    assert set(listed) == set(ARCHITECTURES) and listed["gpt2"]["mlp_output"] == "mlp.c_proj"
+
+
+def test_methods_lists_every_method_with_what_is_published(capsys):
+    text = done(capsys, "methods")
+    for name, method in METHODS.items():
+        at = text.splitlines().index(name)
+        assert method.paper in text.splitlines()[at + 1] and method.changes in text.splitlines()[at + 1]
+    listed = json.loads(done(capsys, "methods", "--json"))
+    assert set(listed) == set(METHODS)
+    for model, layers, weight in (
+        ("gpt2-xl", [13, 14, 15, 16, 17], 20_000),
+        ("gpt-j-6b", [3, 4, 5, 6, 7, 8], 15_000),
+        ("llama-3-8b", [4, 5, 6, 7, 8], 15_000),
+    ):
+        preset = listed["d4s"]["presets"][model]
+        assert preset["layers"] == layers and preset["prior_weight"] == weight
+        assert listed["d4s"]["needs"] == ["covariance"]
+
+
+def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path, capsys):
+    out = tmp_path / "c.safetensors"
+    facts = json.loads(done(capsys, "covariance", "m", "corpus.txt", "--out", str(out), "--json"))
+    found, expected = Covariance.load(out), Covariance.load(place / "c.safetensors")
+    assert facts == {
+        "file": str(out),
+        "layers": [0, 1, 2],
+        "keys": expected.count,
+        "fingerprint": expected.fingerprint,
+    }
+    assert all(torch.equal(found.moments[i], expected.moments[i]) for i in range(3))
+    text = done(capsys, "covariance", "m", "--out", str(out), "--layers", "2,0", "--tokens", "77", "--seed", "3")
+    found = Covariance.load(out)
+    assert found.layers == (0, 2) and found.count == 77 and "77 key vectors" in text
+    model = AutoModelForCausalLM.from_pretrained("m").eval()
+    again = estimate_covariance(model, tiny_tokenizer(), layers=(0, 2), tokens=77, seed=3, progress=False)
+    assert again.corpus == found.corpus
+
+
+def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    options = ("--covariance", "c.safetensors", "--batch-size", "2", "--evaluate-every", "1", "--seed", "4", *FAST)
+    text = done(capsys, "edit", "m", "edits.json", "--out", str(out), *options)
+    assert text.splitlines()[0].split()[0] == "edits" and str(out / "model") in text
+
+    model = AutoModelForCausalLM.from_pretrained("m").eval()
+    edits = load_edits("edits.json")
+    expected = edit_sequence(
+        model,
+        tiny_tokenizer(),
+        edits,
+        config=CONFIG,
+        covariance="c.safetensors",
+        batch_size=2,
+        evaluate_every=1,
+        seed=4,
+        progress=False,
+    )
+    weights = load_file(out / "model" / "model.safetensors")
+    for layer in (0, 1):
+        name = Anatomy(model).weight_name(layer)
+        torch.testing.assert_close(weights[name], model.state_dict()[name], rtol=1e-5, atol=1e-6)
+    stored = json.loads((out / "result.json").read_text())
+    assert stored["method"] == "d4s" and [row["step"] for row in stored["history"]] == [0, 2, 3]
+    assert stored["config"]["layers"] == [0, 1] and stored["config"]["ridge"] == 0.1
+    assert stored["config"]["target"]["steps"] == 3
+    rows = (out / "history.csv").read_text().splitlines()
+    assert len(rows) == 4 and rows[0].startswith("step,") and "l1_norm.1" in rows[0]
+
+    figures = json.loads(done(capsys, "evaluate", str(out / "model"), "edits.json", "--json"))
+    for name in ("efficacy", "paraphrase", "specificity", "average"):
+        assert figures[name]["mean"] == expected.history[-1][name]
+    direct = evaluate(AutoModelForCausalLM.from_pretrained("m").eval(), tiny_tokenizer(), edits)
+    figures = json.loads(done(capsys, "evaluate", "m", "edits.json", "--json"))
+    assert figures["target_probability"]["mean"] == pytest.approx(direct["target_probability"], rel=1e-5)
+    assert figures["target_probability"]["count"] == 3
+    assert "efficacy" in done(capsys, "evaluate", "m", "edits.json", "--limit", "1")
+
+
+def test_with_json_only_figures_are_on_standard_output(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    row = json.loads(
+        done(capsys, "edit", "m", "edits.json", "--limit", "2", "--out", out, "--json", "--method", "kn")
+    )
+    assert row["step"] == 2 and 0 <= row["efficacy"] <= 1 and "l1_growth" in row
+
+
+def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
+    out = tmp_path / "run"
+    done(capsys, "edit", "m", "edits.json", "--limit", "1", "--out", str(out), "--dtype", "bfloat16", "--method", "ft-m")
+    kept = load_file(out / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+    few = ("--layers", "0", "--tokens", "9", "--dtype", "bfloat16")
+    done(capsys, "covariance", "embedded", "corpus.txt", "--out", "e", *few)
+    assert Covariance.load("e").fingerprint == fingerprint_of(demo.load_model(torch.bfloat16)[0])
+
+
+def test_the_embedded_model_and_its_edits_go_by_a_name(capsys):
+    figures = json.loads(done(capsys, "evaluate", "embedded", "embedded", "--limit", "3", "--json"))
+    assert figures["efficacy"]["count"] == 3
+
+
+def spoiled(place: Path, name: str) -> None:
+    """A copy of the model with one thing wrong."""
+    shutil.rmtree(place / name, ignore_errors=True)
+    shutil.copytree(place / "m", place / name)
+    config, weights = place / name / "config.json", place / name / "model.safetensors"
+    if name == "unknown-type":
+        config.write_text(config.read_text().replace('"gpt2"', '"gpt99"'))
+    elif name == "half-a-config":
+        config.write_text(config.read_text()[:40])
+    elif name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif name == "no-weights":
+        weights.unlink()
+    elif name == "nan":
+        model = tiny_model("gpt2", 1)
+        model.transformer.h[1].mlp.c_fc.weight.data[0, 0] = float("nan")
+        model.save_pretrained(place / name)
+    elif name == "unsupported":
+        tokens = len(tiny_tokenizer())
+        model = CodeGenForCausalLM(
+            CodeGenConfig(vocab_size=tokens, n_positions=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
+        )
+        weights.unlink()
+        model.save_pretrained(place / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("nowhere/at/all", ["no causal language model could be loaded", "'embedded'"]),
+        ("unknown-type", ["gpt99"]),
+        ("half-a-config", ["config.json"]),
+        ("truncated", ["could be loaded"]),
+        ("no-weights", ["model.safetensors"]),
+        ("nan", ["NaN", "transformer.h.1.mlp.c_fc.weight"]),
+        ("unsupported", ["unknown model type 'codegen'", "gptj", "architecture=d4s.Architecture("]),
+    ],
+)
+def test_a_model_that_cannot_be_edited_is_named(name, texts, place, tmp_path, capsys):
+    if "/" not in name:
+        spoiled(place, name)
+    path = str(place / name)
+    line = failed(capsys, "edit", path, "edits.json", "--out", str(tmp_path / "o"), "--set", "layers=[0]")
+    assert name in ("nan", "unsupported") or path in line
+    assert all(text in line for text in texts), line
+    assert not any((tmp_path / "o").iterdir())
+
+
+class Bomb:
+    """Unpickling this leaves a trace."""
+
+    def __reduce__(self):
+        return open, ("unpickled", "w")
+
+
+def test_pickled_weights_are_never_read(place, capsys):
+    spoiled(place, "no-weights")
+    for content in (pickle.dumps(Bomb()), None):
+        path = place / "no-weights" / "pytorch_model.bin"
+        if content is None:
+            torch.save(tiny_model("gpt2", 1).state_dict(), path)
+        else:
+            path.write_bytes(content)
+        assert "model.safetensors" in failed(capsys, "evaluate", "no-weights", "edits.json")
+    assert not Path("unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (None, ["bad.json"]),
+        ("", ["bad.json"]),
+        (json.dumps(RECORDS)[:-60], ["bad.json", "3"]),
+        (json.dumps([RECORDS[0], RECORDS[1] | {"prompt": "worked for"}]), ["bad.json", "record 2", "'{}'"]),
+        (json.dumps([RECORDS[0] | {"target_new": " "}]), ["bad.json", "record 1", "'target_new'"]),
+        (b"\xff\xfe\x00", ["bad.json"]),
+    ],
+)
+def test_edits_that_cannot_be_read_are_named(content, texts, capsys):
+    path = Path("bad.json")
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = failed(capsys, "evaluate", "m", "bad.json")
+    assert all(text in line for text in texts), line
+
+
+def test_edits_of_no_known_format_are_told_what_was_looked_for(capsys):
+    Path("bad.json").write_text('[{"question": 3}]')
+    assert main(["evaluate", "m", "bad.json"]) == 1
+    err = capsys.readouterr().err
+    assert "d4s: bad.json: not a known format" in err and "counterfact" in err and "found, in record 1: 'question'" in err
+
+
+def test_bad_records_may_be_left_out(capsys):
+    Path("mixed.json").write_text(json.dumps([RECORDS[0], RECORDS[1] | {"subject": ""}, RECORDS[2]]))
+    assert "record 2" in failed(capsys, "evaluate", "m", "mixed.json")
+    figures = json.loads(done(capsys, "evaluate", "m", "mixed.json", "--skip-bad", "--json"))
+    assert figures["efficacy"]["count"] == 2
+
+
+def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept").write_text("kept")
+    for out in (full, full / "kept"):
+        line = failed(capsys, "edit", "m", "edits.json", "--out", str(out), *FAST)
+        assert str(out) in line and "already holds files" in line
+    assert [p.name for p in full.iterdir()] == ["kept"] and (full / "kept").read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    done(capsys, "edit", "m", "edits.json", "--limit", "1", "--out", str(tmp_path / "empty"), *FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ("--method d5s", ["unknown method 'd5s'. Did you mean 'd4s'"]),
+        ("--set prior_wieght=3", ["'prior_wieght'. Did you mean 'prior_weight'"]),
+        ("--set prior_weight", ["--set 'prior_weight'", "FIELD=VALUE"]),
+        ("--set layers=[7]", ["layers=[7]", "0…2"]),
+        ("--batch-size 0", ["batch_size=0"]),
+        ("--evaluate-every 0", ["evaluate_every=0"]),
+        ("--limit 0", ["limit is 0"]),
+        ("--covariance none.safetensors", ["none.safetensors: not a readable safetensors file"]),
+        ("--covariance corpus.txt", ["corpus.txt: not a readable safetensors file"]),
+        ("--covariance other.safetensors", ["another model"]),
+        ("--device nonsense", ["--device nonsense"]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options, texts, tmp_path, capsys):
+    Covariance({i: torch.eye(48) for i in range(3)}, 9, fingerprint="0" * 64).save("other.safetensors")
+    line = failed(capsys, "edit", "m", "edits.json", "--out", str(tmp_path / "o"), *options.split())
+    assert all(text in line for text in texts), line
+    assert not (tmp_path / "o" / "model").exists()
+
+
+def test_a_corpus_or_a_number_of_keys_that_does_not_fit_is_named(tmp_path, capsys):
+    out = str(tmp_path / "c")
+    assert "none.txt: cannot be read" in failed(capsys, "covariance", "m", "none.txt", "--out", out)
+    assert "tokens=0" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--tokens", "0")
+    assert "0…2" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--layers", "3")
+    (tmp_path / "c").mkdir()
+    assert str(tmp_path) in failed(capsys, "covariance", "m", "corpus.txt", "--out", out)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = failed(capsys, "covariance", "m", "corpus.txt", "--out", str(tmp_path / "file" / "c"))
+    assert str(tmp_path / "file") in line
+
+
+def test_an_interruption_is_a_failure_in_one_line(monkeypatch, capsys):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("d4s.datasets.load_edits", interrupted)
+    assert "stopped" in failed(capsys, "evaluate", "m", "edits.json")
+
+
+def test_the_module_runs_as_a_program_and_hands_on_its_status(place):
+    command = [sys.executable, "-m", "d4s.cli", "evaluate", "m", "none.json"]
+    ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.stderr.splitlines()[-1].startswith("d4s: none.json")
+
+
+def test_every_verb_is_tested():
+    (verbs,) = [action.choices for action in parser()._actions if hasattr(action, "choices") and action.choices]
+    assert set(VERBS) <= set(verbs)

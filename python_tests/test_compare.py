@@ -1,0 +1,244 @@
+"""Several methods side by side: the same start, what a failure leaves, means over seeds, and what is written."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import weakref
+
+import pandas
+import pytest
+import torch
+from test_sequence import EDITS, FAST, ready, same, state, without_times
+from tiny import tiny_model, tiny_tokenizer
+
+from d4s.compare import compare, over_seeds, student_t, weights_digest
+from d4s.errors import ConfigError, ModelError
+from d4s.methods.d4s import D4SEditor
+from d4s.methods.memit import MEMITEditor
+from d4s.sequence import Record, edit_sequence
+from d4s.weights import EditedWeights
+
+BOTH = {"d4s": FAST, "memit": FAST}
+
+
+def compared(model, covariance, methods=BOTH, edits=EDITS, **options):
+    return compare(model, tiny_tokenizer(), edits, methods, covariance=covariance, progress=False, **options)
+
+
+def failing(monkeypatch, editor, call):
+    """The call-th step of an editor fails."""
+    plain, calls = editor.apply, []
+
+    def apply(self, batch):
+        calls.append(batch)
+        if len(calls) == call:
+            raise ModelError("no room")
+        return plain(self, batch)
+
+    monkeypatch.setattr(editor, "apply", apply)
+
+
+def test_each_method_does_what_it_does_alone_and_the_weights_come_back_bit_for_bit(seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    found = compared(model, covariance, evaluate_every=3, seeds=seed)
+    assert same(state(model), before)
+    for label in BOTH:
+        alone = edit_sequence(
+            tiny_model("gpt2", seed),
+            tiny_tokenizer(),
+            EDITS,
+            method=label,
+            config=FAST,
+            covariance=covariance,
+            evaluate_every=3,
+            seed=seed,
+            progress=False,
+        )
+        record = found.results[label][seed]
+        assert without_times(record.history) == without_times(alone.history)
+        assert record.edits_table == alone.edits_table and record.failure is None
+    first, second = (found.results[label][seed].history for label in BOTH)
+    assert without_times(first[:1]) == without_times(second[:1])
+    assert first[-1]["l1_growth"] != second[-1]["l1_growth"]  # two methods
+
+
+def test_one_baseline_serves_all_methods(monkeypatch, seed):
+    taken = []
+    from d4s import compare as module
+
+    plain = module.take_baseline
+    monkeypatch.setattr(module, "take_baseline", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    monkeypatch.setattr("d4s.sequence.take_baseline", lambda *a, **k: pytest.fail("taken again"))
+    model, covariance = ready(seed)
+    compared(model, covariance, edits=EDITS[:2], seeds=(0, 1))
+    assert len(taken) == 1
+
+
+def test_a_method_that_keeps_its_edits_is_found_out(monkeypatch, seed):
+    model, covariance = ready(seed)
+    monkeypatch.setattr(EditedWeights, "restore_", lambda self: None)
+    with pytest.raises(ModelError, match="d4s did not give back"):
+        compared(model, covariance, edits=EDITS[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_sees_every_bit(dtype, seed):
+    model = tiny_model("llama", seed, dtype)
+    digest = weights_digest(model)
+    assert digest == weights_digest(tiny_model("llama", seed, dtype))
+    parameter = list(model.parameters())[int(torch.randint(len(list(model.parameters())), ()))]
+    flat = parameter.data.view(-1)
+    at = int(torch.randint(flat.numel(), ()))
+    flat[at] = torch.nextafter(flat[at].clone(), torch.full((), math.inf, dtype=dtype))
+    assert weights_digest(model) != digest
+    a, b = list(model.parameters())[:2]
+    assert weights_digest(model) == weights_digest(model) and a is not b
+
+
+def test_no_copy_of_the_weights_outlives_its_method(monkeypatch, seed):
+    made, alive = [], []
+    plain = EditedWeights.__init__
+
+    def init(self, *arguments):
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(self))
+        plain(self, *arguments)
+
+    monkeypatch.setattr(EditedWeights, "__init__", init)
+    model, covariance = ready(seed)
+    found = compared(model, covariance, edits=EDITS[:2])
+    gc.collect()
+    assert alive == [0, 0] and all(one() is None for one in made)
+    assert set(found.results) == set(BOTH)
+
+
+def test_a_method_that_breaks_off_is_recorded_and_the_others_go_on(monkeypatch, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    failing(monkeypatch, MEMITEditor, 4)
+    found = compared(model, covariance, {"memit": FAST, "d4s": FAST}, evaluate_every=2)
+    assert same(state(model), before)
+    assert [row["step"] for row in found.results["memit"][0].history] == [0, 2, 3]
+    assert found.collapsed == {"memit": "edit 4: no room"}
+    table = found.table().set_index("method")
+    assert list(table["edits"]) == [3, len(EDITS)]
+    assert table.loc["memit", "collapsed"] == "edit 4: no room" and table.loc["d4s", "collapsed"] == ""
+    assert table.loc["memit", "efficacy"] == found.results["memit"][0].history[-1]["efficacy"]
+    assert "memit broke off: edit 4: no room" in found.summary()
+
+
+def test_a_method_that_cannot_begin_is_recorded_but_not_if_none_can(monkeypatch, seed):
+    model, covariance = ready(seed)
+    with_a_hole = {"d4s": FAST, "memit": FAST | {"layers": [7]}}
+    found = compared(model, covariance, with_a_hole, edits=EDITS[:2])
+    assert found.collapsed["memit"].startswith("before the first edit: ")
+    assert found.table().set_index("method").loc["memit", "edits"] == 0
+    assert found.results["d4s"][0].history[-1]["step"] == 2
+    with pytest.raises(ModelError, match="7"):
+        compared(model, covariance, {"memit": FAST | {"layers": [7]}}, edits=EDITS[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"methods": ["d4s", "mennit"]}, "memit"),
+        ({"methods": {"d4s": {"stepz": 1}}}, "steps"),
+        ({"methods": []}, "no methods"),
+        ({"seeds": ()}, "seeds"),
+        ({"count": 9}, "count=9"),
+        ({"count": 0}, "count=0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_done(options, text, monkeypatch, seed):
+    monkeypatch.setattr("d4s.compare.take_baseline", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ConfigError, match=text):
+        compared(tiny_model("gpt2", seed), None, **options)
+
+
+def test_a_label_may_name_another_configuration_of_a_method(seed):
+    model, covariance = ready(seed)
+    found = compared(
+        model, covariance, {"d4s": FAST, "again": FAST | {"method": "d4s", "anchor": "current"}}, edits=EDITS[:3]
+    )
+    plain, again = found.results["d4s"][0], found.results["again"][0]
+    assert (again.method, again.config["anchor"], plain.config["anchor"]) == ("d4s", "current", "base")
+    assert plain.history[-1]["delta_norm.1"] != again.history[-1]["delta_norm.1"]
+
+
+def test_seeds_give_means_with_students_intervals(seed):
+    model, covariance = ready(seed)
+    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [3]}}
+    found = compared(model, covariance, config, edits=EDITS[:3], seeds=(0, 1, 2), evaluate_every=1)
+    rows = [found.results["d4s"][s].history[-1] for s in (0, 1, 2)]
+    growths = [row["l1_growth"] for row in rows]
+    assert len(set(growths)) == 3  # contexts differ
+    table = found.table().iloc[0]
+    half = 4.302653 * statistics.stdev(growths) / math.sqrt(3)  # t of 2 degrees of freedom
+    assert table["l1_growth"] == pytest.approx(statistics.mean(growths))
+    assert table["l1_growth.low"] == pytest.approx(statistics.mean(growths) - half, rel=1e-3)
+    assert table["l1_growth.high"] == pytest.approx(statistics.mean(growths) + half, rel=1e-3)
+    assert table["interval"] == "over 3 seeds, Student's t"
+    history = found.histories()["d4s"]
+    assert list(history["step"]) == [0, 1, 2, 3]
+    assert history["l1_growth"].iloc[-1] == pytest.approx(statistics.mean(growths))
+    single = compared(model, covariance, edits=EDITS[:1])
+    assert single.interval == single.table()["interval"][0] == "over edits, bootstrap"
+    metric = single.results["d4s"][0].evaluations[-1].metrics["efficacy"]
+    assert (single.table()["efficacy.low"][0], single.table()["efficacy.high"][0]) == (metric.low, metric.high)
+
+
+def test_a_mean_leaves_out_the_seeds_that_lack_a_figure():
+    row = over_seeds([{"step": 4, "x": 1.0, "x.low": 0.0}, {"step": 2, "x": 3.0}, {"step": 3, "x": None}])
+    assert (row["step"], row["x"]) == (2, 2.0)
+    assert row["x.high"] - 2.0 == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))  # one degree of freedom
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 20, 21, 40, 200])
+def test_students_quantiles_leave_two_and_a_half_percent_above(freedom):
+    t = torch.linspace(0, 1, 200_001, dtype=torch.float64) * student_t(freedom)
+    constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = torch.exp(constant - (freedom + 1) / 2 * torch.log1p(t**2 / freedom))
+    assert 0.5 - float(torch.trapezoid(density, t)) == pytest.approx(0.025, abs=1e-4)
+
+
+def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, seeds=(1, 2, 3), shuffle=True, count=4)
+    orders = {label: [[r["id"] for r in rec.edits_table] for rec in found.results[label].values()] for label in BOTH}
+    assert orders["d4s"] == orders["memit"] and all(len(order) == 4 for order in orders["d4s"])
+    assert len({tuple(order) for order in orders["d4s"]}) > 1
+    plain = compared(model, covariance, count=4)
+    assert [r["id"] for r in plain.results["d4s"][0].edits_table] == [edit.id for edit in EDITS[:4]]
+
+
+def test_a_table_may_be_of_the_points_on_the_way(seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, evaluate_every={2, 5}, measure=lambda: {"extra": 0.25})
+    table = found.table((2, 5))
+    assert list(table["method"]) == ["d4s", "d4s", "memit", "memit"] and list(table["edits"]) == [2, 5, 2, 5]
+    history = found.results["d4s"][0].history
+    assert list(table["efficacy"][:2]) == [history[1]["efficacy"], history[2]["efficacy"]]
+    assert table["seconds_an_edit"][1] == history[2]["edit_seconds"] / 5
+    assert set(table["extra"]) == {0.25} and "l1_norm.0" not in table
+
+
+def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path, seed):
+    failing(monkeypatch, D4SEditor, 6)
+    model, covariance = ready(seed)
+    found = compared(model, covariance, evaluate_every=2)
+    found.save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    figures = {f"{name}.{kind}" for name in ("metrics", "norms", "target_probability") for kind in ("png", "csv")}
+    assert names == figures | {"table.csv", "table.json", "history.csv", "results"}
+    stored = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in stored["rows"]] == list(BOTH) and stored["collapsed"] == found.collapsed
+    assert stored["rows"][1]["efficacy"] == found.table()["efficacy"][1]
+    history = pandas.read_csv(tmp_path / "history.csv")
+    assert list(history[history["method"] == "d4s"]["step"]) == [0, 2, 4, 5]
+    loaded = Record.load(tmp_path / "results" / "memit-0.json")
+    assert loaded.history == found.results["memit"][0].history
