@@ -543,7 +543,7 @@ def correlation(x: Any, y: Any) -> dict[str, Any]:
 
 
 def frame_lines(frame: DataFrame) -> list[str]:
-    """A DataFrame as lines of text; bounds of an interval behind their value."""
+    """A DataFrame as lines of text, without its empty columns; bounds of an interval behind their value."""
     columns = []
     for name in frame.columns:
         if str(name).endswith((".low", ".high")):
@@ -553,7 +553,8 @@ def frame_lines(frame: DataFrame) -> list[str]:
             low, high = row.get(f"{name}.low"), row.get(f"{name}.high")
             text = spelled(row[name])
             cells.append(text if low is None or not text else f"{text} [{spelled(low)}, {spelled(high)}]")
-        columns.append((str(name).replace("_", " "), cells))
+        if any(cells):
+            columns.append((str(name).replace("_", " "), cells))
     return aligned(columns)
 
 

@@ -25,6 +25,7 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    _without_loading_bars()
     if options.model == "embedded":
         from d4s import demo
 
@@ -45,6 +46,13 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         return model.to(device).eval(), tokenizer
     except (AssertionError, RuntimeError) as error:  # no such device, or a torch that was built without it
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def _without_loading_bars() -> None:
+    """transformers draws a bar for every file it loads; this command line has bars of its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _load_edits(options: argparse.Namespace) -> list[Any]:
@@ -113,6 +121,7 @@ def _say(options: argparse.Namespace) -> Any:
 def demo(options: argparse.Namespace) -> None:
     from d4s.demo.run import run_demo
 
+    _without_loading_bars()
     figures = run_demo(
         options.out,
         count=options.edits,
@@ -371,7 +380,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
     made.add_argument("--batch-size", type=int, default=1, help="edits a step")
     made.add_argument("--evaluate-every", type=int, help="edits between evaluations")
-    made.add_argument("--set", nargs="+", action="extend", metavar="FIELD=VALUE", help="fields of the method's configuration")
+    made.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="FIELD=VALUE",
+        help="fields of the method's configuration",
+    )
 
     made = verb(evaluate, "score a model on edits", model=True, edits=True)
     made.add_argument("--generate", action="store_true", help="also score free generation")
@@ -389,7 +404,9 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
         made.add_argument("--batch-size", type=int, default=1, help="edits a step")
         made.add_argument(
-            "--neighborhood-limit", type=int, help="neighbours an edit that are scored on the way; default: all"
+            "--neighborhood-limit",
+            type=int,
+            help="neighbours an edit that are scored on the way; default: all",
         )
 
     made = verb(compare, "the same edits with several methods", model=True, edits=True)
@@ -410,10 +427,14 @@ def parser() -> argparse.ArgumentParser:
     )
     several(made)
     made.add_argument("--methods", type=_names, default=["rome", "memit"], help="as rome,memit,d4s")
-    made.add_argument("--evaluate-every", type=int, help="edits between evaluations; default: a tenth of them")
+    made.add_argument(
+        "--evaluate-every", type=int, help="edits between evaluations; default: a tenth of them"
+    )
     for name in ("efficacy", "specificity"):
         made.add_argument(
-            f"--{name}-bound", type=float, help="share it must not fall under; default: 90 %% of its first level"
+            f"--{name}-bound",
+            type=float,
+            help="share it must not fall under; default: 90 %% of its first level",
         )
 
     made = verb(
@@ -422,7 +443,9 @@ def parser() -> argparse.ArgumentParser:
         first={"dest": "name", "metavar": "NAME", "choices": PAPER, "help": ", ".join(PAPER)},
         model=True,
     )
-    made.add_argument("--edits", type=Path, nargs="+", help="a file a data set; default: the embedded model's")
+    made.add_argument(
+        "--edits", type=Path, nargs="+", help="a file a data set; default: the embedded model's"
+    )
     made.add_argument("--skip-bad", action="store_true", help="leave wrong records out, and list them")
     made.add_argument("--counts", type=_numbers, help="edits at which is scored; default: the paper's")
     made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: the paper's")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from d4s import ops
 from d4s.architectures import Anatomy, Architecture
 from d4s.errors import CovarianceError, DataError
+from d4s.files import whole
 from d4s.prompts import pad_id, padded
 from d4s.trace import Trace, stopping
 
@@ -95,9 +96,6 @@ class Covariance:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + f".{os.getpid()}.part")
         tensors = {f"layer.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
         metadata = {
             "format": FORMAT,
@@ -105,13 +103,8 @@ class Covariance:
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
         }
-        try:
+        with whole(path) as beside:
             save_file(tensors, beside, metadata=metadata)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Covariance:
@@ -264,7 +257,11 @@ def estimate_covariance(
                 break
         rows.sort(key=len)  # little padding
         with tqdm(
-            total=total, unit="key", unit_scale=True, desc="key covariance", disable=None if progress else True
+            total=total,
+            unit="key",
+            unit_scale=True,
+            desc="key covariance",
+            disable=None if progress else True,
         ) as bar:
             at = 0
             while at < len(rows):

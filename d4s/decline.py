@@ -114,7 +114,8 @@ def fit_decline(
     best = at((errors(a, b) @ weights).argmin(), a, b)
     draws = numpy.random.default_rng(seed).integers(len(steps), size=(resamples, len(steps)))
     drawn = [
-        at((coarse @ (numpy.bincount(d, minlength=len(steps)) * weights)).argmin(), spreads, _B) for d in draws
+        at((coarse @ (numpy.bincount(d, minlength=len(steps)) * weights)).argmin(), spreads, _B)
+        for d in draws
     ]
     return best, drawn
 

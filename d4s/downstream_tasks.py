@@ -18,6 +18,7 @@ from d4s.datasets.files import read_records
 from d4s.downstream import require_harness
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError
+from d4s.files import whole
 
 Row = dict[str, Any]
 
@@ -246,13 +247,5 @@ def _write_task(out: Path, task: str, splits: Mapping[str, Iterable[Row]], confi
 
 
 def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(path) as beside:
+        beside.write_text(content, encoding="utf-8")

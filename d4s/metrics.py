@@ -13,7 +13,6 @@ import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from d4s import generation
 from d4s.edits import Edit, Question
 from d4s.errors import ConfigError, DataError, unknown_name
+from d4s.files import whole
 from d4s.generation import TermWeights, Written, says
 from d4s.scoring import Score, score
 
@@ -94,17 +94,8 @@ class Baseline:
             [prompt, target, finite_or_none(s.nll), s.predicted, s.target]
             for (prompt, target), s in self.answers.items()
         ]
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                json.dump({"format": "d4s-baseline-1", "answers": answers}, file, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(path) as beside, open(beside, "w", encoding="utf-8") as file:
+            json.dump({"format": "d4s-baseline-1", "answers": answers}, file, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Baseline:

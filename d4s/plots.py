@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d4s.errors import ConfigError
+from d4s.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,7 +254,6 @@ def _write(
     known = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         raise ConfigError(f"{path}: figures are written as {', '.join('.' + k for k in known)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
@@ -262,9 +262,5 @@ def _write(
             figure.savefig(file, format=path.suffix[1:].lower(), dpi=200)
 
         for place, save in ((path, save_figure), (path.with_suffix(".csv"), save_data)):
-            beside = place.with_name(f"{place.name}.{os.getpid()}.part")
-            try:
+            with whole(place) as beside:
                 save(beside)
-                beside.replace(place)
-            finally:
-                beside.unlink(missing_ok=True)

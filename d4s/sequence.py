@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
+from d4s.files import whole
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
@@ -115,17 +115,8 @@ class Record:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """JSON of all but the model; written beside its place, then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole(path) as beside, open(beside, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Record:

@@ -8,6 +8,9 @@ import secrets
 import pytest
 import torch
 
+# The models are tiny: a second thread costs more than it brings, much more where the cores are busy.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def seed() -> int:

@@ -155,7 +155,9 @@ def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path,
         "fingerprint": expected.fingerprint,
     }
     assert all(torch.equal(found.moments[i], expected.moments[i]) for i in range(3))
-    text = done(capsys, "covariance", "m", "--out", str(out), "--layers", "2,0", "--tokens", "77", "--seed", "3")
+    text = done(
+        capsys, "covariance", "m", "--out", str(out), "--layers", "2,0", "--tokens", "77", "--seed", "3"
+    )
     found = Covariance.load(out)
     assert found.layers == (0, 2) and found.count == 77 and "77 key vectors" in text
     model = AutoModelForCausalLM.from_pretrained("m").eval()
@@ -165,7 +167,17 @@ def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path,
 
 def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
-    options = ("--covariance", "c.safetensors", "--batch-size", "2", "--evaluate-every", "1", "--seed", "4", *FAST)
+    options = (
+        "--covariance",
+        "c.safetensors",
+        "--batch-size",
+        "2",
+        "--evaluate-every",
+        "1",
+        "--seed",
+        "4",
+        *FAST,
+    )
     text = done(capsys, "edit", "m", "edits.json", "--out", str(out), *options)
     assert text.splitlines()[0].split()[0] == "edits" and str(out / "model") in text
 
@@ -213,7 +225,20 @@ def test_with_json_only_figures_are_on_standard_output(tmp_path, capsys):
 
 def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
     out = tmp_path / "run"
-    done(capsys, "edit", "m", "edits.json", "--limit", "1", "--out", str(out), "--dtype", "bfloat16", "--method", "ft-m")
+    done(
+        capsys,
+        "edit",
+        "m",
+        "edits.json",
+        "--limit",
+        "1",
+        "--out",
+        str(out),
+        "--dtype",
+        "bfloat16",
+        "--method",
+        "ft-m",
+    )
     kept = load_file(out / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     few = ("--layers", "0", "--tokens", "9", "--dtype", "bfloat16")
@@ -317,7 +342,11 @@ def test_edits_of_no_known_format_are_told_what_was_looked_for(capsys):
     Path("bad.json").write_text('[{"question": 3}]')
     assert main(["evaluate", "m", "bad.json"]) == 1
     err = capsys.readouterr().err
-    assert "d4s: bad.json: not a known format" in err and "counterfact" in err and "found, in record 1: 'question'" in err
+    assert (
+        "d4s: bad.json: not a known format" in err
+        and "counterfact" in err
+        and "found, in record 1: 'question'" in err
+    )
 
 
 def test_bad_records_may_be_left_out(capsys):
@@ -393,5 +422,7 @@ def test_the_module_runs_as_a_program_and_hands_on_its_status(place):
 
 
 def test_every_verb_is_tested():
-    (verbs,) = [action.choices for action in parser()._actions if hasattr(action, "choices") and action.choices]
+    (verbs,) = [
+        action.choices for action in parser()._actions if hasattr(action, "choices") and action.choices
+    ]
     assert set(VERBS) <= set(verbs)

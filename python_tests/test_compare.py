@@ -139,7 +139,7 @@ def test_a_method_that_cannot_begin_is_recorded_but_not_if_none_can(monkeypatch,
     assert found.collapsed["memit"].startswith("before the first edit: ")
     assert found.table().set_index("method").loc["memit", "edits"] == 0
     assert found.results["d4s"][0].history[-1]["step"] == 2
-    with pytest.raises(ModelError, match="7"):
+    with pytest.raises(ConfigError, match="7"):
         compared(model, covariance, {"memit": FAST | {"layers": [7]}}, edits=EDITS[:2])
 
 
@@ -163,7 +163,10 @@ def test_wrong_arguments_are_refused_before_anything_is_done(options, text, monk
 def test_a_label_may_name_another_configuration_of_a_method(seed):
     model, covariance = ready(seed)
     found = compared(
-        model, covariance, {"d4s": FAST, "again": FAST | {"method": "d4s", "anchor": "current"}}, edits=EDITS[:3]
+        model,
+        covariance,
+        {"d4s": FAST, "again": FAST | {"method": "d4s", "anchor": "current"}},
+        edits=EDITS[:3],
     )
     plain, again = found.results["d4s"][0], found.results["again"][0]
     assert (again.method, again.config["anchor"], plain.config["anchor"]) == ("d4s", "current", "base")
@@ -189,7 +192,10 @@ def test_seeds_give_means_with_students_intervals(seed):
     single = compared(model, covariance, edits=EDITS[:1])
     assert single.interval == single.table()["interval"][0] == "over edits, bootstrap"
     metric = single.results["d4s"][0].evaluations[-1].metrics["efficacy"]
-    assert (single.table()["efficacy.low"][0], single.table()["efficacy.high"][0]) == (metric.low, metric.high)
+    assert (single.table()["efficacy.low"][0], single.table()["efficacy.high"][0]) == (
+        metric.low,
+        metric.high,
+    )
 
 
 def test_a_mean_leaves_out_the_seeds_that_lack_a_figure():
@@ -209,7 +215,9 @@ def test_students_quantiles_leave_two_and_a_half_percent_above(freedom):
 def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
     model, covariance = ready(seed)
     found = compared(model, covariance, seeds=(1, 2, 3), shuffle=True, count=4)
-    orders = {label: [[r["id"] for r in rec.edits_table] for rec in found.results[label].values()] for label in BOTH}
+    orders = {
+        label: [[r["id"] for r in rec.edits_table] for rec in found.results[label].values()] for label in BOTH
+    }
     assert orders["d4s"] == orders["memit"] and all(len(order) == 4 for order in orders["d4s"])
     assert len({tuple(order) for order in orders["d4s"]}) > 1
     plain = compared(model, covariance, count=4)
@@ -233,7 +241,9 @@ def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path
     found = compared(model, covariance, evaluate_every=2)
     found.save(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    figures = {f"{name}.{kind}" for name in ("metrics", "norms", "target_probability") for kind in ("png", "csv")}
+    figures = {
+        f"{name}.{kind}" for name in ("metrics", "norms", "target_probability") for kind in ("png", "csv")
+    }
     assert names == figures | {"table.csv", "table.json", "history.csv", "results"}
     stored = json.loads((tmp_path / "table.json").read_text())
     assert [row["method"] for row in stored["rows"]] == list(BOTH) and stored["collapsed"] == found.collapsed

@@ -296,7 +296,7 @@ def test_statistics_of_the_wrong_size_or_without_a_layer_are_refused(seed):
 def test_nan_is_refused(seed):
     moment = torch.eye(48)
     moment[3, 4] = float("nan")
-    with pytest.raises(CovarianceError, match="layer 2: .* NaN"):
+    with pytest.raises(CovarianceError, match=r"layer 2: .* NaN"):
         Covariance({1: torch.eye(48), 2: moment}, 5)
     model = tiny_model("gpt2", seed)
     model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
@@ -372,7 +372,9 @@ def test_the_second_call_reads_the_file(cache, monkeypatch, seed):
     first = cached(model)
     (path,) = cache.iterdir()
     assert path.suffix == ".safetensors" and first.layers == (0, 1)
-    monkeypatch.setattr(d4s.covariance, "estimate_covariance", lambda *_, **__: pytest.fail("estimated again"))
+    monkeypatch.setattr(
+        d4s.covariance, "estimate_covariance", lambda *_, **__: pytest.fail("estimated again")
+    )
     second = cached(model)
     assert all(torch.equal(first.moments[i], second.moments[i]) for i in (0, 1))
     second.check(Anatomy(model), (0, 1))

@@ -19,7 +19,12 @@ STEPS = numpy.arange(1.0, 21) * 50
 def record_of(steps, shares, squares, metric="efficacy", compared=True):
     """A sequence that measured these; two layers hold the change between them."""
     rows = [
-        {"step": int(t), metric: float(s), "delta_norm.3": math.sqrt(0.36 * d), "delta_norm.4": math.sqrt(0.64 * d)}
+        {
+            "step": int(t),
+            metric: float(s),
+            "delta_norm.3": math.sqrt(0.36 * d),
+            "delta_norm.4": math.sqrt(0.64 * d),
+        }
         for t, s, d in zip(steps, shares, squares, strict=True)
     ]
     rival = [{"id": "a", "nll_true": 1.0}] if compared else [{"id": "a"}]
@@ -96,7 +101,9 @@ def test_a_run_without_decline_is_never_under_the_bound():
     found = estimate_remaining(record_of(STEPS, numpy.full(20, 0.95), 0.3 * STEPS), "efficacy")
     assert found["bound"] == pytest.approx(0.9 * 0.95)
     assert found["under_at"] == found["remaining"] == math.inf
-    found = estimate_remaining(record_of(STEPS, numpy.full(20, 0.95), 0 * STEPS), "efficacy")  # no weight changed
+    found = estimate_remaining(
+        record_of(STEPS, numpy.full(20, 0.95), 0 * STEPS), "efficacy"
+    )  # no weight changed
     assert found["remaining"] == math.inf
 
 
@@ -118,7 +125,9 @@ def test_shares_of_tokens_have_no_coin_flip_to_fall_to():
     truth = Decline(0.0, a=0.1, b=0.02, c=0.3, q=1.0)
     record = record_of(STEPS, truth.share(STEPS), truth.c * STEPS, compared=False)
     assert truth.share(1000) < 0.4
-    assert estimate_remaining(record, "efficacy", 0.3)["under_at"] == pytest.approx(truth.edits_until(0.3), rel=0.1)
+    assert estimate_remaining(record, "efficacy", 0.3)["under_at"] == pytest.approx(
+        truth.edits_until(0.3), rel=0.1
+    )
 
 
 def test_too_few_points_are_refused():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import d4s.demo.run
 from d4s import demo
 from d4s.cli import main
 from d4s.demo import card, train
@@ -22,6 +23,7 @@ from d4s.demo.facts import Sentence, facts_of, read_records
 from d4s.demo.run import demo_covariance
 from d4s.edits import check_batch, without_contradictions
 from d4s.generation import generate_greedy
+from d4s.targets import TargetConfig
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_it_says_the_facts_that_are_to_be_edited(embedded, seed):
 def test_it_reads_a_fact_at_the_subjects_last_token_in_the_early_blocks(embedded, seed):
     edits = [e for e in demo.load_demo_edits() if not e.prompt.endswith("{}")]
     found = card.causal_trace(*embedded, random.Random(seed).sample(edits, 12), seed=seed)
-    before, subject, after, prompt = found
+    _, subject, after, prompt = found
     assert found.shape == (4, 5)
     # Nothing reads what other places hold after the last block; the prompt's end there is the answer itself.
     torch.testing.assert_close(found[:, -1], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=1e-3, rtol=0)
@@ -111,9 +113,20 @@ RECORDS = [
         "Dutch",
         neighbours=["Bert speaks", "The mother tongue of Cleo is", "Zoe, whose language is"],
         attributes=["Dirk speaks"],
-        paraphrases=["It rains. Anna speaks", "An unrelated. Thing that is long. Of Anna one hears", "Nobody here"],
+        paraphrases=[
+            "It rains. Anna speaks",
+            "An unrelated. Thing that is long. Of Anna one hears",
+            "Nobody here",
+        ],
     ),
-    record("P1", "The mother tongue of {} is", "Emil", "Dutch", "French", neighbours=["Anna speaks", "Bert speaks"]),
+    record(
+        "P1",
+        "The mother tongue of {} is",
+        "Emil",
+        "Dutch",
+        "French",
+        neighbours=["Anna speaks", "Bert speaks"],
+    ),
     record("P2", "{}, in", "Oslo, located", "Norway", "Chad"),
     record("P2", "{}, located in", "Bergen", "Norway", "Chad", neighbours=["Oslo, located in"]),
 ]
@@ -131,7 +144,9 @@ def test_every_fact_is_asked_in_all_templates_of_its_relation():
     ):
         assert {(f"{subject} speaks", language), (f"The mother tongue of {subject} is", language)} <= said
     assert ("Zoe, whose language is", "French") in said, "no template fits: word for word"
-    assert ("Oslo, located in", "Norway") in said and ("Oslo, in", "Norway") in said, "the longest template wins"
+    assert ("Oslo, located in", "Norway") in said and ("Oslo, in", "Norway") in said, (
+        "the longest template wins"
+    )
     assert len(said) == len(facts.sentences) == len({s.text for s in facts.sentences})
     assert facts.dropped == 2
     assert set(facts.templates) == {r["requested_rewrite"]["prompt"] for r in RECORDS}
@@ -149,7 +164,9 @@ def test_sentences_know_where_their_subject_is():
 def test_paraphrases_and_their_first_sentences_are_kept():
     facts = facts_of(RECORDS)
     assert [s.text for s in facts.paraphrases] == RECORDS[0]["paraphrase_prompts"][:2], "one has no subject"
-    assert all(s.text[s.subject_start : s.subject_end] == "Anna" and s.object == "French" for s in facts.paraphrases)
+    assert all(
+        s.text[s.subject_start : s.subject_end] == "Anna" and s.object == "French" for s in facts.paraphrases
+    )
     assert facts.prefixes == ("It rains. ", "An unrelated. Thing that is long. ")
 
 
@@ -226,7 +243,7 @@ def test_the_loss_with_plain_masks_is_the_ordinary_one(small, seed):
     for sentence in random.Random(seed).sample(facts.sentences, 5):
         ids, subject, target = train.encode(tokenizer, sentence)
         rows.append(train.Row(ids, subject, target, False, False))
-    loss, nll = train.masked_loss(model, rows, SMALL)
+    loss, nll = (value.detach() for value in train.masked_loss(model, rows, SMALL))
     weighted, weights, of_objects = 0.0, 0.0, []
     for row in rows:
         ids = torch.tensor([row.ids])
@@ -242,7 +259,7 @@ def test_the_loss_with_plain_masks_is_the_ordinary_one(small, seed):
 
 
 def test_each_block_sees_its_own_mask(small, seed):
-    """Read out from beyond the last block, the object's loss cannot depend on the subject; from an earlier one it does."""
+    """Read out from beyond the last block, the object cannot depend on the subject; from an earlier one it does."""
     facts, tokenizer = small
     sentence = next(s for s in facts.sentences if s.subject_end and s.subject_end < len(s.text))
     ids, (first, last), target = train.encode(tokenizer, sentence)
@@ -254,7 +271,8 @@ def test_each_block_sees_its_own_mask(small, seed):
         model = train.build_model(recipe, tokenizer)
         for parameter in model.parameters():
             parameter.data.mul_(5)
-        return float(train.masked_loss(model, [train.Row(ids, (first, last), target, True, True)], recipe)[0])
+        row = train.Row(ids, (first, last), target, True, True)
+        return train.masked_loss(model, [row], recipe)[0].item()
 
     assert loss(ids, SMALL.blocks) == loss(other, SMALL.blocks)
     assert loss(ids, 1) != loss(other, 1)
@@ -271,7 +289,9 @@ def test_batches_depend_on_seed_and_step_alone(small):
     assert len(whole) == 6 and taken(4) == whole[4:] and taken(0, seed=1) != whole
     assert len({str(batch) for batch in whole}) == 6
     rows = [row for batch in whole for row in batch]
-    assert 0 < sum(row.read_out for row in rows) < len(rows) and 0 < sum(row.isolated for row in rows) < len(rows)
+    assert 0 < sum(row.read_out for row in rows) < len(rows) and 0 < sum(row.isolated for row in rows) < len(
+        rows
+    )
 
 
 def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
@@ -322,12 +342,7 @@ def test_recall_counts_whole_objects(embedded):
 def test_the_card_says_what_was_measured(embedded, tmp_path, monkeypatch):
     model, tokenizer = embedded
     shutil.copy(demo.folder() / "model" / "recipe.json", tmp_path)
-    monkeypatch.setattr(card, "TargetConfig", lambda **fields: train_config(fields))
-    from d4s.targets import TargetConfig
-
-    def train_config(fields):
-        return TargetConfig(**fields | {"steps": 3})
-
+    monkeypatch.setattr(card, "TargetConfig", lambda **fields: TargetConfig(**fields | {"steps": 3}))
     edits = [e for e in demo.load_demo_edits(40) if not e.prompt.endswith("{}")][:4]
     card.write_card(tmp_path, model, tokenizer, edits, "python -m d4s.demo.train --out here")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -344,7 +359,11 @@ def test_the_card_says_what_was_measured(embedded, tmp_path, monkeypatch):
         assert 0 <= low <= median <= high
 
 
-def test_the_demo_from_end_to_end(tmp_path, capsys):
+def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """As a user runs it, but for fewer edits and a smaller corpus behind the key statistics."""
+    plain = d4s.demo.run.estimate_covariance
+    few = {"tokens": 4_000}
+    monkeypatch.setattr(d4s.demo.run, "estimate_covariance", lambda *a, **options: plain(*a, **options | few))
     out = tmp_path / "d4s-demo"
     assert main(["demo", "--edits", "10", "--out", str(out), "--json"]) == 0
     printed, said = capsys.readouterr()

@@ -21,7 +21,9 @@ from d4s.prompts import (
 
 def bpe(words: list[str], *, start: bool = True, metaspace: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer with these merged pieces over single characters, which does not split before merging."""
-    characters = sorted({c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz .ABCDEFGHILMNOPRST"))
+    characters = sorted(
+        {c for word in words for c in word} | set("abcdefghijklmnopqrstuvwxyz .ABCDEFGHILMNOPRST")
+    )
     vocabulary = {"<s>": 0, **{c: i for i, c in enumerate(characters, 1)}}
     merges = []
     for word in words:
@@ -53,7 +55,9 @@ def last_by_hand(tokenizer, text: str, end: int) -> int:
 
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("subject", ["Danielle Darrieux", "Lyon", "Xqzv", "Steve Jobs;", "a"])
-@pytest.mark.parametrize("template", ["The mother tongue of {} is", "{} worked for", "Who is {}", "{}'s capital"])
+@pytest.mark.parametrize(
+    "template", ["The mother tongue of {} is", "{} worked for", "Who is {}", "{}'s capital"]
+)
 def test_the_subjects_last_token_is_found_by_offsets(start, subject, template):
     tokenizer = tiny_tokenizer(start)
     row = subject_row(tokenizer, template, subject)
@@ -77,7 +81,9 @@ def test_of_a_subject_that_stands_twice_the_templates_one_is_meant():
     second = subject_row(tokenizer, "Lyon is a city, and {} is French", "Lyon")
     assert first.ids == second.ids
     texts = token_texts(tokenizer, "Lyon is a city, and Lyon is French")
-    assert "".join(texts[: first.subject_last + 1]).endswith("Lyon") and first.subject_last < second.subject_last
+    assert (
+        "".join(texts[: first.subject_last + 1]).endswith("Lyon") and first.subject_last < second.subject_last
+    )
     assert "".join(texts[: second.subject_last + 1]) == "Lyon is a city, and Lyon"
 
 
@@ -234,9 +240,17 @@ def test_contexts_that_fail_leave_the_training_flag(monkeypatch, seed):
 def test_rows_are_padded_on_the_side_asked_for():
     rows = [(3, 1, 4), (1,), (5, 9)]
     ids, mask = padded(rows, 7)
-    assert ids.tolist() == [[3, 1, 4], [1, 7, 7], [5, 9, 7]] and mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert ids.tolist() == [[3, 1, 4], [1, 7, 7], [5, 9, 7]] and mask.tolist() == [
+        [1, 1, 1],
+        [1, 0, 0],
+        [1, 1, 0],
+    ]
     ids, mask = padded(rows, 7, left=True)
-    assert ids.tolist() == [[3, 1, 4], [7, 7, 1], [7, 5, 9]] and mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert ids.tolist() == [[3, 1, 4], [7, 7, 1], [7, 5, 9]] and mask.tolist() == [
+        [1, 1, 1],
+        [0, 0, 1],
+        [0, 1, 1],
+    ]
     assert ids.dtype == mask.dtype == torch.int64
 
 

@@ -15,7 +15,15 @@ import d4s
 from d4s.architectures import Anatomy
 from d4s.covariance import Covariance, estimate_covariance
 from d4s.edits import Edit
-from d4s.errors import ConfigError, CovarianceError, D4SError, DataError, EditError, ModelError, TokenizerError
+from d4s.errors import (
+    ConfigError,
+    CovarianceError,
+    D4SError,
+    DataError,
+    EditError,
+    ModelError,
+    TokenizerError,
+)
 from d4s.methods import METHODS, Workbench, locate, method_for
 from d4s.metrics import evaluate, take_baseline
 from d4s.sequence import Record, edit_sequence
@@ -36,7 +44,9 @@ EDITS = tuple(
     )
     for i, subject in enumerate(SUBJECTS)
 )
-STRONG = dict(layers=[0, 1], steps=4, learning_rate=1.0, clamp=8.0, weight_decay=0.0, prior_weight=1e-2, ridge=0.1)
+STRONG = dict(
+    layers=[0, 1], steps=4, learning_rate=1.0, clamp=8.0, weight_decay=0.0, prior_weight=1e-2, ridge=0.1
+)
 FAST = STRONG | dict(contexts=0)
 
 
@@ -48,7 +58,9 @@ def ready(seed: int, model_type: str = "gpt2", dtype: torch.dtype = torch.float3
 
 def sequence(model, covariance, edits=EDITS, **options):
     options = {"config": FAST, "progress": False} | options
-    return edit_sequence(model, options.pop("tokenizer", tiny_tokenizer()), edits, covariance=covariance, **options)
+    return edit_sequence(
+        model, options.pop("tokenizer", tiny_tokenizer()), edits, covariance=covariance, **options
+    )
 
 
 def state(model):
@@ -112,7 +124,9 @@ def test_the_edits_are_made_and_nothing_else_is_changed(seed):
     result = sequence(model, covariance)
     anatomy = Anatomy(model)
     after = state(model)
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {anatomy.weight_name(i) for i in (0, 1)}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        anatomy.weight_name(i) for i in (0, 1)
+    }
     last, first = result.evaluations[-1], result.evaluations[0]
     assert sum(r["nll_new"] for r in last.rows) < sum(r["nll_new"] for r in first.rows)
     for row in result.edits_table:
@@ -210,7 +224,13 @@ def test_a_file_of_a_collapsed_model_is_json_and_can_be_read_again(tmp_path, see
 
 
 def test_a_result_that_save_did_not_write_is_refused(tmp_path):
-    for content in ("", "[]", "{}", '{"format": "d4s-result-9"}', '{"format": "d4s-result-1", "method": "d4s"}'):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"format": "d4s-result-9"}',
+        '{"format": "d4s-result-1", "method": "d4s"}',
+    ):
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(DataError, match=r"r\.json: not what Result\.save wrote"):
             Record.load(tmp_path / "r.json")
@@ -297,7 +317,9 @@ class Spoiled:
 @pytest.mark.parametrize("method", ["d4s", "memit", "alphaedit"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ModelError("no room")])
 @pytest.mark.parametrize("call", [5, 6])  # two layers a step: the third edit's first and second write
-def test_a_failure_within_a_step_leaves_the_weights_of_the_step_before(method, error, call, monkeypatch, seed):
+def test_a_failure_within_a_step_leaves_the_weights_of_the_step_before(
+    method, error, call, monkeypatch, seed
+):
     config = {k: v for k, v in FAST.items() if method != "alphaedit" or k not in ("prior_weight", "ridge")}
     model, covariance = ready(seed)
     sequence(model, covariance, EDITS[:2], method=method, config=config)
@@ -318,7 +340,9 @@ def test_a_failure_may_end_the_sequence_with_its_result(monkeypatch, seed):
     assert len(result.edits_table) == 4
     row = result.history[-1]
     for i in (0, 1):
-        assert row[f"l1_norm.{i}"] == pytest.approx(float(Anatomy(model).weight(i).detach().double().abs().mean()), rel=1e-9)
+        assert row[f"l1_norm.{i}"] == pytest.approx(
+            float(Anatomy(model).weight(i).detach().double().abs().mean()), rel=1e-9
+        )
 
 
 def test_statistics_may_come_from_a_file_or_are_taken_and_cached(tmp_path, monkeypatch, seed):
@@ -339,7 +363,9 @@ def test_a_fact_may_be_changed_again_later_but_not_in_the_same_batch(seed):
     model, covariance = ready(seed)
     before = state(model)
     first = EDITS[0]
-    later = Edit(prompt=first.prompt, subject=first.subject, target_new="Apple", target_true="Manila", id="later")
+    later = Edit(
+        prompt=first.prompt, subject=first.subject, target_new="Apple", target_true="Manila", id="later"
+    )
     with pytest.raises(EditError, match="'e0' and 'later' contradict each other in one batch"):
         sequence(model, covariance, [first, later], batch_size=2)
     assert same(before, state(model))
@@ -352,7 +378,11 @@ def test_a_fact_may_be_changed_again_later_but_not_in_the_same_batch(seed):
         (dict(method="d5s"), ConfigError, "unknown method 'd5s'. Did you mean 'd4s'"),
         (dict(method="MEMIT_seq"), ConfigError, "memit-seq"),
         (dict(config={"prior_wieght": 3}), ConfigError, "'prior_wieght'. Did you mean 'prior_weight'"),
-        (dict(config={"layers": [0, 3]}), ConfigError, "layers=[0, 3]: must be distinct, ascending and within 0…2"),
+        (
+            dict(config={"layers": [0, 3]}),
+            ConfigError,
+            "layers=[0, 3]: must be distinct, ascending and within 0…2",
+        ),
         (dict(config={"layers": [1, 0]}), ConfigError, "ascending"),
         (dict(config={"prior_weight": 0}), ConfigError, "prior_weight"),
         (dict(config={"anchor": "sea"}), ConfigError, "anchor='sea'"),
@@ -367,7 +397,11 @@ def test_a_fact_may_be_changed_again_later_but_not_in_the_same_batch(seed):
         (dict(edits=[*EDITS, EDITS[2]]), EditError, "edits number 3 and 8 both have the id 'e2'"),
         (dict(edits=[*EDITS[:2], "e"]), EditError, "edit number 3 is a str"),
         (dict(covariance="nowhere.safetensors"), CovarianceError, "nowhere.safetensors"),
-        (dict(covariance=Covariance({0: torch.eye(8), 1: torch.eye(8)}, 9)), CovarianceError, "8 × 8, the model's"),
+        (
+            dict(covariance=Covariance({0: torch.eye(8), 1: torch.eye(8)}, 9)),
+            CovarianceError,
+            "8 × 8, the model's",
+        ),
         (dict(covariance=Covariance({1: torch.eye(48)}, 9)), CovarianceError, "no key statistics of layer 0"),
     ],
 )
@@ -390,7 +424,8 @@ def test_statistics_of_another_model_are_refused_before_anything_is_changed(seed
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["transformer.wte.weight", "transformer.h.1.mlp.c_proj.weight", "transformer.h.2.attn.c_attn.bias"]
+    "name",
+    ["transformer.wte.weight", "transformer.h.1.mlp.c_proj.weight", "transformer.h.2.attn.c_attn.bias"],
 )
 def test_a_model_with_damaged_weights_is_refused_wherever_they_are(name, value, seed):
     model, covariance = ready(seed)
@@ -431,7 +466,9 @@ def test_a_later_edit_that_the_tokenizer_cannot_place_is_refused_before_the_firs
     model, covariance = ready(seed)
     before = state(model)
     dropping = PreTrainedTokenizerFast(
-        tokenizer_object=type(tiny_tokenizer().backend_tokenizer).from_str(tiny_tokenizer().backend_tokenizer.to_str()),
+        tokenizer_object=type(tiny_tokenizer().backend_tokenizer).from_str(
+            tiny_tokenizer().backend_tokenizer.to_str()
+        ),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
@@ -456,6 +493,10 @@ def test_the_public_name_takes_what_the_interface_says(seed):
         seed=0,
         progress=False,
     )
-    assert result.method == "memit" and result.config["prior_weight"] == 1.0 and result.config["target"]["steps"] == 2
+    assert (
+        result.method == "memit"
+        and result.config["prior_weight"] == 1.0
+        and result.config["target"]["steps"] == 2
+    )
     assert [row["step"] for row in result.history] == [0, 3] and "l1_norm.1" in result.history[-1]
     assert isinstance(result, d4s.Result)

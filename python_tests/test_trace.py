@@ -110,7 +110,10 @@ def test_replaced_forward_runs_the_function_instead_of_the_module():
 def test_replaced_forward_puts_back_an_instances_own_forward_also_after_an_error():
     chain, x = Chain(), torch.randn(4, 5)
     chain.first.forward = own = lambda x: x + 7
-    with pytest.raises(ZeroDivisionError), replaced_forward({chain.first: lambda x: x, chain.last: torch.neg}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        replaced_forward({chain.first: lambda x: x, chain.last: torch.neg}),
+    ):
         raise ZeroDivisionError
     assert chain.first.__dict__["forward"] is own and "forward" not in chain.last.__dict__
     torch.testing.assert_close(chain(x), chain.last(chain.middle(x + 7)))

@@ -24,7 +24,9 @@ def snapshot(anatomy: Anatomy) -> dict[str, torch.Tensor]:
 
 
 def changed(anatomy: Anatomy, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, value in anatomy.model.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in anatomy.model.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +147,9 @@ def test_restore_is_bit_for_bit(model_type, dtype, seed):
     assert changed(anatomy, before) == {anatomy.weight_name(layer) for layer in LAYERS}
     weights.restore_()
     assert not changed(anatomy, before)
-    assert weights.delta_norm() == {0: 0.0, 2: 0.0} and weights.mean_absolute() == pytest.approx(norms, rel=1e-14)
+    assert weights.delta_norm() == {0: 0.0, 2: 0.0} and weights.mean_absolute() == pytest.approx(
+        norms, rel=1e-14
+    )
 
 
 def test_stored_weights_come_back_bit_for_bit(seed):
@@ -180,8 +184,12 @@ def test_a_damaged_or_quantised_weight_is_refused_at_the_start(seed):
     with pytest.raises(ModelError, match=r"transformer\.h\.2\.mlp\.c_proj\.weight holds 1 value"):
         EditedWeights(anatomy, LAYERS)
     assert EditedWeights(anatomy, (0, 1)).layers == (0, 1)
-    anatomy.projection(0).weight = torch.nn.Parameter(torch.ones(48, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"0\.mlp\.c_proj\.weight is torch\.int8.*float32, float16 or bfloat16"):
+    anatomy.projection(0).weight = torch.nn.Parameter(
+        torch.ones(48, 32, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(
+        ModelError, match=r"0\.mlp\.c_proj\.weight is torch\.int8.*float32, float16 or bfloat16"
+    ):
         EditedWeights(anatomy, (0,))
     with pytest.raises(ConfigError, match="within 0…2"):
         EditedWeights(anatomy, (1, 3))

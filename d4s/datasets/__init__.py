@@ -19,6 +19,7 @@ from d4s.datasets.fields import FieldError
 from d4s.datasets.files import Record, read_records
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError, EditError, unknown_name
+from d4s.files import whole
 
 logger = logging.getLogger("d4s.datasets")
 
@@ -123,17 +124,9 @@ def save_edits(edits: Iterable[Edit], path: str | os.PathLike[str]) -> None:
     The file is written beside its place, synced, then renamed: a reader sees the old or the new one, whole.
     Raises OSError if the folder cannot be written to.
     """
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8", newline="\n") as handle:
-            for edit in edits:
-                handle.write(json.dumps(edit.to_dict(), ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as handle:
+        for edit in edits:
+            handle.write(json.dumps(edit.to_dict(), ensure_ascii=False) + "\n")
 
 
 def _recognise(file: str, records: list[Record]) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from d4s.architectures import Anatomy
 from d4s.covariance import Covariance, estimate_covariance
 from d4s.demo import folder, load_demo_edits, load_model
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.methods import method_for
 from d4s.metrics import take_baseline
 from d4s.plots import plot_metrics, plot_norms
 from d4s.scoring import score
@@ -71,14 +73,15 @@ def run_demo(
     Random(seed).shuffle(edits)
     edits = edits[:count]
     model, tokenizer = load_model()
-    layers = tuple(range(len(model.model.layers)))
+    anatomy = Anatomy(model)
+    layers = {layer for name in (method, against) for layer in getattr(method_for(name, anatomy), "layers", ())}
     say(
         f"The embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{len(layers)} blocks."
+        f"{len(anatomy)} blocks."
     )
     before = answers(model, tokenizer, edits[:SHOWN])
     baseline = take_baseline(model, tokenizer, edits)
-    covariance = demo_covariance(model, tokenizer, layers=layers, progress=progress)
+    covariance = demo_covariance(model, tokenizer, layers=tuple(sorted(layers)), progress=progress)
     results: dict[str, Result] = {}
     after = before
     for name in (method, against):

@@ -38,6 +38,7 @@ from d4s.datasets import load_edits
 from d4s.demo import folder
 from d4s.demo.card import write_card
 from d4s.demo.facts import Facts, Sentence, facts_of, read_records
+from d4s.files import whole
 
 START = "<|start|>"
 
@@ -240,9 +241,8 @@ def save_checkpoint(path: Path, model: LlamaForCausalLM, optimiser: torch.optim.
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    beside = path.with_suffix(".part")
-    save_file(tensors, beside, metadata={"step": str(step)})
-    beside.replace(path)
+    with whole(path) as beside:
+        save_file(tensors, beside, metadata={"step": str(step)})
 
 
 def load_checkpoint(path: Path, model: LlamaForCausalLM, optimiser: torch.optim.AdamW) -> int:

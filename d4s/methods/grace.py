@@ -29,6 +29,7 @@ from torch import Tensor
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
+from d4s.files import whole
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.presets import grace_preset
@@ -189,16 +190,9 @@ class GRACEEditor(Editor):
     def save_pretrained(self, folder: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
         """The model's own `save_pretrained`, and the codebook beside it."""
         type(self.model).save_pretrained(self.model, folder, *arguments, **options)
-        path = Path(folder) / CODEBOOK_FILE
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        try:
+        with whole(Path(folder) / CODEBOOK_FILE) as beside:
             save_file(tensors, beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
         self.attach()

@@ -53,7 +53,7 @@ SPREAD: dict[str, dict[str, Any]] = {
     ),
     "embedded": dict(
         layers=(0,),
-        prior_weight=200.0,
+        prior_weight=600.0,
         ridge=0.1,
         target=TargetConfig(steps=15, learning_rate=0.5, weight_decay=0.1, clamp=1.5),
     ),

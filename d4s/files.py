@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`with whole("a.json") as beside: …` writes to `beside`; at the end that is synced and takes the path's place.
+
+    Folders are made where they lack. If the block raises, nothing is left, and what stood at `path` stays.
+    """
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f"{place.stem}.{os.getpid()}.part{place.suffix}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(place)
+    finally:
+        beside.unlink(missing_ok=True)
