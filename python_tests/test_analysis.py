@@ -27,7 +27,6 @@ from d4s.compare import compare
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.metrics import Evaluation
-from d4s.scoring import perplexity
 from d4s.sequence import Record, edit_sequence
 
 

@@ -234,7 +234,7 @@ def test_wrong_arguments_are_refused(name, options, text, tmp_path, seed):
 
 
 def test_the_papers_sizes_are_the_defaults_and_all_names_are_verbs():
-    assert cli.PAPER == tuple(PROTOCOLS)
+    assert tuple(PROTOCOLS) == cli.PAPER
     assert PROTOCOLS["table2"].counts == (100, 500, 1000) and PROTOCOLS["table4"].counts == (10_000,)
     assert PROTOCOLS["table2"].methods == ("rome", "memit", "pmet", "grace", "d4s")
     assert all(protocol.small[-1] <= 200 for protocol in PROTOCOLS.values())
