@@ -83,7 +83,7 @@ def fit_decline(
     resamples: int = 0,
     seed: int = 0,
 ) -> tuple[Decline, list[Decline]]:
-    """Weighted least squares on a grid, then on a finer one around the best point.
+    """Weighted least squares: on a grid, then downhill from its best point.
 
     steps, squares, shares: edits made, D² and the share at each evaluation point; weights: edits behind it
     resamples: also fit that many draws of the points with replacement; returned second
@@ -101,27 +101,58 @@ def fit_decline(
         guess = _share(a[:, None, None], b[None, :, None], scaled, floor)
         return (guess - shares) ** 2  # [a, b, points]
 
-    def at(index: Any, a: Floats, b: Floats) -> Decline:
-        i, j = divmod(int(index), len(b))
-        return Decline(floor, float(a[i]), float(b[j]) / largest if largest else 0.0, c, q)
+    def decline(a: float, b: float) -> Decline:
+        return Decline(floor, float(a), float(b) / largest if largest else 0.0, c, q)
 
     # The constant share is always among the guesses, lest a run without decline be given a little of it.
     level = _margin(float(numpy.average(shares, weights=weights)), floor)
     spreads = numpy.sort(numpy.append(_A, level))
     coarse = errors(spreads, _B)
-    i, j = divmod(int((coarse @ weights).argmin()), len(_B))
-    a, b = numpy.append(level, _finer(spreads, i)), numpy.append(0.0, _finer(_B, j))
-    best = at((errors(a, b) @ weights).argmin(), a, b)
+
+    def lowest(point_weights: Floats) -> tuple[int, int]:
+        return divmod(int((coarse @ point_weights).argmin()), len(_B))
+
+    i, j = lowest(weights)
+    start = numpy.array([spreads[i], _B[j]])
+    a, b = _descended(start, scaled, shares, weights, floor)
+    if _error(numpy.array([level, 0.0]), scaled, shares, weights, floor) <= _error(
+        numpy.array([a, b]), scaled, shares, weights, floor
+    ):
+        a, b = level, 0.0
     draws = numpy.random.default_rng(seed).integers(len(steps), size=(resamples, len(steps)))
-    drawn = [
-        at((coarse @ (numpy.bincount(d, minlength=len(steps)) * weights)).argmin(), spreads, _B)
-        for d in draws
-    ]
-    return best, drawn
+    drawn = [lowest(numpy.bincount(draw, minlength=len(steps)) * weights) for draw in draws]
+    return decline(a, b), [decline(spreads[i], _B[j]) for i, j in drawn]
 
 
-def _finer(grid: Floats, index: int) -> Floats:
-    return numpy.linspace(grid[max(0, index - 1)], grid[min(len(grid) - 1, index + 1)], 41)
+def _error(point: Floats, squares: Floats, shares: Floats, weights: Floats, floor: float) -> float:
+    guess = _share(point[0], point[1], squares, floor)
+    return float((guess - shares) ** 2 @ weights)
+
+
+def _descended(
+    point: Floats, squares: Floats, shares: Floats, weights: Floats, floor: float
+) -> tuple[float, float]:
+    """The least-squares point next to `point` = (a, b), both kept at 0 or above (Levenberg and Marquardt)."""
+    error = _error(point, squares, shares, weights, floor)
+    damping = 1e-3
+    for _ in range(200):
+        twice = 2 * numpy.maximum(point[0] + point[1] * squares, 1e-12)
+        slope = (
+            -2 * (1 - floor) / math.sqrt(math.pi) * numpy.exp(-1 / twice) * twice**-1.5
+        )  # d share / d (a + b D²)
+        jacobian = numpy.stack([slope, slope * squares], axis=1)
+        away = shares - _share(point[0], point[1], squares, floor)
+        normal = jacobian.T @ (weights[:, None] * jacobian)
+        damped = normal + damping * numpy.diag(numpy.diag(normal) + 1e-12)
+        moved = numpy.maximum(0.0, point + numpy.linalg.solve(damped, jacobian.T @ (weights * away)))
+        lower = _error(moved, squares, shares, weights, floor)
+        if lower < error:
+            point, error, damping = moved, lower, damping / 3
+        elif damping > 1e9:
+            break
+        else:
+            damping *= 4
+    return float(point[0]), float(point[1])
 
 
 def estimate_remaining(

@@ -74,7 +74,9 @@ def run_demo(
     edits = edits[:count]
     model, tokenizer = load_model()
     anatomy = Anatomy(model)
-    layers = {layer for name in (method, against) for layer in getattr(method_for(name, anatomy), "layers", ())}
+    layers = {
+        layer for name in (method, against) for layer in getattr(method_for(name, anatomy), "layers", ())
+    }
     say(
         f"The embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{len(anatomy)} blocks."

@@ -262,12 +262,16 @@ def load_checkpoint(path: Path, model: LlamaForCausalLM, optimiser: torch.optim.
 def train(records: list[dict], out: Path, recipe: Recipe, device: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     facts = facts_of(records[: recipe.records])
-    tokenizer = train_tokenizer(facts, recipe)
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists():  # merges of equal count may be learnt in another order the second time
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    else:
+        tokenizer = train_tokenizer(facts, recipe)
+        tokenizer.save_pretrained(out)
     model = build_model(recipe, tokenizer).to(device)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    checkpoint = out / "checkpoint.safetensors"
     step = load_checkpoint(checkpoint, model, optimiser) if checkpoint.exists() else 0
     print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(facts.sentences)} sentences, "
@@ -301,7 +305,6 @@ def train(records: list[dict], out: Path, recipe: Recipe, device: str) -> None:
             )
             save_checkpoint(checkpoint, model, optimiser, step)
     model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     checkpoint.unlink()
 
