@@ -144,7 +144,10 @@ def _descended(
         away = shares - _share(point[0], point[1], squares, floor)
         normal = jacobian.T @ (weights[:, None] * jacobian)
         damped = normal + damping * numpy.diag(numpy.diag(normal) + 1e-12)
-        moved = numpy.maximum(0.0, point + numpy.linalg.solve(damped, jacobian.T @ (weights * away)))
+        # Singular where the share is 1 at every point.
+        moved = numpy.maximum(
+            0.0, point + numpy.linalg.lstsq(damped, jacobian.T @ (weights * away), rcond=None)[0]
+        )
         lower = _error(moved, squares, shares, weights, floor)
         if lower < error:
             point, error, damping = moved, lower, damping / 3
