@@ -72,12 +72,13 @@ class Retained:
         )
 
     def __call__(self) -> dict[str, float]:
+        return self.facts() | {"text_perplexity": perplexity(self.model, self.tokenizer, self.texts)}
+
+    def facts(self) -> dict[str, float]:
+        """`retained` alone."""
         scores = score(self.model, self.tokenizer, self.questions)
         right = sum(all(options[0].nll < other.nll for other in options[1:]) for options in scores)
-        return {
-            "retained": right / len(scores),
-            "text_perplexity": perplexity(self.model, self.tokenizer, self.texts),
-        }
+        return {"retained": right / len(scores)}
 
 
 def hold_out(edits: Sequence[Edit], share: float = 0.3) -> tuple[list[Edit], list[Edit]]:
@@ -323,7 +324,8 @@ class ModelView:
     seed: int = 0
 
     def bottleneck(self) -> DataFrame:
-        """Label, first and last fifth of the edits: mean p(target) before and after its optimisation (Fig. 5a)."""
+        """Label, first and last fifth of the edits: mean p(target) before and after its optimisation (Fig. 5a), and
+        the standard error of the latter."""
         import pandas
 
         rows = []
@@ -334,8 +336,9 @@ class ModelView:
             fifth = max(1, len(table) // 5)
             parts = {"first fifth": table.iloc[:fifth], "last fifth": table.iloc[-fifth:]}
             for part, edits in parts.items():
-                means = edits[["first_probability", "last_probability"]].mean()
-                rows.append({"method": label, "of the edits": part, "count": fifth} | means.to_dict())
+                means = edits[["first_probability", "last_probability"]].mean().to_dict()
+                means["standard_error"] = float(edits["last_probability"].sem())  # NaN for a single edit
+                rows.append({"method": label, "of the edits": part, "count": fifth} | means)
         return pandas.DataFrame(rows)
 
     def norms(self) -> DataFrame:

@@ -130,8 +130,7 @@ class Setting:
     def downstream(self) -> Callable[[], dict[str, float]]:
         """Scores of the model as it is: of the harness's tasks where they are named, else of facts not edited."""
         if not self.tasks:
-            retained = Retained(self.model, self.tokenizer, self.facts, seed=self.seed)
-            return lambda: {"retained": retained()["retained"]}
+            return Retained(self.model, self.tokenizer, self.facts, seed=self.seed).facts
 
         def measure() -> dict[str, float]:
             from d4s.downstream import run_tasks
@@ -283,16 +282,17 @@ def _data_figures(setting: Setting) -> Outcome:
         groups = view.groups.set_index("group")["perplexity"]
         ordered = bool(groups["true_false"] < groups["multiple_choice"] < groups["directly_generated"])
         pooled = view.correlations().query("drop == 'retained_drop'").iloc[-1]
+        largest = relation["retained_drop"].max()
         verdict = Verdict(
             "the more surprising the form's target (true/false < multiple choice < directly generated), the "
             "more editing with it harms the model",
             "perplexities in that order, and Spearman's correlation of perplexity and drop, ranked within each "
-            "method, above 0.5",
+            "method, above 0.5; no judging where no drop is beyond sampling error",
             "perplexities "
             + ", ".join(f"{name} {value:.3g}" for name, value in groups.items())
             + f"; correlation {pooled['spearman']:.2f} over {int(pooled['n'])} runs; largest drop "
-            f"{_points(relation['retained_drop'].max())}, sampling error {_points(noise)}",
-            ordered and bool(pooled["spearman"] > 0.5),
+            f"{_points(largest)}, sampling error {_points(noise)}",
+            ordered and bool(pooled["spearman"] > 0.5) if largest > noise else None,
         )
         return relation, verdict
     plot_decline(view.history(), setting.file())
@@ -335,13 +335,18 @@ def _inside(setting: Setting, comparison: Comparison, view: ModelView) -> Outcom
     for method, history in comparison.histories().items():
         growth = float(history["l1_growth"].iloc[-1])
         if len(bottleneck) and (bottleneck["method"] == method).any():
-            first, last = bottleneck[bottleneck["method"] == method]["last_probability"]
-            holds.append(bool(last < first and growth > 0))
-            said.append(f"{method}: p(target) {first:.3f}, then {last:.3f}; mean |w| {100 * growth:+.1f} %")
+            parts = bottleneck[bottleneck["method"] == method]
+            first, last = parts["last_probability"]
+            noise = 1.96 * math.hypot(*parts["standard_error"])
+            holds.append(bool(first - last > noise and growth > 0))
+            said.append(
+                f"{method}: p(target) {first:.3f}, then {last:.3f}, sampling error {noise:.3f}; mean |w| "
+                f"{100 * growth:+.1f} %"
+            )
     verdict = Verdict(
         "as edits add up, target optimisation gets less far (the bottleneck) and the norms of edited layers grow",
         "for every method that searches a target, mean p(target) after its optimisation is lower in the last fifth "
-        "of the edits than in the first, and mean |w| has grown",
+        "of the edits than in the first, beyond 1.96 standard errors, and mean |w| has grown",
         "; ".join(said) or "no method searches a target",
         all(holds) if holds else None,
     )
@@ -493,7 +498,7 @@ PROTOCOLS: dict[str, Protocol] = {
         _data_figures,
         ("kn", "rome", "memit"),
         _TENTHS,
-        (10, 20, 30),
+        (5, 10),
         retained=True,
     ),
     "fig3": Protocol(
@@ -705,4 +710,4 @@ def _percent(share: float) -> str:
 
 def _points(share: float) -> str:
     """A difference of shares in percentage points."""
-    return f"{100 * share:.1f} points"
+    return f"{round(100 * share, 1) + 0.0:.1f} points"  # no −0.0

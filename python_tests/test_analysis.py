@@ -12,6 +12,7 @@ from bigram import Bigram
 from test_sequence import EDITS, FAST, ready, same, state
 from tiny import tiny_tokenizer
 
+from d4s import cli, save_edits
 from d4s.analysis import (
     FORMS,
     Retained,
@@ -228,6 +229,12 @@ def test_the_inside_of_a_sequence_by_hand():
     bottleneck = view.bottleneck()
     assert list(bottleneck["last_probability"]) == pytest.approx([1.0, 0.3])  # a fifth of eight is one
     assert list(bottleneck["first_probability"]) == pytest.approx([0.0, 0.7])
+    assert bottleneck["standard_error"].isna().all()
+    record = hand_record()
+    record.edits_table = [
+        {"id": i, "last_probability": [0.9, 0.7][i % 2], "first_probability": 0.0} for i in range(10)
+    ]
+    assert list(analyze_model(record).bottleneck()["standard_error"]) == pytest.approx([0.1, 0.1])
     forgetting = view.forgetting().iloc[0]
     assert (forgetting["original"], forgetting["current"], forgetting["forgotten"]) == (1.0, 0.5, 0.5)
     norms = view.norms()
@@ -329,3 +336,24 @@ def test_tables_in_text_leave_out_empty_columns_and_name_the_infinite():
     lines = frame_lines(frame)
     assert lines[0].split() == ["a", "b"]
     assert "0.5 [0.25, 0.75]" in lines[1] and "never [1, never]" in lines[2]
+
+
+def test_the_verb_takes_a_stored_sequence_or_a_model_with_edits(monkeypatch, tmp_path, capsys, seed):
+    model, _ = ready(seed)
+    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    hand_record().save(tmp_path / "r.json")
+    out = ["--out", str(tmp_path / "stored")]
+    assert (
+        cli.main(["analyze", "model", f"{tmp_path}/r.json", "--efficacy-bound", "0.55", *out, "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)["estimates"]
+    assert {row["metric"]: row["bound"] for row in found} == {"efficacy": 0.55, "specificity": 0.9}
+    save_edits(EDITS, tmp_path / "edits.jsonl")
+    for view in ("model", "data"):
+        asked = ["analyze", view, "m", f"{tmp_path}/edits.jsonl", "--methods", "ft-m", "--limit", "4"]
+        assert cli.main([*asked, "--out", str(tmp_path / view)]) == 0
+    said = capsys.readouterr().out
+    assert "Forgetting" in said and "multiple_choice" in said
+    assert (tmp_path / "data" / "perplexity.png").exists() and (tmp_path / "model" / "norms.png").exists()
+    assert cli.main(["analyze", "data", "m", "--out", str(tmp_path / "none")]) == 1
+    assert "needs EDITS" in capsys.readouterr().err

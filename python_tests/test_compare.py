@@ -14,6 +14,7 @@ import torch
 from test_sequence import EDITS, FAST, ready, same, state, without_times
 from tiny import tiny_model, tiny_tokenizer
 
+from d4s import cli, save_edits
 from d4s.compare import compare, over_seeds, student_t, weights_digest
 from d4s.errors import ConfigError, ModelError
 from d4s.methods.d4s import D4SEditor
@@ -252,3 +253,19 @@ def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path
     assert list(history[history["method"] == "d4s"]["step"]) == [0, 2, 4, 5]
     loaded = Record.load(tmp_path / "results" / "memit-0.json")
     assert loaded.history == found.results["memit"][0].history
+
+
+def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
+    model, _ = ready(seed)
+    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    save_edits(EDITS, tmp_path / "edits.jsonl")
+    asked = f"compare m {tmp_path}/edits.jsonl --methods ft-m,grace --seeds 0,1 --count 2 --shuffle --evaluate-every 1"
+    assert cli.main([*asked.split(), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "over 2 seeds, Student's t" in said and "grace" in said
+    history = pandas.read_csv(tmp_path / "out" / "history.csv")
+    assert list(history["step"]) == [0, 1, 2] * 4 and set(history["seed"]) == {0, 1}
+    assert cli.main([*asked.split(), "--out", str(tmp_path / "out")]) == 1  # nothing is overwritten
+    assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["method"], row["edits"]) for row in rows] == [("ft-m", 2), ("grace", 2)]
