@@ -475,7 +475,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"d4s: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

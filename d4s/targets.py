@@ -32,6 +32,7 @@ from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
 from d4s.architectures import Anatomy
+from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.prompts import pad_id, padded, subject_row
@@ -41,7 +42,7 @@ Place = Literal["block", "mlp", "attention"]
 
 
 @dataclass(frozen=True)
-class TargetConfig:
+class TargetConfig(Configuration):
     steps: int = 25
     learning_rate: float = 0.5
     weight_decay: float = 0.5
@@ -55,6 +56,7 @@ class TargetConfig:
     settled_kl: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1 or self.learning_rate <= 0 or self.clamp <= 0:
             raise ConfigError(
                 f"target optimisation needs steps ≥ 1, learning_rate > 0 and clamp > 0; got steps={self.steps}, "

@@ -46,10 +46,21 @@ class EditedWeights:
                 f"the change of {self.anatomy.weight_name(layer)} is not finite; nothing was written. "
                 "A larger prior_weight or ridge keeps the step bounded"
             )
+        if weight.dtype == torch.float16:
+            self._check_range(layer, delta)
         l1, square = ops.write_back_(
             weight.data, self.base[layer], delta, transposed=self.anatomy.transposed(layer)
         )
         self._l1[layer], self._delta_square[layer] = float(l1), float(square)
+
+    def _check_range(self, layer: int, delta: Tensor) -> None:
+        base = self.base[layer].T if self.anatomy.transposed(layer) else self.base[layer]
+        largest = float((base + delta.to(torch.float32)).abs().max())
+        if largest > torch.finfo(torch.float16).max:
+            raise ModelError(
+                f"the change would bring {self.anatomy.weight_name(layer)} to {largest:.3g}, beyond float16; nothing "
+                "was written. Load the model in bfloat16 or float32, or take a larger prior_weight"
+            )
 
     def delta(self, layer: int) -> Tensor:
         """W − W0 as stored, [d_out, d_in] float64."""

@@ -415,7 +415,7 @@ def test_an_interruption_is_a_failure_in_one_line(monkeypatch, capsys):
 
 
 def test_the_module_runs_as_a_program_and_hands_on_its_status(place):
-    command = [sys.executable, "-m", "d4s.cli", "evaluate", "m", "none.json"]
+    command = [sys.executable, "-m", "d4s", "evaluate", "m", "none.json"]
     ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("d4s: none.json")

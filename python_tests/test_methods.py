@@ -113,6 +113,23 @@ def test_contradictory_edits_are_refused_before_anything_changes(seed):
         assert same_bits(before, state_of(bench))
 
 
+def test_an_editor_that_failed_half_way_goes_on_only_from_the_original_weights(monkeypatch, seed):
+    bench = bench_of("llama", seed)
+    for name in ("d4s", "memit", "alphaedit", "ft-m"):
+        editor = editor_of(name, bench)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(editor.weights), "write_", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                editor.edit(EDITS[:1])
+        with pytest.raises(EditError, match=f"{name} editor failed half-way"):
+            editor.edit(EDITS[:1])
+        editor.restore()
+        before = state_of(bench)
+        editor.edit(EDITS[:1])
+        assert not same_bits(before, state_of(bench))
+        editor.restore()
+
+
 def test_weights_with_nan_are_refused(seed):
     bench = bench_of("llama", seed)
     with torch.no_grad():
@@ -153,6 +170,17 @@ def test_statistics_of_another_model_are_refused(seed):
         ("grace", dict(module="attention")),
         ("kn", dict(steps=1)),
         ("kn", dict(share=1.5)),
+        ("d4s", dict(prior_weight="abc")),
+        ("d4s", dict(prior_weight=float("nan"))),
+        ("d4s", dict(layers="ab")),
+        ("d4s", dict(layers=(0, 1.5))),
+        ("memit", dict(contexts=-1)),
+        ("memit", dict(context_lengths=(0,))),
+        ("memit", dict(target=3)),
+        ("memit", dict(steps=2.5)),
+        ("encore", dict(stop_after_argmax="soon")),
+        ("rome", dict(identity_covariance=1)),
+        ("grace", dict(steps=True)),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(name, config, seed):

@@ -163,6 +163,16 @@ def test_stored_weights_come_back_bit_for_bit(seed):
     assert not changed(anatomy, state) and weights.delta_norm() == pytest.approx(norm)
 
 
+def test_a_change_beyond_float16_is_refused_and_nothing_is_written(seed):
+    anatomy, weights = edited("gpt2", seed, torch.float16)
+    before = snapshot(anatomy)
+    delta = torch.zeros(anatomy.shape(2))
+    delta[1, 0] = 7e4
+    with pytest.raises(ModelError, match=r"to 7e\+04, beyond float16"):
+        weights.write_(2, delta)
+    assert not changed(anatomy, before)
+
+
 def test_a_failure_inside_all_or_nothing_leaves_weights_and_norms_as_before(seed):
     anatomy, weights = edited("gpt2", seed, torch.bfloat16)
     weights.write_(0, torch.randn(anatomy.shape(0)) * 0.1)

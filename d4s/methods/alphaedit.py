@@ -43,6 +43,7 @@ class AlphaEdit(TargetMethod):
     threshold_is_relative: bool = False  # to their mean. The release's is not, and depends on a model's scale
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.l2 <= 0 or self.null_space_threshold <= 0:
             raise ConfigError(
                 f"l2 is {self.l2} and null_space_threshold {self.null_space_threshold}; both must be positive"

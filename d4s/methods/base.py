@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d4s.architectures import Anatomy, Architecture
+from d4s.configuration import Configuration
 from d4s.covariance import Covariance, cached_covariance
 from d4s.edits import Edit, check_batch
 from d4s.errors import ConfigError, EditError, unknown_name
@@ -69,7 +70,7 @@ class Workbench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method(Configuration, ABC):
     """A method's configuration. What it does while it runs is its `Editor`.
 
     Class attributes describe it in `d4s methods`.
@@ -92,7 +93,7 @@ class Method(ABC):
     def changed(self, overrides: Mapping[str, Any]) -> Method:
         """A copy with single fields replaced; fields of the target optimiser go by their own names.
 
-        Raises ConfigError for a field that does not exist.
+        Raises ConfigError for a field that does not exist, or a value of the wrong type or out of range.
         """
         own = {f.name for f in fields(self) if f.init}
         inner = {f.name for f in fields(TargetConfig)} if "target" in own else set()
@@ -102,8 +103,8 @@ class Method(ABC):
         direct = {k: v for k, v in overrides.items() if k in own}
         for name in ("layers", "context_lengths"):
             if name in direct:
-                value = direct[name]
-                direct[name] = (value,) if isinstance(value, int) else tuple(value)
+                value = [direct[name]] if isinstance(direct[name], int) else direct[name]
+                direct[name] = tuple(value) if isinstance(value, list | range) else value
         if isinstance(direct.get("target"), Mapping):
             direct["target"] = replace(self.target, **direct["target"])  # type: ignore[attr-defined]
         changed = replace(self, **direct)
@@ -131,6 +132,7 @@ class Editor(ABC):
         self.method, self.bench = method, bench
         self.anatomy, self.tokenizer = bench.anatomy, bench.tokenizer
         self.weights = EditedWeights(bench.anatomy, layers)
+        self._torn = False  # a step failed between its start and its end
 
     def announce(self, edits: Sequence[Edit]) -> None:  # noqa: B027
         """The edits to come, in order. A method may prepare what does not depend on earlier ones."""
@@ -138,16 +140,25 @@ class Editor(ABC):
     def edit(self, batch: Sequence[Edit]) -> Step:
         """Makes the edits of one step.
 
-        Raises EditError, before anything is changed, if two contradict or a target has no token.
+        Raises EditError, before anything is changed, if two contradict or a target has no token, or if an earlier
+        step failed half-way: its keys and residuals may be in the sums without being in the weights.
         """
+        if self._torn:
+            raise EditError(
+                f"an earlier step of this {self.method.name} editor failed half-way, so what it keeps no longer fits "
+                "the weights; restore() it, or load the last stored state into a new editor"
+            )
         check_batch(batch)
         for edit in batch:
             if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)[1]:
                 raise EditError(
                     f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary"
                 )
+        self._torn = True
         with frozen(self.anatomy.model):
-            return self.apply(batch)
+            step = self.apply(batch)
+        self._torn = False
+        return step
 
     @abstractmethod
     def apply(self, batch: Sequence[Edit]) -> Step:
@@ -157,6 +168,7 @@ class Editor(ABC):
         """The original weights back, bit for bit; the editor forgets all edits."""
         self.weights.restore_()
         self.reset()
+        self._torn = False
 
     @abstractmethod
     def reset(self) -> None:

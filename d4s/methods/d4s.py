@@ -21,7 +21,6 @@ from torch import Tensor
 
 from d4s.closed_form import ClosedForm
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.keys import SubjectRows
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
@@ -35,11 +34,6 @@ class D4S(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
     anchor: Literal["base", "current"] = "base"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.anchor not in ("base", "current"):
-            raise ConfigError(f"anchor={self.anchor!r}, must be 'base' or 'current'")
 
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, self.anchor)

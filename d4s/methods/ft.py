@@ -38,6 +38,7 @@ class FTM(Method):
     stop_loss: float = 1e-2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1 or self.learning_rate <= 0:
             raise ConfigError(
                 f"steps is {self.steps} and learning_rate {self.learning_rate}; must be ≥ 1 and > 0"

@@ -54,10 +54,9 @@ class GRACE(Method):
     stop_loss: float = 1e-2  # a value is good enough below it
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) != 1:
             raise ConfigError(f"layers={list(self.layers)}: grace wraps one layer")
-        if self.module not in ("mlp_input", "mlp_output"):
-            raise ConfigError(f"module={self.module!r}, must be 'mlp_input' or 'mlp_output'")
         if self.epsilon <= 0 or self.steps < 1 or self.learning_rate <= 0:
             raise ConfigError(
                 f"grace needs epsilon > 0, steps ≥ 1 and learning_rate > 0; got epsilon={self.epsilon}, "

@@ -49,6 +49,7 @@ class KN(Method):
     paraphrases: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 2:
             raise ConfigError(f"steps is {self.steps}; one step is a gradient at one point, not an integral")
         if not 0 < self.threshold < 1 or not 0 <= self.share < 1:

@@ -29,6 +29,14 @@ class TargetMethod(Method):
     contexts: int = 1  # of each length, generated contexts a seed word (five words); 0: the bare prompt alone
     context_lengths: tuple[int, ...] = (10,)  # tokens
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contexts < 0 or min(self.context_lengths, default=1) < 1:
+            raise ConfigError(
+                f"contexts={self.contexts} must be 0 or more, and context_lengths={list(self.context_lengths)} "
+                "1 or more each"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocateMethod(TargetMethod):
@@ -38,6 +46,7 @@ class LocateMethod(TargetMethod):
     ridge: float = 0.0  # added to C, relative to mean(diag C), where a small corpus leaves C nearly singular
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prior_weight <= 0:
             raise ConfigError(f"prior_weight (λ) is {self.prior_weight}, must be positive")
         if self.ridge < 0:

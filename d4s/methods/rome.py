@@ -41,6 +41,7 @@ class ROME(TargetMethod):
     identity_covariance: bool = False  # C = I
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) != 1:
             raise ConfigError(f"layers={list(self.layers)}: {self.name} changes one layer")
 
