@@ -201,7 +201,6 @@ def covariance(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from d4s.compare import compare as compare_methods
 
-    out = _empty_folder(options.out)
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
     found = compare_methods(
@@ -209,6 +208,7 @@ def compare(options: argparse.Namespace) -> None:
         tokenizer,
         edits,
         options.methods,
+        out=options.out,
         covariance=_covariance_for(options, model, tokenizer),
         batch_size=options.batch_size,
         evaluate_every=options.evaluate_every,
@@ -217,11 +217,11 @@ def compare(options: argparse.Namespace) -> None:
         count=options.count,
         neighborhood_limit=options.neighborhood_limit,
     )
-    found.save(out)
+    found.save(options.out)
     if options.json:
         _print_json(found.to_dict())
     else:
-        print(f"{found.summary()}\ntable, histories, figures: {out}")
+        print(f"{found.summary()}\ntable, histories, figures: {options.out}")
 
 
 def analyze(options: argparse.Namespace) -> None:
@@ -399,8 +399,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--layers", type=_numbers, help="as 4,5,6; default: all")
     made.add_argument("--tokens", type=int, help="key vectors; default: 10 · d_in")
 
-    def several(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--out", type=Path, required=True, help="new folder for tables and figures")
+    def several(made: argparse.ArgumentParser, again: str = "") -> None:
+        made.add_argument("--out", type=Path, required=True, help=f"new folder for tables and figures{again}")
         made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
         made.add_argument("--batch-size", type=int, default=1, help="edits a step")
         made.add_argument(
@@ -410,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     made = verb(compare, "the same edits with several methods", model=True, edits=True)
-    several(made)
+    several(made, "; or that of an earlier run, which then goes on")
     made.add_argument("--methods", type=_names, default=["d4s", "memit"], help="as d4s,memit,rome")
     made.add_argument("--evaluate-every", type=int, help="edits between evaluations; default: at the end")
     made.add_argument("--seeds", type=_numbers, help="as 0,1,2: means over them; default: --seed")

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ import torch
 from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit
-from d4s.errors import ConfigError, D4SError, ModelError
+from d4s.errors import ConfigError, D4SError, DataError, ModelError
+from d4s.files import whole
 from d4s.methods import Method, method_for
 from d4s.metrics import Baseline, finite_or_none, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
@@ -160,7 +161,7 @@ class Comparison:
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """table.csv, table.json, history.csv, the figures, and each sequence as results/<method>-<seed>.json."""
+        """table.csv, table.json, history.csv, the figures, and each sequence as results/<label>-<seed>.json."""
         import pandas
 
         folder = Path(folder)
@@ -170,7 +171,7 @@ class Comparison:
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():
-                record.save(folder / "results" / f"{label.replace(os.sep, '-')}-{seed}.json")
+                record.save(_place(folder, label, seed))
                 frame = record.to_frame()
                 frame.insert(0, "seed", seed)
                 frame.insert(0, "method", label)
@@ -201,6 +202,7 @@ def compare(
     measure: Callable[[], Mapping[str, float]] | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
     """The same edits with each method, from the same weights, which are put back bit for bit after each.
@@ -211,6 +213,8 @@ def compare(
     shuffle: each seed also has its own order of the edits, the same for all methods
     count: edits made, the first of that order; None: all
     baseline: the unedited model's answers to the edits; None: taken once, for all methods
+    out: folder in which each sequence is kept as soon as it ends, so that a comparison that was interrupted, or
+        gets more methods or seeds, goes on where it was; sequences made otherwise are refused. None: nowhere
     All others: as `edit_sequence`.
 
     A method that fails after some edits, or cannot begin, is kept with what was measured up to there and the
@@ -227,14 +231,35 @@ def compare(
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
     configured = _configured(methods, Anatomy(model, architecture))
+    before = weights_digest(model)
+    kept = None
+    if out is not None:
+        settings = {
+            "weights": before,
+            "edits": hashlib.blake2b(json.dumps([asdict(edit) for edit in edits]).encode()).hexdigest(),
+            "key statistics": [covariance.corpus, covariance.count] if covariance is not None else None,
+            "batch_size": batch_size,
+            "evaluate_every": sorted(evaluate_every)
+            if isinstance(evaluate_every, Collection)
+            else evaluate_every,
+            "shuffle": shuffle,
+            "count": count,
+            "neighborhood_limit": neighborhood_limit,
+            "original": original,
+            "generate": generate,
+            "measure": measure is not None,
+        }
+        kept = _Kept(Path(out), settings)
     if baseline is None:
         baseline = take_baseline(model, tokenizer, edits)
-    before = weights_digest(model)
     results: dict[str, dict[int, Record]] = {label: {} for label in configured}
     errors: list[D4SError] = []
     for seed in seeds:
         order = Random(seed).sample(edits, len(edits)) if shuffle else edits
         for label, method in configured.items():
+            if kept is not None and (stored := kept.record(label, seed, method)) is not None:
+                results[label][seed] = stored
+                continue
             try:
                 result = edit_sequence(
                     model,
@@ -259,6 +284,8 @@ def compare(
                 results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
             else:
                 results[label][seed] = result.record()
+                if kept is not None:
+                    results[label][seed].save(_place(kept.folder, label, seed))
                 result.restore()
                 del result  # and with it the copy of the weights
             if weights_digest(model) != before:
@@ -266,6 +293,49 @@ def compare(
     if len(errors) == len(configured) * len(seeds):
         raise errors[0]
     return Comparison(results)
+
+
+def _place(folder: Path, label: str, seed: int) -> Path:
+    return folder / "results" / f"{label.replace(os.sep, '-')}-{seed}.json"
+
+
+class _Kept:
+    """The sequences of a comparison in a folder, and what they have in common."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ConfigError(
+                    f"{folder}: already holds something else; name a new or empty folder"
+                ) from None
+            with whole(path) as beside:
+                beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            return
+        except ValueError as error:
+            raise DataError(f"{path}: not what a comparison wrote ({error})") from None
+        for name, value in wanted.items():
+            if stored.get(name) != value:
+                raise ConfigError(
+                    f"{folder} holds a comparison with other {name} ({stored.get(name)!r} there, {value!r} here); "
+                    "name a new folder, or ask for the same"
+                )
+
+    def record(self, label: str, seed: int, method: Method) -> Record | None:
+        """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""
+        path = _place(self.folder, label, seed)
+        if not path.exists():
+            return None
+        record = Record.load(path)
+        if record.method != method.name or record.config != json.loads(json.dumps(asdict(method))):
+            raise ConfigError(
+                f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
+            )
+        return record
 
 
 def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:

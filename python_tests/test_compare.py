@@ -255,6 +255,30 @@ def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path
     assert loaded.history == found.results["memit"][0].history
 
 
+def test_an_interrupted_comparison_goes_on(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    run = dict(edits=EDITS[:2], out=tmp_path / "out")
+    whole = compared(model, covariance, {"d4s": FAST, "memit": FAST}, edits=EDITS[:2])
+    apply = MEMITEditor.apply
+    monkeypatch.setattr(MEMITEditor, "apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compared(model, covariance, {"d4s": FAST, "memit": FAST}, **run)
+    monkeypatch.setattr(MEMITEditor, "apply", apply)
+    monkeypatch.setattr(D4SEditor, "apply", lambda *_: pytest.fail("it was done already"))
+    found = compared(model, covariance, {"d4s": FAST, "memit": FAST}, **run)
+    for label in ("d4s", "memit"):
+        ours, theirs = (without_times(c.results[label][0].history) for c in (found, whole))
+        assert ours == theirs
+    with pytest.raises(ConfigError, match="another configuration"):
+        compared(model, covariance, {"d4s": FAST | {"steps": 1}}, **run)
+    with pytest.raises(ConfigError, match="other edits"):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[1:3], out=tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match="mine: already holds something else"):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[:2], out=tmp_path / "mine")
+
+
 def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     model, _ = ready(seed)
     monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
@@ -265,7 +289,8 @@ def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     assert "over 2 seeds, Student's t" in said and "grace" in said
     history = pandas.read_csv(tmp_path / "out" / "history.csv")
     assert list(history["step"]) == [0, 1, 2] * 4 and set(history["seed"]) == {0, 1}
-    assert cli.main([*asked.split(), "--out", str(tmp_path / "out")]) == 1  # nothing is overwritten
+    assert cli.main([*asked.split(), "--batch-size", "2", "--out", str(tmp_path / "out")]) == 1
+    assert "other batch_size (1 there, 2 here)" in capsys.readouterr().err
     assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["method"], row["edits"]) for row in rows] == [("ft-m", 2), ("grace", 2)]

@@ -79,18 +79,30 @@ def test_columns_trade_the_old_embedding_for_the_new(seed, monkeypatch):
 
     def chosen(texts, token):
         asked.append((len(texts), token))
-        return {2: [5, 9]}
+        return {2: chosen_ones}
 
     monkeypatch.setattr(editor, "shared_neurons", chosen)
+    seen = []
+    hook = editor.anatomy.projection(2).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        bench.model(input_ids=tiny_tokenizer()(edit.text, return_tensors="pt")["input_ids"])
+    hook.remove()
+    neurons = seen[0].reshape(-1, seen[0].shape[-1])[-1]
+    chosen_ones = [int(neurons.argmin()), int(neurons.argmax())]
+    assert neurons[chosen_ones[0]] < 0 < neurons[chosen_ones[1]]  # both signs
     editor.edit([edit])
     assert asked == [(3, old)]
     assert not editor.weights.delta(0).any()
     w0 = editor.weights.base[2].double().T
     embeddings = bench.model.get_output_embeddings().weight.detach().double()
     expected = torch.zeros_like(w0)
-    for i in (5, 9):
-        expected[:, i] = w0[:, i].norm() * sum(
-            sign * embeddings[token] / embeddings[token].norm() for sign, token in ((-1, old), (1, new))
+    for i, s in zip(chosen_ones, (-1, 1), strict=True):
+        expected[:, i] = (
+            s
+            * w0[:, i].norm()
+            * sum(
+                sign * embeddings[token] / embeddings[token].norm() for sign, token in ((-1, old), (1, new))
+            )
         )
     torch.testing.assert_close(editor.weights.delta(2), expected, rtol=1e-4, atol=1e-6)
 

@@ -8,7 +8,10 @@ rule):
 Kept are neurons above .2 · the largest over all layers, and of these the ones that more than .7 of the texts
 (the prompt and its paraphrases) share. Each one's column of W, the vector it adds to the stream:
 
-    W[:, i] −= λ₁ emb(old),  += λ₂ emb(new)        λ = ‖W[:, i]‖ / ‖emb‖
+    W[:, i] −= s λ₁ emb(old),  += s λ₂ emb(new)        λ = ‖W[:, i]‖ / ‖emb‖,  s = sign of w̄_i at the prompt
+
+The paper has no s: its neurons come out of a GELU and are positive where they matter. Those of a gated MLP are
+as often negative, and a column that is multiplied by a negative number must be changed the other way round.
 
 An answer of several tokens is represented by its first: p, emb(old) and emb(new) are about that token
 alone. Embeddings are the output's, which raise a token's logit (the paper's model ties the two). Where the
@@ -30,6 +33,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.methods.answers import log_probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
+from d4s.methods.presets import kn_preset
 from d4s.prompts import prompt_and_target_ids
 from d4s.trace import Trace, replaced_forward
 
@@ -57,8 +61,7 @@ class KN(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> KN:
-        """All layers: the search decides."""
-        return cls(layers=tuple(range(len(anatomy))))
+        return cls(**kn_preset(anatomy))
 
     def editor(self, bench: Workbench) -> KNEditor:
         return KNEditor(self, bench)
@@ -93,13 +96,14 @@ class KNEditor(Editor):
         if self.method.paraphrases:
             texts += [list(self.tokenizer(text)["input_ids"]) for text in edit.paraphrases]
         for layer, neurons in self.shared_neurons(texts, old).items():
+            signs = self.neurons(prompt, layer)[neurons].double().sign()
             change = torch.zeros(self.anatomy.shape(layer), dtype=torch.float64, device=self.anatomy.device)
             weight = self.anatomy.weight(layer).detach().double()
             weight = weight.T if self.anatomy.transposed(layer) else weight
-            norms = weight[:, neurons].norm(dim=0)  # ‖W[:, i]‖
+            lengths = signs * weight[:, neurons].norm(dim=0)  # s ‖W[:, i]‖
             for token, sign in ((old, -1.0), (new[0], 1.0)):
                 embedding = self.embeddings[token].detach().double()
-                change[:, neurons] += sign * (embedding / embedding.norm()).outer(norms)
+                change[:, neurons] += sign * (embedding / embedding.norm()).outer(lengths)
             self.weights.write_(layer, self.weights.delta(layer) + change)
 
     def shared_neurons(self, texts: Sequence[Sequence[int]], token: int) -> dict[int, list[int]]:
@@ -123,13 +127,17 @@ class KNEditor(Editor):
         read = torch.full((rows,), len(ids) - 1, device=device)
         return log_probabilities(self.anatomy.model, repeated, torch.ones_like(repeated), row, read).exp()
 
+    def neurons(self, ids: Sequence[int], layer: int) -> Tensor:
+        """w̄, the layer's neurons at the last token. [d_in] float32."""
+        with torch.no_grad(), Trace(self.anatomy.projection(layer)) as trace:
+            self.last_probabilities(ids)
+        return trace.input.reshape(len(ids), -1)[-1].float()
+
     def attributions(self, ids: Sequence[int], layer: int, token: int) -> Tensor:
         """Of each neuron of the layer to p(token). [d_in] float32."""
         steps, length = self.method.steps, len(ids)
         module = self.anatomy.projection(layer)
-        with torch.no_grad(), Trace(module) as trace:
-            self.last_probabilities(ids)
-        neurons = trace.input.reshape(length, -1)[-1].float()  # w̄
+        neurons = self.neurons(ids, layer)
         alphas = (torch.arange(steps, device=neurons.device) + 0.5) / steps
         scaled = (alphas.unsqueeze(1) * neurons).requires_grad_(True)
         own = module.forward
