@@ -23,6 +23,10 @@ from d4s.demo.facts import Sentence, facts_of, read_records
 from d4s.demo.run import demo_covariance
 from d4s.edits import check_batch, without_contradictions
 from d4s.generation import generate_greedy
+from d4s.methods import METHODS, method_for
+from d4s.methods.base import Workbench
+from d4s.prompts import prompt_and_target_ids
+from d4s.scoring import score
 from d4s.targets import TargetConfig
 
 
@@ -357,6 +361,37 @@ def test_the_card_says_what_was_measured(embedded, tmp_path, monkeypatch):
     for line in layers:
         _, low, median, high = (float(cell) for cell in line.strip("| ").split("|"))
         assert 0 <= low <= median <= high
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The embedded model as it is stored, with its key statistics."""
+    model, tokenizer = demo.load_model(torch.bfloat16)
+    return Workbench(model, tokenizer, covariance=demo_covariance(model, tokenizer, layers=(0,)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_makes_one_edit_leaves_other_facts_alone_and_is_undone(name, bench):
+    def preferred(edits):
+        """Whether the new object is more probable than the true one, an edit."""
+        questions = [(edit.text, (edit.target_new, edit.target_true)) for edit in edits]
+        return [new.nll < true.nll for new, true in score(bench.model, bench.tokenizer, questions)]
+
+    edits = demo.load_demo_edits()
+    # Two tokens: one alone has no deviation, and ultraedit divides by it.
+    edit = next(e for e in edits if len(prompt_and_target_ids(bench.tokenizer, e.text, e.target_new)[1]) == 2)
+    others = [e for e in edits if e.subject != edit.subject][:60]
+    before = {key: value.clone() for key, value in bench.model.state_dict().items()}
+    assert not any(preferred([edit, *others]))
+    editor = method_for(name, bench.anatomy).editor(bench)
+    try:
+        editor.edit([edit])
+        assert preferred([edit]) == [True]
+        assert sum(preferred(others)) <= 0.05 * len(others)
+    finally:
+        editor.restore()
+    assert preferred([edit]) == [False]
+    assert all(torch.equal(value, before[key]) for key, value in bench.model.state_dict().items())
 
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
