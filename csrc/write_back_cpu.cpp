@@ -11,9 +11,9 @@
 namespace d4s {
 namespace {
 
-constexpr int64_t kTransposeRows = 64;   // rows of a column-major delta turned together: runs of memory
-constexpr int64_t kTransposeCols = 128;  // by so many columns, in the second-level cache
-constexpr int64_t kPrefetch = 4;         // columns asked for ahead, since each lies in another page
+constexpr int64_t kTransposeRows = 32;   // rows of a column-major delta turned together: runs of memory
+constexpr int64_t kTransposeCols = 256;  // by so many columns, in the second-level cache
+constexpr int64_t kPrefetch = 32;         // columns asked for ahead, since each lies in another page
 constexpr int64_t kTransposePitch = kTransposeCols + kLanes;  // rows must not share a cache set
 
 struct Sums {
@@ -66,6 +66,55 @@ void write_row(Weight* weight, const Weight* base, const Delta* delta, int64_t n
   }
 }
 
+// to[i * kTransposePitch + j] = from[i + j * stride] for 4 × 4 elements.
+template <class T>
+inline void turn4(const T* from, int64_t stride, T* to) {
+  using Vector = std::conditional_t<std::is_same_v<T, double>, Double4, Float4>;
+  Vector column[4];
+  for (int j = 0; j < 4; ++j) column[j] = load_vector<Vector>(from + j * stride);
+  const Vector even = __builtin_shufflevector(column[0], column[1], 0, 4, 2, 6);
+  const Vector odd = __builtin_shufflevector(column[0], column[1], 1, 5, 3, 7);
+  const Vector even_right = __builtin_shufflevector(column[2], column[3], 0, 4, 2, 6);
+  const Vector odd_right = __builtin_shufflevector(column[2], column[3], 1, 5, 3, 7);
+  const Vector row[4] = {__builtin_shufflevector(even, even_right, 0, 1, 4, 5),
+                         __builtin_shufflevector(odd, odd_right, 0, 1, 4, 5),
+                         __builtin_shufflevector(even, even_right, 2, 3, 6, 7),
+                         __builtin_shufflevector(odd, odd_right, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * kTransposePitch, &row[i], sizeof(row[i]));
+}
+
+// Part `part` of `parts` of the lines of base[0:rows, 0:n]: asked for while the tile's delta is turned.
+template <class Weight>
+inline void prefetch_share(const Weight* base, int64_t row_stride, int64_t rows, int64_t n, int64_t part,
+                           int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(Weight);
+  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(base + row * row_stride + i, 0, 2);
+  }
+}
+
+// turned[i * kTransposePitch + j] = delta[i, j] of a tile of a column-major delta.
+template <class Weight, class Delta>
+void turn_tile(const Delta* delta, const Matrix& stored, int64_t rows, int64_t n, const Weight* base,
+               int64_t base_stride, Delta* turned) {
+  const bool runs = stored.row_stride == 1;
+  const int64_t whole_rows = runs ? rows - rows % 4 : 0, whole_columns = n - n % 4;
+  for (int64_t j = 0; j < whole_columns; j += 4) {
+    const Delta* source = delta + j * stored.col_stride;
+    for (int64_t ahead = kPrefetch; ahead < kPrefetch + 4; ++ahead) {
+      for (int64_t i = 0; i < rows; i += 64 / sizeof(Delta))
+        __builtin_prefetch(source + ahead * stored.col_stride + i * stored.row_stride, 0, 2);
+    }
+    prefetch_share(base, base_stride, rows, n, j / 4, whole_columns / 4);
+    for (int64_t i = 0; i < whole_rows; i += 4)
+      turn4(source + i, stored.col_stride, turned + i * kTransposePitch + j);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < n; ++j)
+      turned[i * kTransposePitch + j] = delta[i * stored.row_stride + j * stored.col_stride];
+  }
+}
+
 template <class Weight, class Delta>
 void write_back(const Matrix& weight, const Matrix& base, const Matrix& delta, double* sums) {
   Weight* w = static_cast<Weight*>(weight.data);
@@ -86,13 +135,9 @@ void write_back(const Matrix& weight, const Matrix& base, const Matrix& delta, d
       Sums strip_sum;
       for (int64_t column = 0; column < weight.cols; column += width) {
         const int64_t n = std::min(width, weight.cols - column);
-        for (int64_t j = 0; turn && j < n; ++j) {
-          const Delta* source = change + first * delta.row_stride + (column + j) * delta.col_stride;
-          for (int64_t i = 0; i < kTransposeRows; i += 64 / sizeof(Delta)) {
-            __builtin_prefetch(source + kPrefetch * delta.col_stride + i * delta.row_stride);
-          }
-          for (int64_t i = 0; i < last - first; ++i)
-            turned[i * kTransposePitch + j] = source[i * delta.row_stride];
+        if (turn) {
+          turn_tile(change + first * delta.row_stride + column * delta.col_stride, delta, last - first, n,
+                    w0 + first * base.row_stride + column, base.row_stride, turned.data());
         }
         for (int64_t row = first; row < last; ++row) {
           const Delta* row_change =
