@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTransposeRows = 32;   // rows of a column-major delta turned together: runs of memory
 constexpr int64_t kTransposeCols = 256;  // by so many columns, in the second-level cache
-constexpr int64_t kPrefetch = 32;         // columns asked for ahead, since each lies in another page
+constexpr int64_t kPrefetch = 32;        // columns asked for ahead, since each lies in another page
 constexpr int64_t kTransposePitch = kTransposeCols + kLanes;  // rows must not share a cache set
 
 struct Sums {

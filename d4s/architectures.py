@@ -17,7 +17,10 @@ from d4s.errors import ConfigError, ModelError, unknown_name
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths of one model type. All but `blocks` are relative to a block."""
+    """Module paths of one model type. All but `blocks` are relative to a block.
+
+    The module around both MLP projections, where there is one, must treat each position by itself.
+    """
 
     blocks: str  # the ModuleList of transformer blocks, relative to the model
     mlp_output: str  # W: the MLP's output projection, whose input is the key
@@ -111,6 +114,13 @@ class Anatomy:
 
     def mlp_input(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.architecture.mlp_input)
+
+    def mlp(self, layer: int) -> nn.Module | None:
+        """The module around both projections of a block's MLP; None where they stand in the block itself (OPT)."""
+        around, other = (
+            p.rpartition(".")[0] for p in (self.architecture.mlp_output, self.architecture.mlp_input)
+        )
+        return self.blocks[layer].get_submodule(around) if around and around == other else None
 
     def attention_output(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.architecture.attention_output)

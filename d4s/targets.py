@@ -12,9 +12,9 @@ and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229).
 
 What is computed, and what is not. δ reaches only positions from the subject's last token on, and only blocks
 after the changed one. So the text before that token runs once, as a KV cache, in front of which nothing
-changes; the blocks up to the changed one run once and are then replaced by what they put out; the head sees
-only the positions whose logits are read. All of this happens through hooks around the model's own forward,
-whose masks, rotary positions, soft-caps and norms stay its own business.
+changes; the blocks up to the changed one run once and are then replaced by what they put out; MLPs see no
+padding, and the last one, like the head, only the positions whose logits are read. All of this happens through
+hooks around the model's own forward, whose masks, rotary positions, soft-caps and norms stay its own business.
 """
 
 from __future__ import annotations
@@ -237,7 +237,14 @@ class _Batch:
         self.extra = self.is_extra.nonzero().squeeze(
             1
         )  # found once: a mask in the loop would wait for the device
+        self._find_needed()
         self._keep_fixed_part()
+
+    def _find_needed(self) -> None:
+        """Positions that MLPs have to see, counted through all rows; waits for the device."""
+        width = self.ids.shape[1]
+        self.present = self.mask[:, -width:].reshape(-1).nonzero().squeeze(1)
+        self.read_out = self.row * width + self.read
 
     def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Any]:
         accepted = signature(self.model.forward).parameters
@@ -330,8 +337,14 @@ class _Batch:
             returned = self.kept
             for place, delta in zip(self.places, deltas, strict=True):
                 stack.enter_context(Trace(self._module(place), edit=plus(delta)))
-        blocks = {self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)}
-        stack.enter_context(replaced_forward(blocks))
+        replaced: dict[nn.Module, Callable[..., Any]] = {
+            self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)
+        }
+        for i in range(self.layer + 1, len(self.anatomy)):
+            needed = self.read_out if i == len(self.anatomy) - 1 else self.present
+            if (mlp := self.anatomy.mlp(i)) is not None and len(needed) < 0.9 * self.ids.numel():
+                replaced[mlp] = _only_at(mlp, needed)
+        stack.enter_context(replaced_forward(replaced))
         stack.enter_context(self._head_reads(self.row, self.read))
         return stack
 
@@ -439,3 +452,23 @@ class _Batch:
         elif self.kept is not None:
             self.kept = (self.kept[0][rows], *self.kept[1:])
         self.count = len(left)
+        self._find_needed()
+
+
+def _only_at(module: nn.Module, needed: Tensor) -> Callable[..., Any]:
+    """The forward of a module that treats each position by itself, computed at some positions; zero at the others.
+
+    needed: positions, counted through all rows
+    """
+    own = module.forward
+
+    def forward(*arguments: Tensor, **named: Any) -> Any:
+        shape = arguments[0].shape
+        flat = [a.reshape(-1, a.shape[-1])[needed].unsqueeze(0) for a in arguments]
+        output = own(*flat, **named)
+        if not isinstance(output, Tensor):  # a router's logits beside it, say
+            return own(*arguments, **named)
+        places = output.new_zeros(shape[:-1].numel(), output.shape[-1])
+        return places.index_copy(0, needed, output.squeeze(0)).view(*shape[:-1], -1)
+
+    return forward
