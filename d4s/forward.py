@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from d4s.errors import ModelError
 from d4s.prompts import padded
+from d4s.trace import head_reads
 
 # Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
 _CACHED_WAY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -106,14 +107,11 @@ class Forward:
         rows = torch.as_tensor([r for r, read in enumerate(reads) for _ in read])
         positions = torch.as_tensor([p for read in reads for p in read])
 
-        def gather(hidden: Tensor) -> Tensor:
-            return hidden[rows.to(hidden.device), positions.to(hidden.device)].unsqueeze(0)
-
-        embeddings = getattr(self.model, "get_output_embeddings", lambda: None)
-        with torch.no_grad(), _before_head(embeddings(), gather) as head_gathers:
+        with torch.no_grad(), head_reads(self.model, rows, positions) as gathered:
             output = self.model(input_ids=ids, **arguments)
-        logits = output.logits if head_gathers else gather(output.logits)
-        return logits[0], getattr(output, "past_key_values", None)
+        logits = output.logits
+        read = logits[0] if gathered else logits[rows.to(logits.device), positions.to(logits.device)]
+        return read, getattr(output, "past_key_values", None)
 
     def _check_length(self, length: int) -> None:
         if self.most_positions is not None and length > self.most_positions:
@@ -154,22 +152,6 @@ class Forward:
 def _positions(mask: Tensor) -> Tensor:
     """Each real token's place in its row; 0 at padding. [rows, width] int64."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
-@contextmanager
-def _before_head(head: nn.Module | None, change: Callable[[Tensor], Tensor]) -> Iterator[bool]:
-    """The head's input goes through `change`; soft-caps and scales after the head stay the model's business.
-
-    Yields False where the model names no head.
-    """
-    if head is None:
-        yield False
-        return
-    handle = head.register_forward_pre_hook(lambda _head, arguments: (change(arguments[0]), *arguments[1:]))
-    try:
-        yield True
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.prompts import pad_id, padded, subject_row
-from d4s.trace import Trace, first_tensor, replaced_forward, stopping
+from d4s.trace import Trace, first_tensor, head_reads, replaced_forward, stopping
 
 Place = Literal["block", "mlp", "attention"]
 
@@ -262,28 +262,12 @@ class _Batch:
         ids, mask = (t.to(self.device) for t in padded(before, fill, left=True))
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        with (
-            torch.no_grad(),
-            self._head_reads(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)),
-        ):
+        unread = torch.zeros(1, dtype=torch.long)
+        with torch.no_grad(), head_reads(self.model, unread, unread):
             self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
             )
         return cache, torch.cat([mask, after_mask], 1)
-
-    @contextmanager
-    def _head_reads(self, rows: Tensor, positions: Tensor) -> Iterator[None]:
-        """The head sees hidden[rows, positions] as one sequence: logits come out [1, len(rows), vocabulary]."""
-        rows, positions = rows.to(self.device), positions.to(self.device)
-
-        def gather(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (arguments[0][rows, positions].unsqueeze(0),)
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _forward(self) -> Any:
         return self.model(
@@ -345,7 +329,7 @@ class _Batch:
             if (mlp := self.anatomy.mlp(i)) is not None and len(needed) < 0.9 * self.ids.numel():
                 replaced[mlp] = _only_at(mlp, needed)
         stack.enter_context(replaced_forward(replaced))
-        stack.enter_context(self._head_reads(self.row, self.read))
+        stack.enter_context(head_reads(self.model, self.row, self.read))
         return stack
 
     def _log_probabilities(self, deltas: Sequence[Tensor]) -> Tensor:

@@ -75,3 +75,26 @@ def replaced_forward(replacements: dict[nn.Module, Callable[..., Any]]) -> Itera
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
+
+
+@contextmanager
+def head_reads(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[bool]:
+    """The output head sees hidden[rows, positions] as one sequence: logits come out [1, len(rows), vocabulary].
+
+    Soft-caps and scales after the head stay the model's business. Yields False where the model names no head, and
+    nothing is done.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield False
+        return
+
+    def gather(_head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = arguments[0]
+        return (hidden[rows.to(hidden.device), positions.to(hidden.device)].unsqueeze(0), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield True
+    finally:
+        handle.remove()
