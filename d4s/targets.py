@@ -11,19 +11,22 @@ by Adam, projected to ‖δ‖ ≤ clamp · ‖v0‖ after each step, where v0 i
 and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229).
 
 What is computed, and what is not. δ reaches only positions from the subject's last token on, and only blocks
-after the changed one. So the text before that token runs once, as a KV cache, in front of which nothing
-changes; the blocks up to the changed one run once and are then replaced by what they put out; MLPs see no
-padding, and the last one, like the head, only the positions whose logits are read. All of this happens through
-hooks around the model's own forward, whose masks, rotary positions, soft-caps and norms stay its own business.
+after the changed one. So the text before that token runs once, as a KV cache, and what all requests have in
+common at its beginning (a context) runs once for all of them; the blocks up to the changed one run once and are
+then replaced by what they put out; MLPs see no padding, and the last one, like the head, only the positions whose
+logits are read. All of this happens through hooks around the model's own forward, whose masks, rotary positions,
+soft-caps and norms stay its own business.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -215,7 +218,8 @@ class _Batch:
         before = [ids for r in requests for ids in r.before]
         after = [ids for r in requests for ids in r.after]
         self.ids, after_mask = (t.to(self.device) for t in padded(after, fill))
-        self.cache, self.mask = self._run_before(before, after_mask, fill)
+        kinds = [a for r in requests for a in range(len(r.before))]
+        self.cache, self.mask = self._run_before(before, kinds, after_mask, fill)
         self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
 
         row, read, wanted, weight, extra = [], [], [], [], []
@@ -254,20 +258,71 @@ class _Batch:
         return arguments
 
     def _run_before(
-        self, before: Sequence[Sequence[int]], after_mask: Tensor, fill: int
+        self, before: Sequence[Sequence[int]], kinds: Sequence[int], after_mask: Tensor, fill: int
     ) -> tuple[DynamicCache | None, Tensor]:
-        """Keys and values of the text before the subject's last token; the mask of the whole rows."""
-        if _width(before) == 0:
-            return None, after_mask
-        ids, mask = (t.to(self.device) for t in padded(before, fill, left=True))
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        """Keys and values of the text before the subject's last token; the mask of the whole rows.
+
+        kinds: which rows begin alike (with one context): what all of a kind have in common runs once.
+        """
+        groups = [
+            [row for row, k in zip(before, kinds, strict=True) if k == kind] for kind in range(max(kinds) + 1)
+        ]
+        shared = [_common_start(rows) for rows in groups]
+        # What follows is padded behind the shared part, and attention windows count padding.
+        longest = max(shared) + max(len(row) - shared[k] for row, k in zip(before, kinds, strict=True))
+        if longest + after_mask.shape[1] > self._window():
+            shared = [0] * len(shared)
+        cache, mask = self._run_further(
+            None, None, [rows[0][:n] for rows, n in zip(groups, shared, strict=True)], fill
+        )
+        index = torch.as_tensor(kinds, device=self.device)
+        if cache is not None:
+            cache.batch_select_indices(index)
+        rest = [row[shared[kind] :] for row, kind in zip(before, kinds, strict=True)]
+        cache, mask = self._run_further(cache, mask[index], rest, fill)
+        return cache, torch.cat([mask, after_mask], 1)
+
+    @torch.no_grad()
+    def _run_further(
+        self, cache: DynamicCache | None, mask: Tensor | None, rows: Sequence[Sequence[int]], fill: int
+    ) -> tuple[DynamicCache | None, Tensor]:
+        """Cache and mask, longer by the rows, padded on the left; where these are empty, as they were."""
+        ids, added = (t.to(self.device) for t in padded(rows, fill, left=True))
+        width = ids.shape[1]
+        mask = added if mask is None else torch.cat([mask, added], 1)
+        if width == 0:
+            return cache, mask
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        nothing = torch.zeros(0, dtype=torch.long, device=self.device)
+        spared = self._sparing(0, added.reshape(-1).nonzero().squeeze(1), nothing, ids.numel())
         unread = torch.zeros(1, dtype=torch.long)
-        with torch.no_grad(), head_reads(self.model, unread, unread):
+        with replaced_forward(spared), head_reads(self.model, unread, unread):
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
             self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
             )
-        return cache, torch.cat([mask, after_mask], 1)
+        return cache, mask
+
+    def _window(self) -> float:
+        """How far back every block sees, in positions."""
+        names = ("sliding_window", "window_size", "attention_chunk_size")
+        sizes = (getattr(self.model.config, name, None) for name in names)
+        return min((size for size in sizes if isinstance(size, int)), default=math.inf)
+
+    def _sparing(
+        self, first: int, needed: Tensor, needed_last: Tensor, positions: int
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        """Forwards of the MLPs from block `first` on that leave out positions nobody needs.
+
+        needed, needed_last: positions, counted through all rows, that they have to see, and that the last one has to
+        positions: how many there are
+        """
+        spared: dict[nn.Module, Callable[..., Any]] = {}
+        for i in range(first, len(self.anatomy)):
+            here = needed_last if i == len(self.anatomy) - 1 else needed
+            if (mlp := self.anatomy.mlp(i)) is not None and len(here) < 0.9 * positions:
+                spared[mlp] = _only_at(mlp, here)
+        return spared
 
     def _forward(self) -> Any:
         return self.model(
@@ -324,10 +379,7 @@ class _Batch:
         replaced: dict[nn.Module, Callable[..., Any]] = {
             self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)
         }
-        for i in range(self.layer + 1, len(self.anatomy)):
-            needed = self.read_out if i == len(self.anatomy) - 1 else self.present
-            if (mlp := self.anatomy.mlp(i)) is not None and len(needed) < 0.9 * self.ids.numel():
-                replaced[mlp] = _only_at(mlp, needed)
+        replaced |= self._sparing(self.layer + 1, self.present, self.read_out, self.ids.numel())
         stack.enter_context(replaced_forward(replaced))
         stack.enter_context(head_reads(self.model, self.row, self.read))
         return stack
@@ -437,6 +489,12 @@ class _Batch:
             self.kept = (self.kept[0][rows], *self.kept[1:])
         self.count = len(left)
         self._find_needed()
+
+
+def _common_start(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows have in common at their beginning."""
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return sum(1 for _ in alike)
 
 
 def _only_at(module: nn.Module, needed: Tensor) -> Callable[..., Any]:
