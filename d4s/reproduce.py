@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -465,6 +465,17 @@ class Protocol:
 
 
 _TENTHS = tuple(range(100, 1001, 100))
+
+
+def _of_the_inside(
+    about: str,
+    methods: tuple[str, ...] = ("memit", "d4s"),
+    small: Iterable[int] = range(25, 151, 25),
+    retained: bool = False,
+) -> Protocol:
+    return Protocol(about, "zsRE or CounterFact", _model_figures, methods, _TENTHS, tuple(small), retained)
+
+
 PROTOCOLS: dict[str, Protocol] = {
     "table2": Protocol(
         "methods on zsRE",
@@ -510,39 +521,10 @@ PROTOCOLS: dict[str, Protocol] = {
         (10, 20, 30),
         retained=True,
     ),
-    "fig5": Protocol(
-        "bottleneck and norms",
-        "zsRE or CounterFact",
-        _model_figures,
-        ("rome", "memit"),
-        _TENTHS,
-        tuple(range(10, 61, 10)),
-    ),
-    "fig6": Protocol(
-        "norms and downstream scores with D4S",
-        "zsRE or CounterFact",
-        _model_figures,
-        ("memit", "d4s"),
-        _TENTHS,
-        tuple(range(25, 151, 25)),
-        retained=True,
-    ),
-    "fig7": Protocol(
-        "forgetting",
-        "zsRE or CounterFact",
-        _model_figures,
-        ("memit", "d4s"),
-        _TENTHS,
-        tuple(range(25, 151, 25)),
-    ),
-    "fig8": Protocol(
-        "metrics against edits",
-        "zsRE or CounterFact",
-        _model_figures,
-        ("memit", "d4s"),
-        _TENTHS,
-        tuple(range(25, 151, 25)),
-    ),
+    "fig5": _of_the_inside("bottleneck and norms", ("rome", "memit"), range(10, 61, 10)),
+    "fig6": _of_the_inside("norms and downstream scores with D4S", retained=True),
+    "fig7": _of_the_inside("forgetting"),
+    "fig8": _of_the_inside("metrics against edits"),
 }
 
 

@@ -13,6 +13,7 @@ from d4s.covariance import Covariance, estimate_covariance
 from d4s.demo import folder, load_demo_edits, load_model
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.generation import generate_greedy
 from d4s.methods import method_for
 from d4s.metrics import take_baseline
 from d4s.plots import plot_metrics, plot_norms
@@ -36,17 +37,15 @@ def demo_covariance(
 
 
 def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
-    """(greedy answer of the new target's length, p(new), p(true)) an edit, on its own prompt."""
+    """(what the model says, as long as the longer object, p(new), p(true)) an edit, on its own prompt."""
     import math
 
     found = []
     questions = [(edit.text, (edit.target_new, edit.target_true or edit.target_new)) for edit in edits]
-    for scores in score(model, tokenizer, questions):
-        new, true = scores
-        said = min(scores, key=lambda s: s.nll)
-        found.append(
-            (tokenizer.decode(list(said.predicted)).strip(), math.exp(-new.nll), math.exp(-true.nll))
-        )
+    for edit, (new, true) in zip(edits, score(model, tokenizer, questions), strict=True):
+        length = max(len(new.target), len(true.target))
+        (said,) = generate_greedy(model, tokenizer, [edit.text], max_new_tokens=length)
+        found.append((said.strip(), math.exp(-new.nll), math.exp(-true.nll)))
     return found
 
 
