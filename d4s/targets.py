@@ -10,38 +10,25 @@ context + prompt + target, and one extra row "{subject} is a"). Minimised is
 by Adam, projected to ‖δ‖ ≤ clamp · ‖v0‖ after each step, where v0 is the unchanged value on the bare prompt
 and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229).
 
-What is computed, and what is not. δ reaches only positions from the subject's last token on, and only blocks
-after the changed one. So the text before that token runs once, as a KV cache, and what all requests have in
-common at its beginning (a context) runs once for all of them; the blocks up to the changed one run once and are
-then replaced by what they put out; MLPs see no padding, and the last one, like the head, only the positions whose
-logits are read. All of this happens through hooks around the model's own forward, whose masks, rotary positions,
-soft-caps and norms stay its own business.
+How little of the model has to run for that: `d4s.request_rows`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
-from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
-from transformers import DynamicCache
 
 from d4s.architectures import Anatomy
 from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError
-from d4s.prompts import pad_id, padded, subject_row
-from d4s.trace import Trace, first_tensor, head_reads, replaced_forward, stopping
-
-Place = Literal["block", "mlp", "attention"]
+from d4s.prompts import pad_id
+from d4s.request_rows import Place, RequestRows, request_of, width_of
 
 
 @dataclass(frozen=True)
@@ -96,33 +83,6 @@ class Targets:
         )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Token rows of one edit. Loss positions are counted from the subject's last token."""
-
-    before: list[tuple[int, ...]]  # ids before the subject's last token, a row; the extra row is the last
-    after: list[tuple[int, ...]]  # ids from it on, without the target's last token
-    read: list[tuple[int, ...]]  # positions in `after` whose logits are read
-    target: list[tuple[int, ...]]  # the ids expected there
-
-
-def _request(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> _Request:
-    before, after, read, target = [], [], [], []
-    for prefix in ("", *prefixes):
-        row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, prefix)
-        at = row.subject_last
-        before.append(row.ids[:at])
-        after.append(row.ids[at:-1])
-        read.append(tuple(range(row.target_start - 1 - at, len(row.ids) - 1 - at)))
-        target.append(row.ids[row.target_start :])
-    extra = subject_row(tokenizer, "{} is a", edit.subject)
-    before.append(extra.ids[: extra.subject_last])
-    after.append((extra.ids[extra.subject_last],))
-    read.append((0,))
-    target.append((0,))  # not a target: the whole distribution is compared
-    return _Request(before, after, read, target)
-
-
 def optimise_targets(
     anatomy: Anatomy,
     tokenizer: Any,
@@ -145,31 +105,29 @@ def optimise_targets(
     """
     if batch_tokens is None:
         batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
-    requests = [_request(tokenizer, edit, prefixes) for edit in edits]
+    requests = [request_of(tokenizer, edit, prefixes) for edit in edits]
     # Requests of similar length go together: little padding.
-    order = sorted(range(len(edits)), key=lambda i: (_width(requests[i].after), _width(requests[i].before)))
+    order = sorted(
+        range(len(edits)), key=lambda i: (width_of(requests[i].after), width_of(requests[i].before))
+    )
     parts: list[Targets] = []
     with frozen(anatomy.model):
         at = 0
         while at < len(order):
-            stop, width = at + 1, _width(requests[order[at]].after)
+            stop, width = at + 1, width_of(requests[order[at]].after)
             while stop < len(order):
-                width = max(width, _width(requests[order[stop]].after))
+                width = max(width, width_of(requests[order[stop]].after))
                 rows = sum(len(requests[i].after) for i in order[at : stop + 1])
                 if rows * width > batch_tokens:
                     break
                 stop += 1
             chosen = [requests[i] for i in order[at:stop]]
-            parts.append(_Batch(anatomy, pad_id(tokenizer), chosen, layer, places).optimise(config))
+            parts.append(_optimise(RequestRows(anatomy, pad_id(tokenizer), chosen, layer, places), config))
             at = stop
     together = Targets.concatenate(parts)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.as_tensor(order)] = torch.arange(len(order))
     return together[back.tolist()]
-
-
-def _width(rows: Sequence[Sequence[int]]) -> int:
-    return max(len(row) for row in rows)
 
 
 @contextmanager
@@ -188,329 +146,79 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _copied(cache: DynamicCache | None) -> DynamicCache | None:
-    """A cache that may grow while the given one stays. Tensors are shared: growing concatenates anew."""
-    if cache is None:
-        return None
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
+def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
+    """Adam on every δ at once, a request a row; requests that are done leave."""
+    count, device = rows.count, rows.device
+    start = [s.clone() for s in rows.start]
+    bound = [config.clamp * s.norm(dim=1) for s in start]
+    square = [s.square().sum(1) for s in start]
+    result = [torch.zeros_like(s) for s in start]
+    first = torch.zeros(count, device=device)
+    last = torch.zeros(count, device=device)
+    alive = torch.arange(count, device=device)  # requests still in the batch, by their first number
+    deltas = [torch.zeros_like(s) for s in start]
+    mean = [torch.zeros_like(s) for s in start]
+    variance = [torch.zeros_like(s) for s in start]
+    done = torch.zeros(count, dtype=torch.bool, device=device)
+    since_argmax = torch.zeros(count, device=device)
+    reference: Tensor | None = None
 
-
-class _Batch:
-    """Some requests on their way through the model: what is kept of the fixed part, and the rows left."""
-
-    def __init__(
-        self, anatomy: Anatomy, fill: int, requests: Sequence[_Request], layer: int, places: tuple[Place, ...]
-    ) -> None:
-        self.anatomy, self.device = anatomy, anatomy.device
-        self.model: Any = anatomy.model
-        self.layer, self.places = layer, places
-        # Blocks 0 … skipped − 1 put out the same whatever δ is.
-        self.skipped = layer + 1 if places == ("block",) else layer
-        self.count = len(requests)
-        rows_of = [len(r.after) for r in requests]
-        self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(
-            self.device
-        )
-        self.first_row = (torch.as_tensor(rows_of).cumsum(0) - torch.as_tensor(rows_of)).to(self.device)
-
-        before = [ids for r in requests for ids in r.before]
-        after = [ids for r in requests for ids in r.after]
-        self.ids, after_mask = (t.to(self.device) for t in padded(after, fill))
-        kinds = [a for r in requests for a in range(len(r.before))]
-        self.cache, self.mask = self._run_before(before, kinds, after_mask, fill)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
-
-        row, read, wanted, weight, extra = [], [], [], [], []
-        number = 0
-        for r in requests:
-            for a in range(len(r.after)):
-                is_extra = a == len(r.after) - 1
-                for position, token in zip(r.read[a], r.target[a], strict=True):
-                    row.append(number)
-                    read.append(position)
-                    wanted.append(token)
-                    extra.append(is_extra)
-                    weight.append(0.0 if is_extra else 1 / ((len(r.after) - 1) * len(r.target[a])))
-                number += 1
-        self.row, self.read = torch.as_tensor(row).to(self.device), torch.as_tensor(read).to(self.device)
-        self.wanted = torch.as_tensor(wanted).to(self.device)
-        self.weight = torch.as_tensor(weight).to(self.device)
-        self.is_extra = torch.as_tensor(extra).to(self.device)
-        self.extra = self.is_extra.nonzero().squeeze(
-            1
-        )  # found once: a mask in the loop would wait for the device
-        self._find_needed()
-        self._keep_fixed_part()
-
-    def _find_needed(self) -> None:
-        """Positions that MLPs have to see, counted through all rows; waits for the device."""
-        width = self.ids.shape[1]
-        self.present = self.mask[:, -width:].reshape(-1).nonzero().squeeze(1)
-        self.read_out = self.row * width + self.read
-
-    def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Any]:
-        accepted = signature(self.model.forward).parameters
-        arguments: dict[str, Any] = {"attention_mask": mask}
-        if "position_ids" in accepted:
-            arguments["position_ids"] = positions
-        return arguments
-
-    def _run_before(
-        self, before: Sequence[Sequence[int]], kinds: Sequence[int], after_mask: Tensor, fill: int
-    ) -> tuple[DynamicCache | None, Tensor]:
-        """Keys and values of the text before the subject's last token; the mask of the whole rows.
-
-        kinds: which rows begin alike (with one context): what all of a kind have in common runs once.
-        """
-        groups = [
-            [row for row, k in zip(before, kinds, strict=True) if k == kind] for kind in range(max(kinds) + 1)
-        ]
-        shared = [_common_start(rows) for rows in groups]
-        # What follows is padded behind the shared part, and attention windows count padding.
-        longest = max(shared) + max(len(row) - shared[k] for row, k in zip(before, kinds, strict=True))
-        if longest + after_mask.shape[1] > self._window():
-            shared = [0] * len(shared)
-        cache, mask = self._run_further(
-            None, None, [rows[0][:n] for rows, n in zip(groups, shared, strict=True)], fill
-        )
-        index = torch.as_tensor(kinds, device=self.device)
-        if cache is not None:
-            cache.batch_select_indices(index)
-        rest = [row[shared[kind] :] for row, kind in zip(before, kinds, strict=True)]
-        cache, mask = self._run_further(cache, mask[index], rest, fill)
-        return cache, torch.cat([mask, after_mask], 1)
-
-    @torch.no_grad()
-    def _run_further(
-        self, cache: DynamicCache | None, mask: Tensor | None, rows: Sequence[Sequence[int]], fill: int
-    ) -> tuple[DynamicCache | None, Tensor]:
-        """Cache and mask, longer by the rows, padded on the left; where these are empty, as they were."""
-        ids, added = (t.to(self.device) for t in padded(rows, fill, left=True))
-        width = ids.shape[1]
-        mask = added if mask is None else torch.cat([mask, added], 1)
-        if width == 0:
-            return cache, mask
-        cache = DynamicCache(config=self.model.config) if cache is None else cache
-        nothing = torch.zeros(0, dtype=torch.long, device=self.device)
-        spared = self._sparing(0, added.reshape(-1).nonzero().squeeze(1), nothing, ids.numel())
-        unread = torch.zeros(1, dtype=torch.long)
-        with replaced_forward(spared), head_reads(self.model, unread, unread):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
-            self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
-            )
-        return cache, mask
-
-    def _window(self) -> float:
-        """How far back every block sees, in positions."""
-        names = ("sliding_window", "window_size", "attention_chunk_size")
-        sizes = (getattr(self.model.config, name, None) for name in names)
-        return min((size for size in sizes if isinstance(size, int)), default=math.inf)
-
-    def _sparing(
-        self, first: int, needed: Tensor, needed_last: Tensor, positions: int
-    ) -> dict[nn.Module, Callable[..., Any]]:
-        """Forwards of the MLPs from block `first` on that leave out positions nobody needs.
-
-        needed, needed_last: positions, counted through all rows, that they have to see, and that the last one has to
-        positions: how many there are
-        """
-        spared: dict[nn.Module, Callable[..., Any]] = {}
-        for i in range(first, len(self.anatomy)):
-            here = needed_last if i == len(self.anatomy) - 1 else needed
-            if (mlp := self.anatomy.mlp(i)) is not None and len(here) < 0.9 * positions:
-                spared[mlp] = _only_at(mlp, here)
-        return spared
-
-    def _forward(self) -> Any:
-        return self.model(
-            input_ids=self.ids,
-            past_key_values=_copied(self.cache),
-            use_cache=self.cache is not None,
-            **self._arguments(self.mask, self.positions),
-        )
-
-    def _module(self, place: Place) -> nn.Module:
-        if place == "mlp":
-            return self.anatomy.projection(self.layer)
-        if place == "attention":
-            return self.anatomy.attention_output(self.layer)
-        return self.anatomy.blocks[self.layer]
-
-    @torch.no_grad()
-    def _keep_fixed_part(self) -> None:
-        """Runs the rows once up to the changed block; keeps what the skipped blocks put out, and v0."""
-        rows = self.ids.shape[0]
-        with ExitStack() as stack:
-            traces = [stack.enter_context(Trace(self._module(place))) for place in self.places]
-            kept = None
-            if self.skipped:
-                kept = stack.enter_context(Trace(self.anatomy.blocks[self.skipped - 1]))
-            stack.enter_context(stopping())
-            stack.enter_context(Trace(self.anatomy.blocks[self.layer], stop=True))
-            self._forward()
-        self.start = [
-            t.output.reshape(rows, self.ids.shape[1], -1)[self.first_row, 0].float() for t in traces
-        ]
-        self.kept = None if kept is None else kept.returned
-
-    def _changed(self, deltas: Sequence[Tensor]) -> ExitStack:
-        """The model with δ added, the skipped blocks replaced, and the head reading loss positions only."""
-        stack = ExitStack()
-        rows = self.ids.shape[0]
-
-        def plus(place_delta: Tensor) -> Callable[[Tensor], Tensor]:
-            def edit(output: Tensor) -> Tensor:
-                shaped = output.reshape(rows, self.ids.shape[1], -1)
-                first = shaped[:, :1] + place_delta[self.owner].unsqueeze(1).to(shaped.dtype)
-                return torch.cat([first, shaped[:, 1:]], 1).view(output.shape)
-
-            return edit
-
-        if self.places == ("block",):
-            hidden = plus(deltas[0])(first_tensor(self.kept))
-            returned: Any = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
-        else:
-            returned = self.kept
-            for place, delta in zip(self.places, deltas, strict=True):
-                stack.enter_context(Trace(self._module(place), edit=plus(delta)))
-        replaced: dict[nn.Module, Callable[..., Any]] = {
-            self.anatomy.blocks[i]: (lambda *_args, **_kwargs: returned) for i in range(self.skipped)
-        }
-        replaced |= self._sparing(self.layer + 1, self.present, self.read_out, self.ids.numel())
-        stack.enter_context(replaced_forward(replaced))
-        stack.enter_context(head_reads(self.model, self.row, self.read))
-        return stack
-
-    def _log_probabilities(self, deltas: Sequence[Tensor]) -> Tensor:
-        with self._changed(deltas):
-            logits = self._forward().logits
-        return log_softmax(logits[0].float(), -1)  # [positions read, vocabulary]
-
-    def optimise(self, config: TargetConfig) -> Targets:
-        count, device = self.count, self.device
-        start = [s.clone() for s in self.start]
-        bound = [config.clamp * s.norm(dim=1) for s in start]
-        square = [s.square().sum(1) for s in start]
-        result = [torch.zeros_like(s) for s in start]
-        first = torch.zeros(count, device=device)
-        last = torch.zeros(count, device=device)
-        alive = torch.arange(count, device=device)  # requests still in the batch, by their first number
-        deltas = [torch.zeros_like(s) for s in start]
-        mean = [torch.zeros_like(s) for s in start]
-        variance = [torch.zeros_like(s) for s in start]
-        done = torch.zeros(count, dtype=torch.bool, device=device)
-        since_argmax = torch.zeros(count, device=device)
-        reference: Tensor | None = None
-
-        for step in range(config.steps + 1):
-            deltas = [d.detach().requires_grad_(step < config.steps) for d in deltas]
-            with torch.set_grad_enabled(step < config.steps):
-                log_p = self._log_probabilities(deltas)
-                chosen = log_p.gather(1, self.wanted.unsqueeze(1)).squeeze(1)
-                owner = self.owner[self.row]
-                nll = torch.zeros(self.count, device=device).index_add(0, owner, -chosen * self.weight)
-                extra = log_p[self.extra]
-                if reference is None:
-                    reference = extra.detach()
-                kl = (reference.exp() * (reference - extra)).sum(1)
-                decay = sum(
-                    d.norm(dim=1) / s for d, s in zip(deltas, (q[alive] for q in square), strict=True)
-                )
-                settled = self._settled(log_p, owner)
-                factor = torch.where(settled, config.settled_nll_factor, 1.0)
-                loss = factor * nll + config.kl_factor * kl + config.weight_decay * decay
-            probability = torch.exp(-nll.detach())
-            if step == 0:
-                first[alive] = probability
-            last[alive] = torch.where(done, last[alive], probability)
-            done = done | (loss.detach() < config.stop_loss)
-            if config.stop_after_argmax is not None:
-                since_argmax = torch.where(settled, since_argmax + 1, 0.0)
-                done = done | (since_argmax > config.stop_after_argmax)
-            if config.settled_kl is not None:
-                done = done | (settled & (kl.detach() <= config.settled_kl))
-            for total, delta in zip(result, deltas, strict=True):
-                total[alive] = delta.detach()
-            if step == config.steps:
+    for step in range(config.steps + 1):
+        deltas = [d.detach().requires_grad_(step < config.steps) for d in deltas]
+        with torch.set_grad_enabled(step < config.steps):
+            log_p = rows.log_probabilities(deltas)
+            chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
+            owner = rows.owner[rows.row]
+            nll = torch.zeros(rows.count, device=device).index_add(0, owner, -chosen * rows.weight)
+            extra = log_p[rows.extra]
+            if reference is None:
+                reference = extra.detach()
+            kl = (reference.exp() * (reference - extra)).sum(1)
+            decay = sum(d.norm(dim=1) / s for d, s in zip(deltas, (q[alive] for q in square), strict=True))
+            settled = _settled(rows, log_p, owner)
+            factor = torch.where(settled, config.settled_nll_factor, 1.0)
+            loss = factor * nll + config.kl_factor * kl + config.weight_decay * decay
+        probability = torch.exp(-nll.detach())
+        if step == 0:
+            first[alive] = probability
+        last[alive] = torch.where(done, last[alive], probability)
+        done = done | (loss.detach() < config.stop_loss)
+        if config.stop_after_argmax is not None:
+            since_argmax = torch.where(settled, since_argmax + 1, 0.0)
+            done = done | (since_argmax > config.stop_after_argmax)
+        if config.settled_kl is not None:
+            done = done | (settled & (kl.detach() <= config.settled_kl))
+        for total, delta in zip(result, deltas, strict=True):
+            total[alive] = delta.detach()
+        if step == config.steps:
+            break
+        gradients = torch.autograd.grad(loss.sum(), deltas)
+        with torch.no_grad():
+            for p, gradient in enumerate(gradients):
+                # Adam (arXiv 1412.6980), β = (.9, .999), ε = 1e-8, a request a row.
+                # At δ = 0 the norm has no gradient; torch gives 0 there, as wanted.
+                mean[p] = 0.9 * mean[p] + 0.1 * gradient
+                variance[p] = 0.999 * variance[p] + 0.001 * gradient.square()
+                root = (variance[p] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (step + 1)) / root
+                limit = bound[p][alive]
+                moved = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
+                deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
+        # The only look at the device, every fourth step: are enough requests done to shrink the batch?
+        if step % 4 == 3:
+            left = (~done).nonzero().squeeze(1)
+            if len(left) == 0:
                 break
-            gradients = torch.autograd.grad(loss.sum(), deltas)
-            with torch.no_grad():
-                for p, gradient in enumerate(gradients):
-                    # Adam (arXiv 1412.6980), β = (.9, .999), ε = 1e-8, a request a row.
-                    # At δ = 0 the norm has no gradient; torch gives 0 there, as wanted.
-                    mean[p] = 0.9 * mean[p] + 0.1 * gradient
-                    variance[p] = 0.999 * variance[p] + 0.001 * gradient.square()
-                    root = (variance[p] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-                    moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (step + 1)) / root
-                    limit = bound[p][alive]
-                    moved = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
-                    deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
-            # The only look at the device, every fourth step: are enough requests done to shrink the batch?
-            if step % 4 == 3:
-                left = (~done).nonzero().squeeze(1)
-                if len(left) == 0:
-                    break
-                if len(left) <= 0.75 * self.count:
-                    deltas = [d.detach()[left] for d in deltas]
-                    mean, variance = [m[left] for m in mean], [v[left] for v in variance]
-                    since_argmax, reference = since_argmax[left], reference[left]
-                    alive, done = alive[left], done[left]
-                    self._keep_requests(left)
-        return Targets(start[0], result[0], first, last)
-
-    def _settled(self, log_p: Tensor, owner: Tensor) -> Tensor:
-        """Requests whose target tokens are all the argmax. [requests] bool."""
-        wrong = ((log_p.detach().argmax(1) != self.wanted) & ~self.is_extra).float()
-        return torch.zeros(self.count, device=self.device).index_add(0, owner, wrong) == 0
-
-    def _keep_requests(self, left: Tensor) -> None:
-        """Drops the rows of all requests but those at `left` (ascending)."""
-        number = torch.full((self.count,), -1, dtype=torch.long, device=self.device)
-        number[left] = torch.arange(len(left), device=self.device)
-        rows = (number[self.owner] >= 0).nonzero().squeeze(1)
-        row_number = torch.full((len(self.owner),), -1, dtype=torch.long, device=self.device)
-        row_number[rows] = torch.arange(len(rows), device=self.device)
-        reads = (row_number[self.row] >= 0).nonzero().squeeze(1)
-        self.row = row_number[self.row[reads]]
-        self.read, self.wanted = self.read[reads], self.wanted[reads]
-        self.weight, self.is_extra = self.weight[reads], self.is_extra[reads]
-        self.extra = self.is_extra.nonzero().squeeze(1)
-        self.owner, self.ids = number[self.owner[rows]], self.ids[rows]
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
-        if self.cache is not None:
-            self.cache = _copied(self.cache)
-            self.cache.batch_select_indices(rows)  # type: ignore[union-attr]
-        if isinstance(self.kept, Tensor):
-            self.kept = self.kept[rows]
-        elif self.kept is not None:
-            self.kept = (self.kept[0][rows], *self.kept[1:])
-        self.count = len(left)
-        self._find_needed()
+            if len(left) <= 0.75 * rows.count:
+                deltas = [d.detach()[left] for d in deltas]
+                mean, variance = [m[left] for m in mean], [v[left] for v in variance]
+                since_argmax, reference = since_argmax[left], reference[left]
+                alive, done = alive[left], done[left]
+                rows.keep_requests(left)
+    return Targets(start[0], result[0], first, last)
 
 
-def _common_start(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows have in common at their beginning."""
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    return sum(1 for _ in alike)
-
-
-def _only_at(module: nn.Module, needed: Tensor) -> Callable[..., Any]:
-    """The forward of a module that treats each position by itself, computed at some positions; zero at the others.
-
-    needed: positions, counted through all rows
-    """
-    own = module.forward
-
-    def forward(*arguments: Tensor, **named: Any) -> Any:
-        shape = arguments[0].shape
-        flat = [a.reshape(-1, a.shape[-1])[needed].unsqueeze(0) for a in arguments]
-        output = own(*flat, **named)
-        if not isinstance(output, Tensor):  # a router's logits beside it, say
-            return own(*arguments, **named)
-        places = output.new_zeros(shape[:-1].numel(), output.shape[-1])
-        return places.index_copy(0, needed, output.squeeze(0)).view(*shape[:-1], -1)
-
-    return forward
+def _settled(rows: RequestRows, log_p: Tensor, owner: Tensor) -> Tensor:
+    """Requests whose target tokens are all the argmax. [requests] bool."""
+    wrong = ((log_p.detach().argmax(1) != rows.wanted) & ~rows.is_extra).float()
+    return torch.zeros(rows.count, device=rows.device).index_add(0, owner, wrong) == 0

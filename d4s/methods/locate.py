@@ -15,7 +15,8 @@ from d4s.errors import ConfigError
 from d4s.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.presets import spread_preset
-from d4s.targets import Place, TargetConfig, Targets, optimise_targets
+from d4s.request_rows import Place
+from d4s.targets import TargetConfig, Targets, optimise_targets
 
 EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
 
