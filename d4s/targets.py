@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from d4s.architectures import Anatomy
 from d4s.configuration import Configuration
 from d4s.edits import Edit
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, ModelError
 from d4s.prompts import pad_id
 from d4s.request_rows import Place, RequestRows, request_of, width_of
 
@@ -106,6 +106,14 @@ def optimise_targets(
     if batch_tokens is None:
         batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
     requests = [request_of(tokenizer, edit, prefixes) for edit in edits]
+    most = getattr(anatomy.model.config, "max_position_embeddings", None)
+    for edit, request in zip(edits, requests, strict=True):
+        length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
+        if most is not None and length > most:
+            raise ModelError(
+                f"edit {edit.id}: prompt and target behind the longest context are {length} tokens long, and the model "
+                f"has {most} positions; shorten the prompt, or set contexts=0"
+            )
     # Requests of similar length go together: little padding.
     order = sorted(
         range(len(edits)), key=lambda i: (width_of(requests[i].after), width_of(requests[i].before))

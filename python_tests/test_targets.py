@@ -8,7 +8,7 @@ from tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, ModelError
 from d4s.prompts import subject_row
 from d4s.targets import TargetConfig, optimise_targets
 
@@ -157,3 +157,12 @@ def test_small_batches_give_what_one_large_batch_gives(seed):
 def test_a_configuration_that_cannot_move_is_refused():
     with pytest.raises(ConfigError, match="steps"):
         TargetConfig(steps=0)
+
+
+def test_a_row_that_only_a_context_makes_too_long_is_refused_and_named(seed):
+    anatomy = Anatomy(tiny_model("gpt2", seed))
+    config = TargetConfig(steps=1)
+    context = "of the " * 60
+    optimise_targets(anatomy, tiny_tokenizer(), EDITS[:1], (), 1, config)
+    with pytest.raises(ModelError, match=f"edit {EDITS[0].id}: .* 128 positions"):
+        optimise_targets(anatomy, tiny_tokenizer(), EDITS[:1], (context,), 1, config)
