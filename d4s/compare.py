@@ -417,6 +417,8 @@ def _spelled(table: DataFrame, name: str, unit: float) -> list[str]:
     for _, row in table.iterrows():
         value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
         text = "" if value != value else f"{unit * value:.1f}"
+        if unit == 100.0:  # a share; Student's t does not know that it ends at 0 and 1
+            low, high = max(low, 0.0), min(high, 1.0)
         cells.append(text if low != low or not text else f"{text} [{unit * low:.1f}, {unit * high:.1f}]")
     return cells
 
