@@ -13,7 +13,7 @@ from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.forward import most_tokens, run_in_batches
 from d4s.prompts import pad_id, padded, prompt_and_target_ids
-from d4s.trace import replaced_forward
+from d4s.trace import head_reads
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def answer_rows(
 
 def log_probabilities(model: Any, ids: Tensor, mask: Tensor, row: Tensor, read: Tensor) -> Tensor:
     """log p at each (row, read), where alone the head runs. [reads, vocabulary] float32."""
-    head = model.get_output_embeddings()
-    own = head.forward
-    with replaced_forward({head: lambda hidden: own(hidden[row, read].unsqueeze(0))}):
+    with head_reads(model, row, read):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[0].float().log_softmax(-1)
 

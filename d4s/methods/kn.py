@@ -21,21 +21,21 @@ old answer is not known, it is what the model says.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
-from d4s.methods.answers import log_probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.presets import kn_preset
 from d4s.prompts import prompt_and_target_ids
-from d4s.trace import Trace, replaced_forward
+from d4s.trace import Trace, head_reads, replaced_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,35 +119,52 @@ class KNEditor(Editor):
                 shared.setdefault(layer, []).append(neuron)
         return shared
 
-    def last_probabilities(self, ids: Sequence[int], rows: int = 1) -> Tensor:
-        """p over the vocabulary after the last token, in each of equal rows. [rows, vocabulary] float32."""
-        device = self.anatomy.device
-        repeated = torch.as_tensor([list(ids)] * rows, device=device)
-        row = torch.arange(rows, device=device)
-        read = torch.full((rows,), len(ids) - 1, device=device)
-        return log_probabilities(self.anatomy.model, repeated, torch.ones_like(repeated), row, read).exp()
+    def last_probabilities(
+        self, ids: Sequence[int], rows: int = 1, last: Callable[[Tensor], Any] | None = None, layer: int = 0
+    ) -> Tensor:
+        """p over the vocabulary after the last token, in each of equal rows. [rows, vocabulary] float32.
+
+        The tokens before it run once, as a KV cache: what is done at the last one cannot reach them.
+        last: the forward of the layer's projection at the last token alone, on [rows, 1, d_in]; None: its own
+        """
+        model: Any = self.anatomy.model
+        cache = DynamicCache(config=model.config)
+        mask = torch.ones(rows, len(ids), dtype=torch.long, device=self.anatomy.device)
+        tokens = torch.as_tensor([list(ids)], device=self.anatomy.device)
+        unread = torch.zeros(1, dtype=torch.long)
+        if len(ids) > 1:
+            with torch.no_grad(), head_reads(model, unread, unread):
+                model(
+                    input_ids=tokens[:, :-1],
+                    attention_mask=mask[:1, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache.batch_repeat_interleave(rows)
+        with replaced_forward({self.anatomy.projection(layer): last} if last is not None else {}):
+            output = model(
+                input_ids=tokens[:, -1:].expand(rows, 1),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return output.logits[:, -1].float().softmax(-1)
 
     def neurons(self, ids: Sequence[int], layer: int) -> Tensor:
         """w̄, the layer's neurons at the last token. [d_in] float32."""
         with torch.no_grad(), Trace(self.anatomy.projection(layer)) as trace:
             self.last_probabilities(ids)
-        return trace.input.reshape(len(ids), -1)[-1].float()
+        return trace.input.reshape(-1, trace.input.shape[-1])[-1].float()
 
     def attributions(self, ids: Sequence[int], layer: int, token: int) -> Tensor:
         """Of each neuron of the layer to p(token). [d_in] float32."""
-        steps, length = self.method.steps, len(ids)
-        module = self.anatomy.projection(layer)
+        steps = self.method.steps
+        own = self.anatomy.projection(layer).forward
         neurons = self.neurons(ids, layer)
         alphas = (torch.arange(steps, device=neurons.device) + 0.5) / steps
         scaled = (alphas.unsqueeze(1) * neurons).requires_grad_(True)
-        own = module.forward
-
-        def with_scaled(inputs: Tensor) -> Tensor:
-            rows = inputs.reshape(steps, length, -1)
-            changed = torch.cat([rows[:, :-1], scaled.unsqueeze(1).to(rows.dtype)], 1)
-            return own(changed.view(inputs.shape))
-
-        with replaced_forward({module: with_scaled}):
-            p = self.last_probabilities(ids, steps)[:, token]
+        p = self.last_probabilities(
+            ids, steps, lambda inputs: own(scaled.to(inputs.dtype).view(inputs.shape)), layer
+        )[:, token]
         (gradient,) = torch.autograd.grad(p.sum(), [scaled])
         return neurons * gradient.mean(0)
