@@ -234,6 +234,7 @@ def plot_surprise(relation: DataFrame, path: str | os.PathLike[str]) -> None:
         path,
         x_label="perplexity of the targets before editing",
         y_label="no longer answered right (%)",
+        y_range=(min(0.0, data["y"].min()), max(10.0, data["y"].max())),  # at least ten points high
     )
 
 
