@@ -253,7 +253,9 @@ def _downstream_table(setting: Setting) -> Outcome:
         "with D4S the downstream scores after thousands of edits stay near the unedited model's",
         f"no score falls by more than {_points(allowed)} with d4s",
         "largest fall: " + ", ".join(f"{m} {_points(-change)}" for m, change in worst.items()),
-        bool((own["change"] >= -allowed - 1e-9).all() and (own["collapsed"] == "").all()) if len(own) else None,
+        bool((own["change"] >= -allowed - 1e-9).all() and (own["collapsed"] == "").all())
+        if len(own)
+        else None,
     )
     return table, verdict
 
