@@ -314,6 +314,7 @@ def test_a_model_that_has_collapsed_to_nan_fails_everywhere_and_still_makes_json
 
 def test_fluency_and_consistency_of_what_is_written(seed: int) -> None:
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
+    model.config.max_position_embeddings = 256  # a prompt and 100 tokens more
     edits = many_edits(2, seed)
     ev = evaluate(model, tokenizer, edits, fluency=True, seed=seed)
     assert ev["fluency"] > 3 and 0 <= ev["consistency"] <= 1
