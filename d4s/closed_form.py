@@ -124,6 +124,8 @@ class ClosedForm:
 
     priors: layer → Prior; sums live in its dtype on its device
     d_out: rows of Δ
+    transposed: Δ lies in memory as GPT-2's Conv1D keeps its weight, [d_in, d_out], so that the write-back reads
+        both in order; its shape is [d_out, d_in] all the same
     seed: of the random probes that watch the kept inverse
 
     Whatever the number of edits, a layer holds λC, B, A, Δ and, once Δ is asked for again after a few edits,
@@ -134,10 +136,13 @@ class ClosedForm:
     large (`PROBE_BOUND`, `PROBE_GROWTH`), both are made afresh from the sums.
     """
 
-    def __init__(self, priors: Mapping[int, Prior], d_out: int, seed: int = 0) -> None:
+    def __init__(
+        self, priors: Mapping[int, Prior], d_out: int, *, transposed: bool = False, seed: int = 0
+    ) -> None:
         self.d_out = d_out
         self._layers = {
-            layer: _Layer(prior, d_out, name=f"layer {layer}", seed=seed) for layer, prior in priors.items()
+            layer: _Layer(prior, d_out, transposed, name=f"layer {layer}", seed=seed)
+            for layer, prior in priors.items()
         }
 
     @property
@@ -245,12 +250,12 @@ class _Layer:
     being updated by them, the buffers, until all buffers go into A, B and P in one product each.
     """
 
-    def __init__(self, prior: Prior, d_out: int, name: str, seed: int) -> None:
-        self.prior, self.name = prior, name
+    def __init__(self, prior: Prior, d_out: int, transposed: bool, name: str, seed: int) -> None:
+        self.prior, self.transposed, self.name = prior, transposed, name
         zeros = prior.matrix.new_zeros
         self.residual_sum = zeros(d_out, prior.d_in)  # A
         self.key_sum = zeros(prior.d_in, prior.d_in)  # B
-        self.delta: Tensor | None = zeros(d_out, prior.d_in)  # None: to be solved for
+        self.delta: Tensor | None = self._laid_out(zeros(d_out, prior.d_in))  # None: to be solved for
         self.inverse: Tensor | None = None  # P, still without the rows in the buffers
         self.fresh_residual = 0.0
         self.solved = False
@@ -309,11 +314,14 @@ class _Layer:
         assert self.delta is not None
         return self.delta
 
+    def _laid_out(self, delta: Tensor) -> Tensor:
+        return delta.T.contiguous().T if self.transposed else delta.contiguous()
+
     def _solve(self) -> None:
         """Δ from A and B, without P."""
         arguments = (self.residual_sum, self.key_sum, self.prior.matrix)
         try:
-            self.delta = ops.closed_form(*(a[None] for a in arguments))[0]
+            self.delta = self._laid_out(ops.closed_form(*(a[None] for a in arguments))[0])
         except NotPositiveDefiniteError:
             raise NotPositiveDefiniteError(_no_factor(f"{self.name}: λC + B", self.prior.d_in)) from None
         self.solved = True
@@ -321,7 +329,7 @@ class _Layer:
     def _refresh(self) -> None:
         """P and Δ from A and B."""
         factor = _cholesky(self.prior.matrix + self.key_sum, f"{self.name}: λC + B")
-        self.delta = torch.cholesky_solve(self.residual_sum.T, factor).T.contiguous()
+        self.delta = self._laid_out(torch.cholesky_solve(self.residual_sum.T, factor).T)
         self.inverse = torch.cholesky_inverse(factor)
         self.fresh_residual = self._probe()
 

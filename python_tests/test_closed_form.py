@@ -66,14 +66,16 @@ def test_steps_of_any_size_equal_one_batch(prior, step):
     assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
 
 
-def test_delta_is_right_after_every_step(prior):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_delta_is_right_after_every_step(prior, transposed):
     residuals, keys = edits_of(2 * DELAYED_ROWS)
-    closed = ClosedForm({0: prior}, D_OUT)
+    closed = ClosedForm({0: prior}, D_OUT, transposed=transposed)
     assert not closed.delta(0).any()
     for i in range(len(keys)):
         closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
         truth = true_delta(residuals[: i + 1], keys[: i + 1], prior)
         assert relative_error(closed.delta(0), truth) <= 1e-9
+        assert closed.delta(0).stride() == ((1, D_OUT) if transposed else (D_IN, 1))
 
 
 def test_the_order_of_edits_does_not_matter(prior):

@@ -50,8 +50,8 @@ STRONG = dict(
 FAST = STRONG | dict(contexts=0)
 
 
-def ready(seed: int, model_type: str = "gpt2", dtype: torch.dtype = torch.float32):
-    model = tiny_model(model_type, seed, dtype)
+def ready(seed: int, model_type: str = "gpt2", dtype: torch.dtype = torch.float32, **changes):
+    model = tiny_model(model_type, seed, dtype, **changes)
     covariance = estimate_covariance(model, tiny_tokenizer(), TEXTS * 6, dtype=torch.float64, progress=False)
     return model, covariance
 
@@ -119,14 +119,12 @@ def test_each_point_scores_all_edits_made_so_far(batch_size, evaluate_every, poi
 
 
 def test_the_edits_are_made_and_nothing_else_is_changed(seed):
-    model, covariance = ready(seed)
+    # Wide enough for its random keys to differ: in 48 dimensions seven edits can do each other more harm than good.
+    model, covariance = ready(seed, n_inner=512)
     before = state(model)
-    result = sequence(model, covariance)
-    anatomy = Anatomy(model)
+    result = sequence(model, covariance, config=FAST | {"layers": [1], "steps": 10, "prior_weight": 0.1})
     after = state(model)
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {
-        anatomy.weight_name(i) for i in (0, 1)
-    }
+    assert [n for n in before if not torch.equal(before[n], after[n])] == [Anatomy(model).weight_name(1)]
     last, first = result.evaluations[-1], result.evaluations[0]
     assert sum(r["nll_new"] for r in last.rows) < sum(r["nll_new"] for r in first.rows)
     for row in result.edits_table:

@@ -50,7 +50,12 @@ class D4SEditor(LocateEditor):
         self.reset()
 
     def reset(self) -> None:
-        self.closed_form = ClosedForm(self._priors, self.anatomy.shape(self.last)[0], self.bench.seed)
+        self.closed_form = ClosedForm(
+            self._priors,
+            self.anatomy.shape(self.last)[0],
+            transposed=self.anatomy.transposed(self.last),
+            seed=self.bench.seed,
+        )
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self.ahead.announce(edits)
