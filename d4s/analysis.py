@@ -21,6 +21,7 @@ from d4s.covariance import Covariance
 from d4s.decline import estimate_remaining
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.files import write_table, write_text
 from d4s.metrics import RESAMPLES, finite_or_none
 from d4s.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
 from d4s.questions import AnswerPool, question_forms
@@ -220,7 +221,7 @@ class DataView:
             ("relation", relation),
             ("correlations", self.correlations()),
         ):
-            frame.to_csv(folder / f"{name}.csv", index=False)
+            write_table(frame, folder / f"{name}.csv")
         plot_decline(self.history(), folder / "decline.png")
         plot_surprise(relation, folder / "perplexity.png")
 
@@ -455,8 +456,8 @@ class ModelView:
         folder.mkdir(parents=True, exist_ok=True)
         tables = self.tables()
         for name, frame in tables.items():
-            frame.to_csv(folder / f"{name}.csv", index=False)
-        (folder / "analysis.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+            write_table(frame, folder / f"{name}.csv")
+        write_text(json.dumps(self.to_dict(), indent=1), folder / "analysis.json")
         histories = {label: record.to_frame() for label, record in self.records.items()}
         plot_metrics(histories, folder / "metrics.png")
         plot_norms(few_layers(histories), folder / "norms.png")

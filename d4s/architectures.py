@@ -26,8 +26,8 @@ class Architecture:
     mlp_output: str  # W: the MLP's output projection, whose input is the key
     mlp_input: str  # the first projection of the MLP (the gate where there are two)
     attention_output: str  # the attention's output projection
-    # A norm stands between the MLP's output and the residual stream (gemma2, olmo2): a residual measured on
-    # the stream is then not a residual of W, so targets are taken at the MLP's output instead.
+    # A norm stands between the MLP's output and the block's (gemma2, olmo2, opt-350m): a residual measured on the
+    # stream is then not a residual of W, so targets are taken at the MLP's output instead.
     normed_mlp_output: bool = False
 
 
@@ -72,6 +72,8 @@ def architecture_of(model: nn.Module, architecture: Architecture | None = None) 
                 " attention_output=…) with the paths of its modules."
             )
         architecture = ARCHITECTURES[model_type]
+        if getattr(model.config, "do_layer_norm_before", True) is False:  # opt-350m: norms behind the sums
+            architecture = replace(architecture, normed_mlp_output=True)
     try:
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError as error:
@@ -146,18 +148,26 @@ class Anatomy:
     def device(self) -> torch.device:
         return self.weight(0).device
 
+    def check_placement(self) -> None:
+        """Raises ModelError if the model is spread over several devices, or its weights are on none."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        if len(devices) > 1 or any(device.type == "meta" for device in devices):
+            raise ModelError(
+                f"the model lies on {', '.join(sorted(map(str, devices)))}; load it on one device, without device_map"
+            )
+
     def check_finite(self, layers: tuple[int, ...]) -> None:
         """Raises ModelError if an edited weight holds NaN or infinity: no edit could mend that."""
         for layer in layers:
             weight: Tensor = self.weight(layer).detach()
+            if not weight.is_floating_point() or weight.element_size() < 2:
+                raise ModelError(
+                    f"{self.weight_name(layer)} is {weight.dtype}; weights must be float32, float16 or bfloat16 "
+                    "(load the model without quantisation)"
+                )
             if not torch.isfinite(weight).all():
                 bad = int((~torch.isfinite(weight)).sum())
                 raise ModelError(
                     f"{self.weight_name(layer)} holds {bad} values that are NaN or infinite; "
                     "load the model again from an intact file"
-                )
-            if not weight.is_floating_point() or weight.element_size() < 2:
-                raise ModelError(
-                    f"{self.weight_name(layer)} is {weight.dtype}; weights must be float32, float16 or bfloat16 "
-                    "(load the model without quantisation)"
                 )

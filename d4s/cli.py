@@ -136,27 +136,41 @@ def demo(options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     from d4s.covariance import Covariance
-    from d4s.sequence import edit_sequence
+    from d4s.files import write_table
+    from d4s.sequence import Result, edit_sequence
 
     out = _empty_folder(options.out)
     edits, config = _load_edits(options), _config(options)
     covariance = Covariance.load(options.covariance) if options.covariance else None
     model, tokenizer = _load_model(options)
-    result = edit_sequence(
-        model,
-        tokenizer,
-        edits,
-        method=options.method,
-        config=config,
-        covariance=covariance,
-        batch_size=options.batch_size,
-        evaluate_every=options.evaluate_every,
-        seed=options.seed,
-    )
-    result.save(out / "result.json")
-    result.to_frame().to_csv(out / "history.csv", index=False)
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+
+    def save(result: Result) -> None:
+        result.save(out / "result.json")
+        write_table(result.to_frame(), out / "history.csv")
+        beside = out / "model.part"
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.replace(out / "model")
+
+    try:
+        result = edit_sequence(
+            model,
+            tokenizer,
+            edits,
+            method=options.method,
+            config=config,
+            covariance=covariance,
+            batch_size=options.batch_size,
+            evaluate_every=options.evaluate_every,
+            seed=options.seed,
+        )
+    except BaseException as error:
+        made: Result | None = getattr(error, "result", None)
+        if made is not None and made.edits_table:
+            save(made)
+            print(f"d4s: {len(made.edits_table)} edits were made before; they are in {out}", file=sys.stderr)
+        raise
+    save(result)
     if options.json:
         _print_json(result.history[-1])
     else:

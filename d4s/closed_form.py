@@ -307,9 +307,20 @@ class _Layer:
             self._fold()
             self._refresh()
         elif self.waiting:
-            for residuals, keys, sign in self._joined_waiting():
-                for r, k in zip(residuals.split(DELAYED_ROWS), keys.split(DELAYED_ROWS), strict=True):
-                    self._update(r, k, sign)
+            todo = [
+                (r, k, sign)
+                for residuals, keys, sign in self._joined_waiting()
+                for r, k in zip(residuals.split(DELAYED_ROWS), keys.split(DELAYED_ROWS), strict=True)
+            ]
+            for done, rows in enumerate(todo):
+                try:
+                    self._update(*rows)
+                except BaseException:
+                    # The sums stay right: what is not in yet goes in, and the next Δ is solved for.
+                    self.waiting = todo[done:]
+                    self._fold()
+                    self.delta = self.inverse = None
+                    raise
             self.waiting.clear()
         assert self.delta is not None
         return self.delta

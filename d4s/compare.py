@@ -18,7 +18,7 @@ from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
-from d4s.files import whole
+from d4s.files import write_table, write_text
 from d4s.methods import Method, method_for
 from d4s.metrics import Baseline, finite_or_none, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
@@ -166,8 +166,8 @@ class Comparison:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.table().to_csv(folder / "table.csv", index=False)
-        (folder / "table.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        write_table(self.table(), folder / "table.csv")
+        write_text(json.dumps(self.to_dict(), indent=1), folder / "table.json")
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():
@@ -176,7 +176,7 @@ class Comparison:
                 frame.insert(0, "seed", seed)
                 frame.insert(0, "method", label)
                 frames.append(frame)
-        pandas.concat(frames, ignore_index=True).to_csv(folder / "history.csv", index=False)
+        write_table(pandas.concat(frames, ignore_index=True), folder / "history.csv")
         histories = self.histories()
         plot_metrics(histories, folder / "metrics.png")
         plot_norms(few_layers(histories), folder / "norms.png")
@@ -282,6 +282,10 @@ def compare(
             except D4SError as error:
                 errors.append(error)
                 results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+            except BaseException as error:
+                if hasattr(error, "result"):
+                    error.result.restore()
+                raise
             else:
                 results[label][seed] = result.record()
                 if kept is not None:
@@ -313,8 +317,7 @@ class _Kept:
                 raise ConfigError(
                     f"{folder}: already holds something else; name a new or empty folder"
                 ) from None
-            with whole(path) as beside:
-                beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+            write_text(json.dumps(wanted, indent=1), path)
             return
         except ValueError as error:
             raise DataError(f"{path}: not what a comparison wrote ({error})") from None
@@ -371,9 +374,12 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if name.endswith((".low", ".high")):
             continue
         values = [float(row[name]) for row in rows if row.get(name) is not None]
-        combined[name] = mean = math.fsum(values) / len(values)
+        if not values:
+            continue
+        combined[name] = mean = sum(values) / len(values)
         if name not in _CLOCKS and len(values) > 1:
-            deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+            # Products, since a square that overflows raises; a collapsed model's perplexity may.
+            deviation = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1))
             half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
             combined |= {f"{name}.low": mean - half, f"{name}.high": mean + half}
     combined["step"] = min(row["step"] for row in rows)

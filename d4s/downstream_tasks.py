@@ -18,7 +18,7 @@ from d4s.datasets.files import read_records
 from d4s.downstream import require_harness
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError
-from d4s.files import whole
+from d4s.files import write_text
 
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ def write_local_tasks(data_dir: str | os.PathLike[str], out_dir: str | os.PathLi
             "task": [f"mmlu_{subject}" for subject in subjects],
             "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
         }
-        _write(out / "mmlu.yaml", json.dumps(group, indent=1))
+        write_text(json.dumps(group, indent=1), out / "mmlu.yaml")
         made.append("mmlu")
     if not made:
         raise DataError(
@@ -233,19 +233,8 @@ def _write_task(out: Path, task: str, splits: Mapping[str, Iterable[Row]], confi
     files = {}
     for split, rows in splits.items():
         path = (out / "data" / f"{task}.{split}.jsonl").resolve()
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
         files[split] = str(path)
     data = {"data_files": files, "cache_dir": str((out / "cache").resolve())}
-    _write(
-        out / f"{task}.yaml",
-        json.dumps(
-            {**config, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data},
-            indent=1,
-            ensure_ascii=False,
-        ),
-    )
-
-
-def _write(path: Path, content: str) -> None:
-    with whole(path) as beside:
-        beside.write_text(content, encoding="utf-8")
+    local = {**config, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": data}
+    write_text(json.dumps(local, indent=1, ensure_ascii=False), out / f"{task}.yaml")

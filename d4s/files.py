@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @contextmanager
@@ -24,3 +28,15 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """UTF-8, whole or not at all."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
+    """CSV without the index, whole or not at all."""
+    with whole(path) as beside:
+        table.to_csv(beside, index=False)

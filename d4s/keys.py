@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
+from d4s.forward import most_tokens, run_in_batches
 from d4s.prompts import pad_id, padded, subject_row
 from d4s.trace import Trace, stopping
-
-ROWS_A_PASS = 512
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class SubjectRows:
     """Token ids up to the subject's last token, and how the rows of one edit are averaged."""
 
     ids: tuple[tuple[int, ...], ...]
-    average: Tensor  # [edits, rows] float32; each edit's weights add up to 1
+    shares: Tensor  # [rows of one edit] float32: what each counts in the edit's mean; they add up to 1
     fill: int
 
 
@@ -38,14 +37,13 @@ def subject_rows(
     bare_share: weight of the bare prompt (MEMIT: ½, the prefixed ones share the rest); None: all rows alike.
     """
     ids: list[tuple[int, ...]] = []
-    average = torch.zeros(len(edits), len(edits) * (1 + len(prefixes)))
-    for e, edit in enumerate(edits):
-        share = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
+    for edit in edits:
         for prefix in ("", *prefixes):
             row = subject_row(tokenizer, edit.prompt, edit.subject, prefix=prefix)
-            average[e, len(ids)] = share if not prefix else (1 - share) / len(prefixes)
             ids.append(row.ids[: row.subject_last + 1])
-    return SubjectRows(tuple(ids), average, pad_id(tokenizer))
+    bare = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
+    shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes])
+    return SubjectRows(tuple(ids), shares, pad_id(tokenizer))
 
 
 def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int) -> Tensor:
@@ -62,17 +60,20 @@ def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
 def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_input: bool) -> Tensor:
     model, device = anatomy.model, anatomy.device
     # Rows of one text but for its end are equal here; each distinct one runs once, short ones together.
-    distinct = sorted(set(rows.ids), key=len)
+    distinct = list(dict.fromkeys(rows.ids))
     place = {ids: i for i, ids in enumerate(distinct)}
-    taken = []
-    for at in range(0, len(distinct), ROWS_A_PASS):
-        part = distinct[at : at + ROWS_A_PASS]
+    taken: dict[int, Tensor] = {}
+
+    def run(chosen: list[int]) -> None:
+        part = [distinct[i] for i in chosen]
         ids, mask = padded(part, rows.fill)
         with Trace(module, stop=True) as trace, stopping():
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         values = trace.input if take_input else trace.output
         values = values.view(len(part), ids.shape[1], -1)  # OPT flattens rows and positions
         last = torch.as_tensor([len(row) - 1 for row in part], device=device)
-        taken.append(values[torch.arange(len(part), device=device), last].float())
-    found = torch.cat(taken)[[place[ids] for ids in rows.ids]]
-    return rows.average.to(device) @ found
+        taken.update(zip(chosen, values[torch.arange(len(part), device=device), last].float(), strict=True))
+
+    run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))
+    found = torch.stack([taken[place[ids]] for ids in rows.ids])
+    return rows.shares.to(device) @ found.view(-1, len(rows.shares), found.shape[1])

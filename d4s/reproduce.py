@@ -31,6 +31,7 @@ from d4s.compare import Comparison, compare, few_layers
 from d4s.covariance import Covariance
 from d4s.edits import Edit
 from d4s.errors import ConfigError, unknown_name
+from d4s.files import write_table, write_text
 from d4s.methods.presets import model_key
 from d4s.metrics import finite_or_none
 from d4s.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
@@ -608,9 +609,9 @@ def reproduce(
     setting.out.mkdir(parents=True, exist_ok=True)
     table, verdict = protocol.run(setting)
     found = Reproduction(name, table, verdict, _in_words(setting, note))
-    table.to_csv(setting.out / f"{name}-table.csv", index=False)
+    write_table(table, setting.out / f"{name}-table.csv")
     text = f"# {name}: {protocol.about}\n\n" + "\n".join(f"    {line}" for line in frame_lines(table))
-    (setting.out / f"{name}.md").write_text(f"{text}\n\n{found.statement}\n", encoding="utf-8")
+    write_text(f"{text}\n\n{found.statement}\n", setting.out / f"{name}.md")
     return found
 
 

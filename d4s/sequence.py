@@ -65,16 +65,12 @@ class Record:
 
     def summary(self) -> str:
         """The history as a short text table; mean |w| growth in percent."""
-
-        def number(value: float | None) -> float:
-            return math.nan if value is None else value  # a stored figure that was not finite
-
         names = [n for n in HEADLINES if any(n in row for row in self.history)]
         lines = [f"{'edits':>6}  " + "  ".join(f"{n:>11}" for n in names) + "  mean |w|    s/edit"]
         for row in self.history:
-            cells = "  ".join(f"{number(row[n]):11.3f}" if n in row else " " * 11 for n in names)
+            cells = "  ".join(f"{row[n]:11.3f}" if n in row else " " * 11 for n in names)
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
-            lines.append(f"{row['step']:6d}  {cells}  {100 * number(row['l1_growth']):+7.2f} %  {pace:8.3f}")
+            lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
         return "\n".join(lines)
 
     def forgetting(self, metric: str = "efficacy") -> DataFrame:
@@ -133,8 +129,8 @@ class Record:
             return Record(
                 stored["method"],
                 stored["config"],
-                stored["history"],
-                stored["edits_table"],
+                [_with_nan(row) for row in stored["history"]],
+                [_with_nan(row) for row in stored["edits_table"]],
                 evaluations,
                 stored.get("failure"),
             )
@@ -142,6 +138,11 @@ class Record:
             raise DataError(
                 f"{path}: not what Result.save wrote ({error!r}); its format is {FORMAT!r}"
             ) from None
+
+
+def _with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored figure that was not finite is null there."""
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 @dataclass(kw_only=True)
@@ -205,12 +206,14 @@ def edit_sequence(
     original: also test each edit right after its own step
     generate: also score free generation
     measure: called at each evaluation point while the model holds the edits; its figures join the history row
-    stop_at_failure: a step that fails ends the sequence instead of raising; `Result.failure` says why
+    stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
+        `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before
     seed: of contexts, samples and intervals; same seed, same machine: same result
 
     Raises a D4SError before anything is changed if an edit, the model, the statistics or an argument is not
-    right. A step that fails leaves the weights as the step before it left them.
+    right. A step that fails leaves the weights as the step before it left them; whatever is raised after the
+    first edit carries the Result so far as its attribute `result`, whose `restore()` is the way back.
     """
     edits = tuple(edits)
     if not edits:
@@ -230,7 +233,9 @@ def edit_sequence(
         check_batch(batch)
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
-    configured = method_for(method, Anatomy(model, architecture), config)
+    anatomy = Anatomy(model, architecture)
+    anatomy.check_placement()
+    configured = method_for(method, anatomy, config)
     _check_finite(model)
     if isinstance(configured, TargetMethod):
         for edit in edits:
@@ -250,16 +255,15 @@ def edit_sequence(
         run.point(0, last=False)
         editor.announce(edits)
         made = 0
-        with tqdm(
-            total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True
-        ) as bar:
+        bar = tqdm(total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True)
+        try:
             for batch in batches:
                 try:
                     run.step(batch, original)
-                except D4SError as error:
+                except (D4SError, torch.OutOfMemoryError) as error:
+                    result.failure = f"edit {made + 1}: {error}"
                     if not stop_at_failure:
                         raise
-                    result.failure = f"edit {made + 1}: {error}"
                     if made and result.history[-1]["step"] != made:
                         run.point(made, last=True)
                     break
@@ -272,6 +276,12 @@ def edit_sequence(
                     bar.set_postfix(
                         {k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"}
                     )
+        except BaseException as error:
+            result.failure = result.failure or f"after edit {made}: {str(error) or type(error).__name__}"
+            error.result = result  # type: ignore[attr-defined]
+            raise
+        finally:
+            bar.close()
     finally:
         model.train(training)
     return result
@@ -280,7 +290,12 @@ def edit_sequence(
 def _check_finite(model: Any) -> None:
     """Raises ModelError if any weight holds NaN or infinity: nothing the model says then means anything."""
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight.detach()).all():
+        # Quantised weights are left to `Anatomy.check_finite`, which refuses them where they are to be edited.
+        if (
+            weight.is_floating_point()
+            and weight.element_size() > 1
+            and not torch.isfinite(weight.detach()).all()
+        ):
             raise ModelError(
                 f"{name} holds values that are NaN or infinite; load the model again from an intact file"
             )

@@ -27,6 +27,7 @@ from d4s.architectures import Anatomy
 from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
+from d4s.forward import run_in_batches
 from d4s.prompts import pad_id
 from d4s.request_rows import Place, RequestRows, request_of, width_of
 
@@ -114,28 +115,21 @@ def optimise_targets(
                 f"edit {edit.id}: prompt and target behind the longest context are {length} tokens long, and the model "
                 f"has {most} positions; shorten the prompt, or set contexts=0"
             )
-    # Requests of similar length go together: little padding.
-    order = sorted(
-        range(len(edits)), key=lambda i: (width_of(requests[i].after), width_of(requests[i].before))
-    )
-    parts: list[Targets] = []
+    # Requests of similar length go together, before the subject's last token too: little padding.
+    order = sorted(range(len(edits)), key=lambda i: -width_of(requests[i].before))
+    found: dict[int, Targets] = {}
+
+    def run(chosen: list[int]) -> None:
+        batch = [requests[order[i]] for i in chosen]
+        targets = _optimise(RequestRows(anatomy, pad_id(tokenizer), batch, layer, places), config)
+        found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
+
+    after = [requests[i].after for i in order]
     with frozen(anatomy.model):
-        at = 0
-        while at < len(order):
-            stop, width = at + 1, width_of(requests[order[at]].after)
-            while stop < len(order):
-                width = max(width, width_of(requests[order[stop]].after))
-                rows = sum(len(requests[i].after) for i in order[at : stop + 1])
-                if rows * width > batch_tokens:
-                    break
-                stop += 1
-            chosen = [requests[i] for i in order[at:stop]]
-            parts.append(_optimise(RequestRows(anatomy, pad_id(tokenizer), chosen, layer, places), config))
-            at = stop
-    together = Targets.concatenate(parts)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.as_tensor(order)] = torch.arange(len(order))
-    return together[back.tolist()]
+        run_in_batches(
+            [width_of(rows) for rows in after], run, batch_tokens, copies=[len(rows) for rows in after]
+        )
+    return Targets.concatenate([found[i] for i in range(len(edits))])
 
 
 @contextmanager

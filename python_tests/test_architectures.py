@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from workbench import EDITS, bench_of, editor_of
 
 from d4s.architectures import ARCHITECTURES, Anatomy, Architecture, architecture_of
 from d4s.edits import Edit
@@ -62,6 +64,32 @@ def _added(model_type: str, factor: float) -> float:
         out.append(output_at(anatomy, rows, anatomy.blocks[1])[0])
         handle.remove()
     return float((out[1] - out[0]).norm())
+
+
+def test_an_opt_with_norms_behind_its_sums_is_told_from_the_others(seed):
+    """As facebook/opt-350m: an edit that the prior does not hold back gives the MLP the output that was asked for."""
+    bench = bench_of("opt", seed, do_layer_norm_before=False)
+    assert bench.anatomy.architecture.normed_mlp_output
+    assert not bench_of("opt", seed).anatomy.architecture.normed_mlp_output
+    editor = editor_of("d4s", bench, layers=[1], prior_weight=1e-6, ridge=1e-2)
+    target = editor.targets(EDITS[:1]).target.double()
+    editor.edit(EDITS[:1])
+    reached = editor.state(editor.rows(EDITS[:1]))
+    assert (reached - target).norm() <= 1e-2 * target.norm()
+
+
+def test_a_model_on_no_device_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **CONFIGS["llama"]))
+    with pytest.raises(ModelError, match="lies on meta; load it on one device"):
+        Anatomy(model).check_placement()
+
+
+def test_quantised_weights_are_refused_by_their_type():
+    anatomy = Anatomy(tiny_model("llama"))
+    anatomy.weight(1).data = anatomy.weight(1).data.to(torch.float8_e4m3fn)
+    with pytest.raises(ModelError, match=r"down_proj\.weight is torch\.float8_e4m3fn.*without quantisation"):
+        anatomy.check_finite((1,))
 
 
 def test_an_unknown_type_names_the_nearest_and_the_way_out():

@@ -113,6 +113,25 @@ def test_taking_out_more_than_was_added_is_refused(prior):
         closed.delta(0)
 
 
+@pytest.mark.parametrize("good", [0, 64])  # rows that can be taken out, before the one that cannot
+def test_sums_stay_right_after_rows_that_cannot_be_taken_out(prior, good):
+    residuals, keys = edits_of(good + 20)
+    closed = single_steps(prior, residuals, keys)
+    closed.delta(0)
+    wrong = 100 * keys[:1]
+    out = torch.cat([residuals[:good], residuals[:1]]), torch.cat([keys[:good], wrong])
+    for row in range(good + 1):  # few at a time, or Δ would come from a solve
+        closed.subtract_(out[0][row : row + 1], out[1][row : row + 1], 0)
+    before = closed.state_dict()
+    with pytest.raises(NotPositiveDefiniteError):
+        closed.delta(0)
+    for name, tensor in closed.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-9, atol=1e-9)
+    closed.add_(residuals[:1], wrong, 0)
+    truth = true_delta(residuals[good:], keys[good:], prior)
+    assert relative_error(closed.delta(0), truth) <= 1e-8
+
+
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_two_runs_add_up(prior, asked_before):
     residuals, keys = edits_of(40)

@@ -279,6 +279,39 @@ def test_an_interrupted_comparison_goes_on(monkeypatch, tmp_path, seed):
         compared(model, covariance, {"d4s": FAST}, edits=EDITS[:2], out=tmp_path / "mine")
 
 
+def test_a_comparison_goes_on_over_figures_that_are_not_finite(tmp_path, seed):
+    """A collapsed model's perplexity is infinite, and so is a mean over it."""
+    model, covariance = ready(seed)
+    for name, values in {"infinite": [math.inf] * 4, "large": [1.0, 1e200, 1.0, 3e200]}.items():
+        run = dict(edits=EDITS[:1], seeds=(0, 1), out=tmp_path / name)
+        told = iter(values)
+        found = compared(
+            model, covariance, {"d4s": FAST}, **run, measure=lambda told=told: {"text_perplexity": next(told)}
+        )
+        assert "d4s" in found.summary()
+        found.save(tmp_path / name)
+        again = compared(model, covariance, {"d4s": FAST}, **run, measure=lambda: pytest.fail("done already"))
+        assert "d4s" in again.summary()
+        mean = again.table()["text_perplexity"][0]
+        assert math.isnan(mean) if name == "infinite" else mean == pytest.approx(2e200)
+
+
+def test_the_weights_come_back_also_after_an_error_that_nobody_expected(monkeypatch, seed):
+    model, covariance = ready(seed)
+    before, apply, calls = state(model), D4SEditor.apply, []
+
+    def fails_at_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return apply(*arguments)
+
+    monkeypatch.setattr(D4SEditor, "apply", fails_at_the_second)
+    with pytest.raises(ZeroDivisionError):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[:3])
+    assert len(calls) == 2 and same(before, state(model))
+
+
 def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     model, _ = ready(seed)
     monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))

@@ -181,6 +181,18 @@ def test_restore_unwraps_the_layer(seed, tmp_path):
     assert len(editor.codebook.labels) == 1
 
 
+def test_a_second_codebook_on_one_model_is_refused(seed):
+    bench = bench_of("llama", seed)
+    first, second = (editor_of("grace", bench, steps=3) for _ in range(2))
+    first.edit(EDITS[:1])
+    with pytest.raises(ModelError, match="another GRACE codebook is attached"):
+        second.edit(EDITS[1:2])
+    first.restore()
+    second.restore()
+    second.edit(EDITS[1:2])
+    assert len(second.codebook.labels) == 1
+
+
 def test_a_codebook_of_another_layer_is_refused(seed):
     editor = editor_of("grace", bench_of("llama", seed), steps=1)
     editor.edit(EDITS[:1])

@@ -86,10 +86,8 @@ def test_without_a_bare_share_all_rows_weigh_alike(seed):
 @pytest.mark.parametrize("prefixes", [(), PREFIXES])
 def test_the_weights_of_an_edits_rows_add_up_to_one(bare_share, prefixes):
     rows = subject_rows(tiny_tokenizer(), EDITS, prefixes, bare_share=bare_share)
-    assert rows.average.shape == (3, 3 * (1 + len(prefixes)))
-    torch.testing.assert_close(rows.average.sum(1), torch.ones(3))
-    own = torch.block_diag(*[torch.ones(1, 1 + len(prefixes))] * 3)
-    assert ((rows.average > 0) == own.bool()).all(), "an edit's average takes nothing of the others"
+    assert rows.shares.shape == (1 + len(prefixes),) and len(rows.ids) == 3 * (1 + len(prefixes))
+    assert (rows.shares > 0).all() and float(rows.shares.sum()) == pytest.approx(1)
 
 
 def test_rows_end_at_the_subjects_last_token():
@@ -103,8 +101,23 @@ def test_many_rows_go_in_several_passes_with_the_same_result(monkeypatch, seed):
     anatomy = Anatomy(tiny_model("gpt2", seed))
     rows = subject_rows(tiny_tokenizer(), EDITS, PREFIXES)
     whole = keys_at(anatomy, rows, 1)
-    monkeypatch.setattr(keys, "ROWS_A_PASS", 5)
+    monkeypatch.setattr(keys, "most_tokens", lambda *_: 50)
     close(keys_at(anatomy, rows, 1), whole)
+
+
+def test_a_pass_that_does_not_fit_into_memory_is_halved(seed):
+    anatomy = Anatomy(tiny_model("gpt2", seed))
+    rows = subject_rows(tiny_tokenizer(), EDITS, PREFIXES)
+    whole, sizes = keys_at(anatomy, rows, 1), []
+
+    def out_of_memory(_module, arguments):
+        sizes.append(len(arguments[0]))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("no room")
+
+    anatomy.blocks[0].register_forward_pre_hook(out_of_memory)
+    close(keys_at(anatomy, rows, 1), whole)
+    assert sizes[0] > 4 and sizes[-1] <= 4
 
 
 def test_equal_rows_run_once_and_the_pass_ends_at_the_module(seed):

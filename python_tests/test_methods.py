@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -11,8 +13,9 @@ from workbench import EDITS, SUBJECT_LAST, bench_of, editor_of, relative_error, 
 from d4s.architectures import Anatomy
 from d4s.covariance import Covariance
 from d4s.edits import Edit
-from d4s.errors import ConfigError, CovarianceError, EditError, ModelError
+from d4s.errors import ConfigError, CovarianceError, D4SError, EditError, ModelError
 from d4s.methods import METHODS, Workbench, method_for
+from d4s.methods.presets import model_key
 from d4s.scoring import score
 
 # KN rewrites columns by a rule that does not look at the answer; on a random model it promises nothing.
@@ -328,6 +331,69 @@ def test_consolidate_is_one_batch_from_the_unedited_weights(seed):
     fresh.edit(EDITS)
     for layer, weight in fresh.weights.current().items():
         torch.testing.assert_close(found[layer], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_consolidate_keeps_the_last_of_several_answers_to_a_prompt(seed):
+    first = EDITS[0]
+    later = Edit(prompt=first.prompt, subject=first.subject, target_new="Manila")
+    editor = editor_of("d4s", bench_of("llama", seed), prior_weight=10.0)
+    for edit in (first, EDITS[1], later):
+        editor.edit([edit])
+    editor.consolidate([first, EDITS[1], later])
+    fresh = editor_of("d4s", bench_of("llama", seed), prior_weight=10.0)
+    fresh.edit([later, EDITS[1]])
+    for layer, weight in fresh.weights.current().items():
+        torch.testing.assert_close(editor.weights.current()[layer], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_consolidation_that_fails_leaves_all_as_it_was(monkeypatch, seed):
+    editor = editor_of("d4s", bench_of("llama", seed), prior_weight=10.0)
+    for edit in EDITS[:2]:
+        editor.edit([edit])
+    weights, state = editor.weights.current(), editor.state_dict()
+    monkeypatch.setattr(type(editor), "apply", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        editor.consolidate(EDITS[:2])
+    monkeypatch.undo()
+    for layer, weight in editor.weights.current().items():
+        assert torch.equal(weight, weights[layer])
+    for name, tensor in editor.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    editor.edit(EDITS[2:3])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_of_another_editor_is_refused_and_changes_nothing(name, seed):
+    bench = bench_of("gpt2", seed)
+    editor = editor_of(name, bench)
+    before = state_of(bench)
+    state = editor.state_dict()
+    with pytest.raises(D4SError, match=r"must|holds"):
+        editor.load_state_dict({})
+    wrong = {key: torch.zeros(3, 3, 3) for key in state}
+    with pytest.raises(D4SError, match="must be"):
+        editor.load_state_dict(wrong)
+    assert same_bits(before, state_of(bench))
+
+
+def test_the_same_fact_twice_in_a_batch_stands_in_the_sums_once(seed):
+    """As the cases of a multi-hop file share facts."""
+    twins = [replace(EDITS[0], id=f"case {i}", tags={"case": str(i)}) for i in range(2)]
+    editors = [editor_of("d4s", bench_of("llama", seed)) for _ in range(2)]
+    step = editors[0].edit([*twins, EDITS[1]])
+    editors[1].edit([twins[1], EDITS[1]])
+    assert len(step.first_probability) == 3 and step.last_probability[0] == step.last_probability[1]
+    one, other = (editor.state_dict() for editor in editors)
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, other[key], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("vocabulary", [50_258, 50_304])
+def test_a_known_model_with_a_padding_token_keeps_its_preset(vocabulary):
+    with torch.device("meta"):
+        config = AutoConfig.for_model("gpt2", n_layer=48, n_embd=1600, n_head=25, vocab_size=vocabulary)
+        anatomy = Anatomy(AutoModelForCausalLM.from_config(config))
+    assert model_key(anatomy) == "gpt2-xl"
 
 
 def test_a_target_without_a_token_is_refused(seed):

@@ -275,7 +275,7 @@ def test_absent_figures_are_left_out_of_resampled_means(seed: int) -> None:
 
 def test_a_baseline_survives_its_file(tmp_path, seed: int) -> None:
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
-    edits = many_edits(6, seed)
+    edits = many_edits(24, seed)  # so many that some have neighbours
     baseline = take_baseline(model, tokenizer, edits)
     baseline.save(tmp_path / "deep" / "baseline.json")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["baseline.json"]

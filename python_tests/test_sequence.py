@@ -161,7 +161,7 @@ def test_norms_of_the_history_are_those_of_the_weights(dtype, seed):
     for row, now in zip(result.history, weights, strict=True):
         growth = 0.0
         for i in (0, 1):
-            assert row[f"l1_norm.{i}"] == pytest.approx(float(now[i].abs().mean()), rel=1e-10)
+            assert row[f"l1_norm.{i}"] == pytest.approx(float(now[i].abs().mean()), rel=2**-24)
             assert row[f"delta_norm.{i}"] == pytest.approx(float((now[i] - base[i]).norm()), rel=1e-10)
             growth += float(now[i].abs().mean() / base[i].abs().mean() - 1) / 2
         assert row["l1_growth"] == pytest.approx(growth, rel=1e-6, abs=1e-12)
@@ -299,16 +299,19 @@ def test_the_training_flag_is_put_back_also_after_an_error(training, monkeypatch
 
 
 class Spoiled:
-    """`EditedWeights.write_` that fails at its n-th call, after the weight itself has been touched."""
+    """`EditedWeights.write_` that fails at its n-th call, after the weight itself has been touched.
+
+    whole: the edited weights after each earlier call
+    """
 
     def __init__(self, monkeypatch, call, error):
-        plain, self.calls = EditedWeights.write_, 0
+        plain, self.whole = EditedWeights.write_, []
 
         def write_(weights, layer, delta):
-            self.calls += 1
             plain(weights, layer, delta)
-            if self.calls == call:
+            if len(self.whole) == call - 1:
                 raise error
+            self.whole.append(weights.current())
 
         monkeypatch.setattr(EditedWeights, "write_", write_)
 
@@ -321,13 +324,29 @@ def test_a_failure_within_a_step_leaves_the_weights_of_the_step_before(
 ):
     config = {k: v for k, v in FAST.items() if method != "alphaedit" or k not in ("prior_weight", "ridge")}
     model, covariance = ready(seed)
-    sequence(model, covariance, EDITS[:2], method=method, config=config)
-    wanted, model = state(model), tiny_model("gpt2", seed)
-    Spoiled(monkeypatch, call, error)
+    before = state(model)
+    spoiled = Spoiled(monkeypatch, call, error)
     with pytest.raises(type(error)):
         sequence(model, covariance, method=method, config=config)
-    for name, tensor in state(model).items():  # other targets in the window: equal up to rounding
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-4)
+    anatomy, two_steps = Anatomy(model), spoiled.whole[3]
+    for layer, weight in two_steps.items():
+        name = anatomy.weight_name(layer)
+        assert torch.equal(model.state_dict()[name], weight) and not torch.equal(before.pop(name), weight)
+    assert same(before, state(model))
+
+
+def test_what_is_raised_carries_the_result_so_far(monkeypatch, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    Spoiled(monkeypatch, 9, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sequence(model, covariance, evaluate_every=3)
+    result = caught.value.result
+    assert result.failure == "after edit 4: KeyboardInterrupt" and len(result.edits_table) == 4
+    assert [row["step"] for row in result.history] == [0, 3] and not same(before, state(model))
+    monkeypatch.undo()
+    result.restore()
+    assert same(before, state(model))
 
 
 def test_a_failure_may_end_the_sequence_with_its_result(monkeypatch, seed):
@@ -369,6 +388,55 @@ def test_a_fact_may_be_changed_again_later_but_not_in_the_same_batch(seed):
         sequence(model, covariance, [first, later], batch_size=2)
     assert same(before, state(model))
     assert len(sequence(model, covariance, [first, later]).edits_table) == 2
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_fact_changed_again_is_as_if_it_had_been_changed_only_once(resumed, seed):
+    """anchor="base", one layer: the first change leaves nothing behind, also when a stored state goes on."""
+    (first, *others), later = (
+        EDITS[:4],
+        Edit("{} worked for", "Steve Jobs", "Apple", kind="question", id="later"),
+    )
+    first = Edit("{} worked for", "Steve Jobs", "English", kind="question", id="first")
+    model, covariance = ready(seed)
+    config = FAST | {"layers": [1]}
+    wanted = sequence(model, covariance, [*others, later], config=config).editor.state_dict()
+    editors = []
+    for _ in range(2):
+        bench = Workbench(tiny_model("gpt2", seed), tiny_tokenizer(), covariance=covariance)
+        editors.append(method_for("d4s", bench.anatomy, config).editor(bench))
+    editor, again = editors
+    for edit in (first, *others):
+        editor.edit([edit])
+    if resumed:
+        again.load_state_dict(editor.state_dict())
+        editor = again
+    editor.edit([later])
+    found = editor.state_dict()
+    assert found.keys() == wanted.keys()
+    scale = wanted["1.residual_sum"].norm()
+    assert (found["1.residual_sum"] - wanted["1.residual_sum"]).norm() <= 1e-3 * scale  # targets to float32
+    torch.testing.assert_close(found["1.key_sum"], wanted["1.key_sum"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchor", ["base", "current"])
+def test_a_fact_changed_again_takes_its_new_answer(anchor, seed):
+    """What the second change adds at the key is most of the way to its target, not half."""
+    model, covariance = ready(seed)
+    bench = Workbench(model, tiny_tokenizer(), covariance=covariance)
+    config = FAST | {"layers": [1], "anchor": anchor, "prior_weight": 1e-4, "ridge": 1e-3}
+    editor = method_for("d4s", bench.anatomy, config).editor(bench)
+    first, later = (Edit("{} worked for", "Steve Jobs", t, kind="question") for t in ("English", "Apple"))
+    editor.edit([first])
+    rows = editor.rows([first])
+    before = editor.state(rows)
+    with editor.weights.at_base():
+        base_target = editor.targets([later]).target
+    target = base_target if anchor == "base" else editor.targets([later]).target
+    way = target.double() - before
+    editor.edit([later])
+    share = float(((editor.state(rows) - before) * way).sum() / way.square().sum())
+    assert 0.6 < share < 1.1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
+from d4s.files import write_text
 from d4s.prompts import generate_contexts, prompt_and_target_ids, subject_row
 from d4s.scoring import score
 from d4s.targets import TargetConfig, optimise_targets
@@ -183,4 +184,4 @@ def write_card(folder: Path, model: Any, tokenizer: Any, edits: Sequence[Edit], 
         *[f"| {r['layer']} | {r['q10']:.2f} | {r['median']:.2f} | {r['q90']:.2f} |" for r in targets],
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text("\n".join(lines), folder / "README.md")

@@ -48,8 +48,9 @@ def method_for(
     Raises ConfigError for a name or field that does not exist.
     """
     if isinstance(config, Method):
-        if isinstance(method, str) and config.name != method:
-            raise ConfigError(f"method={method!r}, but config is one of {config.name!r}")
+        name = method if isinstance(method, str) else method.name
+        if config.name != name:
+            raise ConfigError(f"method={name!r}, but config is one of {config.name!r}")
         return config
     if isinstance(method, str):
         if method not in METHODS:

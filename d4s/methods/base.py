@@ -14,7 +14,7 @@ from d4s.architectures import Anatomy, Architecture
 from d4s.configuration import Configuration
 from d4s.covariance import Covariance, cached_covariance
 from d4s.edits import Edit, check_batch
-from d4s.errors import ConfigError, EditError, unknown_name
+from d4s.errors import ConfigError, D4SError, EditError, unknown_name
 from d4s.prompts import generate_contexts, prompt_and_target_ids
 from d4s.targets import TargetConfig, frozen
 from d4s.weights import EditedWeights
@@ -39,6 +39,7 @@ class Workbench:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = Anatomy(model, architecture)
+        self.anatomy.check_placement()
         self.seed, self.progress = seed, progress
         self._covariance = covariance
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -106,6 +107,9 @@ class Method(Configuration, ABC):
                 value = [direct[name]] if isinstance(direct[name], int) else direct[name]
                 direct[name] = tuple(value) if isinstance(value, list | range) else value
         if isinstance(direct.get("target"), Mapping):
+            for name in direct["target"]:
+                if name not in inner:
+                    raise ConfigError(unknown_name(f"field of {self.name}'s target", str(name), inner))
             direct["target"] = replace(self.target, **direct["target"])  # type: ignore[attr-defined]
         changed = replace(self, **direct)
         nested = {k: v for k, v in overrides.items() if k in inner}
@@ -122,11 +126,17 @@ class Step:
     first_probability: tuple[float, ...] = ()
     last_probability: tuple[float, ...] = ()  # and after: the "bottleneck" (NaN where nothing is optimised)
 
+    def select(self, places: Sequence[int]) -> Step:
+        """The entries at these places."""
+        first, last = self.first_probability, self.last_probability
+        return Step(tuple(first[i] for i in places), tuple(last[i] for i in places))
+
 
 class Editor(ABC):
     """A method at work on one model. The model is changed in place."""
 
     weights: EditedWeights
+    growing: ClassVar[frozenset[str]] = frozenset()  # parts of the state whose size is not fixed
 
     def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
         self.method, self.bench = method, bench
@@ -170,16 +180,34 @@ class Editor(ABC):
         self.reset()
         self._torn = False
 
-    @abstractmethod
-    def reset(self) -> None:
-        """Forgets all edits; the weights are restored by the caller."""
+    def reset(self) -> None:  # noqa: B027
+        """Forgets all edits; the weights are restored by the caller. Here nothing is remembered but them."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that is needed to go on later, as plain tensors."""
         return {f"weight.{layer}": w for layer, w in self.weights.current().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from `state_dict`, on the same model with the same configuration."""
+        """Goes on from `state_dict`, on the same model with the same configuration.
+
+        Raises D4SError, before anything is changed, if names or shapes are not those of this editor's own state.
+        """
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise D4SError(
+                f"the state of a {self.method.name} editor holds {sorted(own)}; this one {sorted(state)}"
+            )
+        for name, tensor in own.items():
+            if name not in self.growing and state[name].shape != tensor.shape:
+                raise D4SError(
+                    f"{name} is {list(state[name].shape)}, must be {list(tensor.shape)}; the state belongs to another "
+                    "model or configuration"
+                )
+        self.take_state(state)
+        self._torn = False
+
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes a state whose names and shapes are right."""
         self.weights.load_({layer: state[f"weight.{layer}"] for layer in self.weights.layers})
 
 
@@ -204,7 +232,7 @@ class MasterEditor(Editor):
     def state_dict(self) -> dict[str, Tensor]:
         return {f"delta.{layer}": delta.clone() for layer, delta in self.deltas.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
         for layer, delta in self.deltas.items():
             delta.copy_(state[f"delta.{layer}"])
         self.write()

@@ -9,18 +9,24 @@ edits and are optimised ahead, in batches.
 anchor="current": z and h_L from the current weights; the residual r = (z − h_L) / (n − i) is measured again
 before each layer and put back on the base, d = r + (W − W0) k. W0 + A (B + λC)⁻¹ is then the recursive
 least-squares step W + r kᵀ (B + λC)⁻¹, and the method is MEMIT with cached keys.
+
+A prompt that is edited again has its key in B already. Both terms together would give the mean of both answers, so
+the new one takes the old one's place: k stays in B once, and A moves by (d_new − d_old) kᵀ (base; d_old is found
+again, from the prompt and its old answer) or by r kᵀ (current).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from d4s.closed_form import ClosedForm
-from d4s.edits import Edit
+from d4s.edits import Edit, check_batch
 from d4s.keys import SubjectRows
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
@@ -36,15 +42,24 @@ class D4S(LocateMethod):
     anchor: Literal["base", "current"] = "base"
 
     def editor(self, bench: Workbench) -> D4SEditor:
-        return D4SEditor(self, bench, self.anchor)
+        return D4SEditor(self, bench, anchor=self.anchor)
 
 
 class D4SEditor(LocateEditor):
+    """replaces: whether an edit takes the place of an earlier one of the same prompt."""
+
+    growing = frozenset({"held"})
+
     def __init__(
-        self, method: TargetMethod, bench: Workbench, anchor: Literal["base", "current"] = "current"
+        self,
+        method: TargetMethod,
+        bench: Workbench,
+        *,
+        anchor: Literal["base", "current"],
+        replaces: bool = True,
     ) -> None:
         super().__init__(method, bench)
-        self.anchor = anchor
+        self.anchor, self.replaces = anchor, replaces
         self._priors = self.priors()
         self.ahead = Ahead(self)
         self.reset()
@@ -56,13 +71,21 @@ class D4SEditor(LocateEditor):
             transposed=self.anatomy.transposed(self.last),
             seed=self.bench.seed,
         )
+        self.held: dict[str, tuple[str, str, str]] = {}  # text → prompt, subject, target_new in the sums
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self.ahead.announce(edits)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
+        if self.replaces and len(once := {edit.text: edit for edit in batch}) < len(batch):
+            # Multi-hop cases share facts; in the sums a fact stands once.
+            step = self.apply(list(once.values()))
+            place = {text: i for i, text in enumerate(once)}
+            return step.select([place[edit.text] for edit in batch])
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
+        again = [i for i, edit in enumerate(batch) if edit.text in self.held]
+        replaced = self.base_residuals([self.held[batch[i].text] for i in again]) if base and again else None
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         used: dict[int, Tensor] = {}
@@ -72,13 +95,25 @@ class D4SEditor(LocateEditor):
             used[layer] = keys
             if base:
                 residuals = targets.delta.double() / share
+                old = None if replaced is None else replaced / share
             else:
-                residuals = (targets.target.double() - self.state(bare)) / share
-                residuals = residuals + keys @ self.closed_form.delta(layer).T
+                already = keys @ self.closed_form.delta(layer).T
+                residuals = (targets.target.double() - self.state(bare)) / share + already
+                old = already[again]
             self.closed_form.add_(residuals, keys, layer)
+            if again and old is not None:
+                self.closed_form.subtract_(old, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
         self.settle(rows, used)
+        if self.replaces:
+            self.held |= {edit.text: (edit.prompt, edit.subject, edit.target_new) for edit in batch}
         return step_of(targets)
+
+    def base_residuals(self, facts: Sequence[tuple[str, str, str]]) -> Tensor:
+        """z − h_L of earlier edits, found again on the unedited weights. [facts, d_model] float64"""
+        edits = [Edit(prompt, subject, target, kind="question") for prompt, subject, target in facts]
+        with self.weights.at_base():
+            return self.targets(edits).delta.double()
 
     def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
         """After the last layer is written; `used` are the keys that went in. Nothing is left to do here."""
@@ -86,17 +121,31 @@ class D4SEditor(LocateEditor):
     def consolidate(self, edits: Sequence[Edit]) -> None:
         """Takes keys and targets of all given edits again and solves once: one batch edit from W0.
 
-        edits: all that this editor has made. Old keys at upper layers were taken on weights that have since
-        changed below them; after this none is stale.
+        edits: all that this editor has made, in order; of several of one prompt the last counts. Old keys at upper
+        layers were taken on weights that have since changed below them; after this none is stale.
+        A failure leaves weights and sums as they were.
         """
-        self.restore()
-        self.announce(edits)
-        self.edit(edits)
+        last = list({edit.text: edit for edit in edits}.values())
+        check_batch(last)
+        state = self.state_dict()
+        with self.weights.all_or_nothing():
+            try:
+                self.restore()
+                self.announce(last)
+                self.edit(last)
+            except BaseException:
+                self.load_state_dict(state)
+                raise
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.closed_form.state_dict()
+        """The sums, and "held": the edits in them, as bytes of JSON."""
+        held = json.dumps(list(self.held.values())).encode()
+        return self.closed_form.state_dict() | {"held": torch.frombuffer(bytearray(held), dtype=torch.uint8)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.closed_form.load_state_dict(state)
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
+        self.closed_form.load_state_dict({name: value for name, value in state.items() if name != "held"})
+        self.held = {}
+        for prompt, subject, target in json.loads(bytes(state["held"].tolist())):
+            self.held[prompt.replace("{}", subject)] = (prompt, subject, target)
         for layer, delta in self.closed_form.deltas().items():
             self.weights.write_(layer, delta)

@@ -42,6 +42,9 @@ class ENCORE(LocateMethod):
 
 
 class ENCOREEditor(D4SEditor):
+    def __init__(self, method: ENCORE, bench: Workbench) -> None:
+        super().__init__(method, bench, anchor="current", replaces=False)
+
     def priors(self) -> dict[int, Prior]:
         priors = super().priors()
         for prior in priors.values():

@@ -156,6 +156,8 @@ class GRACEEditor(Editor):
     method, and `editor.load_state_dict(safetensors.torch.load_file(folder + "/grace_codebook.safetensors"))`.
     """
 
+    growing = frozenset({"keys", "values", "radii", "labels"})
+
     def __init__(self, method: GRACE, bench: Workbench) -> None:
         super().__init__(method, bench, method.layers)
         (self.layer,) = method.layers
@@ -175,6 +177,11 @@ class GRACEEditor(Editor):
 
     def attach(self) -> None:
         if self._hook is None:
+            if "save_pretrained" in vars(self.model):
+                raise ModelError(
+                    "another GRACE codebook is attached to this model, and the two could not be saved together; "
+                    "restore() its editor first"
+                )
             self._hook = self.module.register_forward_hook(
                 lambda _module, arguments, output: self.codebook.answer(arguments[0], output)
             )
@@ -243,7 +250,7 @@ class GRACEEditor(Editor):
     def state_dict(self) -> dict[str, Tensor]:
         return self.codebook.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
         self.codebook.load_state_dict(state)
         if self.codebook.labels:
             self.attach()

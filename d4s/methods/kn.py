@@ -78,9 +78,6 @@ class KNEditor(Editor):
                 f"embeddings have {width} dimensions and W puts out {d_out}; kn needs models where they agree"
             )
 
-    def reset(self) -> None:
-        """Nothing is remembered but the weights."""
-
     def apply(self, batch: Sequence[Edit]) -> Step:
         for edit in batch:
             self.apply_one(edit)

@@ -37,9 +37,6 @@ class MEMITEditor(LocateEditor):
         """What the residual is divided by when `left` = n − i layers are still to be edited."""
         return left
 
-    def reset(self) -> None:
-        """Nothing is remembered but the weights."""
-
     def apply(self, batch: Sequence[Edit]) -> Step:
         targets = self.targets(batch)
         rows, bare = self.rows(batch), self.bare_rows(batch)

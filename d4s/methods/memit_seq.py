@@ -3,7 +3,8 @@
     ΔW = R Kᵀ (λC + B + K Kᵀ)⁻¹        B += K Kᵀ
 
 with z, h and R = (z − h_L) / (n − i) from the current weights. This is D4S with anchor="current" (see
-d4s.py), whose sums keep the same least-squares problem relative to W0: the two names are one computation.
+d4s.py), whose sums keep the same least-squares problem relative to W0. As published, a prompt that is edited again
+has its key in B twice, and moves only about half of the way.
 """
 
 from __future__ import annotations
@@ -24,4 +25,4 @@ class MEMITSeq(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
     def editor(self, bench: Workbench) -> D4SEditor:
-        return D4SEditor(self, bench, "current")
+        return D4SEditor(self, bench, anchor="current", replaces=False)

@@ -12,13 +12,14 @@ from typing import Any
 from d4s.architectures import Anatomy
 from d4s.targets import TargetConfig
 
-# What tells a model of the literature from its relatives: type, blocks, width, vocabulary.
+# What tells a model of the literature from its relatives: type, blocks, width, and about how many words.
 _KNOWN: dict[tuple[str, int, int, int], str] = {
     ("gpt2", 48, 1600, 50257): "gpt2-xl",
     ("gptj", 28, 4096, 50400): "gpt-j-6b",
     ("llama", 32, 4096, 32000): "llama-2-7b",
     ("llama", 32, 4096, 128256): "llama-3-8b",
 }
+_ADDED_TOKENS = 1_024
 
 
 def model_key(anatomy: Anatomy) -> str | None:
@@ -26,7 +27,11 @@ def model_key(anatomy: Anatomy) -> str | None:
     config: Any = anatomy.model.config
     if getattr(config, "d4s_embedded", False):
         return "embedded"
-    return _KNOWN.get((config.model_type, len(anatomy), config.hidden_size, config.vocab_size))
+    for (*shape, vocabulary), name in _KNOWN.items():
+        near = abs(config.vocab_size - vocabulary) <= _ADDED_TOKENS  # a padding token, a multiple of 64
+        if shape == [config.model_type, len(anatomy), config.hidden_size] and near:
+            return name
+    return None
 
 
 # MEMIT and its family, as published. The embedded model:

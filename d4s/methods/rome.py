@@ -71,9 +71,6 @@ class ROMEEditor(LocateEditor):
         else:
             self._prior = Prior(self.second_moments()[self.last], 1.0, method.ridge)
 
-    def reset(self) -> None:
-        """Nothing is remembered but the weights."""
-
     def apply(self, batch: Sequence[Edit]) -> Step:
         return step_of(Targets.concatenate([self.apply_one(edit) for edit in batch]))
 

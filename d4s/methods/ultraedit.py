@@ -134,8 +134,8 @@ class UltraEditEditor(MasterEditor):
             state |= {f"moments.{layer}.{name}": tensor.clone() for name, tensor in vars(moments).items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def take_state(self, state: Mapping[str, Tensor]) -> None:
         for layer, moments in self.moments.items():
             for name, tensor in vars(moments).items():
                 tensor.copy_(state[f"moments.{layer}.{name}"])
-        super().load_state_dict(state)
+        super().take_state(state)
