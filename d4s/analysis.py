@@ -9,7 +9,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +83,17 @@ class Retained:
 
 
 def hold_out(edits: Sequence[Edit], share: float = 0.3) -> tuple[list[Edit], list[Edit]]:
-    """(edits to make, facts to leave alone): the last `share` of the edits is left alone."""
+    """(edits to make, facts to leave alone): of the last `share` of the edits, those that no other one touches."""
     made = len(edits) - max(1, round(share * len(edits)))
     if made < 1:
         raise ConfigError(f"{len(edits)} edits are too few to leave some of them unedited; give two or more")
-    return list(edits[:made]), list(edits[made:])
+    return list(edits[:made]), untouched(edits[made:], edits[:made])
+
+
+def untouched(facts: Iterable[Edit], made: Iterable[Edit]) -> list[Edit]:
+    """Facts about subjects that no edit is about, each text once."""
+    subjects = {edit.subject for edit in made}
+    return list({fact.text: fact for fact in facts if fact.subject not in subjects}.values())
 
 
 def target_surprise(model: Any, tokenizer: Any, edits: Sequence[Edit], seed: int = 0) -> dict[str, float]:
@@ -272,7 +278,7 @@ def analyze_data(
 
     edits: facts, put in the `forms`; or name → edits, different data sets to be compared as they are
     facts: that are not edited but asked (`Retained`), with target_true; None: the last 30 % of the edits, or of
-        the first group that knows the old answers, which are then not made
+        the first group that knows the old answers, which are then not made, nor any other about their subjects
     texts: for the perplexity of text; None: the facts as sentences
     """
     import pandas
@@ -282,6 +288,8 @@ def analyze_data(
         if facts is None:
             source = next((n for n, g in groups.items() if any(e.target_true for e in g)), next(iter(groups)))
             groups[source], facts = hold_out(groups[source])
+            asked = {fact.subject for fact in facts}
+            groups = {name: [e for e in group if e.subject not in asked] for name, group in groups.items()}
         # As many edits of each: otherwise the longest data set would look the most harmful.
         shortest = min(map(len, groups.values()))
         groups = {name: group[:shortest] for name, group in groups.items()}
@@ -483,7 +491,7 @@ def plot_change(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]
     parts = []
     for label, frame in histories.items():
         columns = [c for c in frame if str(c).startswith("delta_norm.") and str(c).count(".") == 1]
-        size = (frame[columns].astype(float) ** 2).sum(axis=1) ** 0.5
+        size = (frame[columns].astype(float) ** 2).sum(axis=1, skipna=False) ** 0.5
         parts.append(
             pandas.DataFrame({"panel": "edited layers", "line": label, "x": frame["step"], "y": size})
         )

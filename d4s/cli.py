@@ -18,6 +18,16 @@ from d4s.errors import ConfigError, D4SError, ModelError
 PAPER = ("table2", "table3", "table4", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8")
 
 
+class _MeaninglessOption(ConfigError):
+    """An option that changes nothing where it was given: exit status 2, as for other wrong arguments."""
+
+
+def _without(options: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise _MeaninglessOption(f"--{name.replace('_', '-')} means nothing with {where}")
+
+
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of MODEL: a folder, a hub name, or "embedded"."""
     import torch
@@ -43,9 +53,14 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
             ) from None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device).eval(), tokenizer
+        model = model.to(device).eval()
     except (AssertionError, RuntimeError) as error:  # no such device, or a torch that was built without it
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    from d4s.methods.grace import CODEBOOK_FILE, load_codebook
+
+    if (Path(options.model) / CODEBOOK_FILE).exists():
+        load_codebook(model, tokenizer, options.model)
+    return model, tokenizer
 
 
 def _without_loading_bars() -> None:
@@ -147,6 +162,7 @@ def edit(options: argparse.Namespace) -> None:
     def save(result: Result) -> None:
         result.save(out / "result.json")
         write_table(result.to_frame(), out / "history.csv")
+        result.baseline.save(out / "baseline.json")
         beside = out / "model.part"
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -162,13 +178,19 @@ def edit(options: argparse.Namespace) -> None:
             covariance=covariance,
             batch_size=options.batch_size,
             evaluate_every=options.evaluate_every,
+            generate=options.generate,
+            measure=_measure(options, model, tokenizer),
             seed=options.seed,
         )
     except BaseException as error:
         made: Result | None = getattr(error, "result", None)
-        if made is not None and made.edits_table:
-            save(made)
-            print(f"d4s: {len(made.edits_table)} edits were made before; they are in {out}", file=sys.stderr)
+        if made is None or not made.edits_table:
+            raise
+        save(made)
+        before = f"{len(made.edits_table)} edits were made before; they are in {out}"
+        if isinstance(error, D4SError):
+            raise D4SError(f"{error}. {before}") from error
+        print(f"d4s: {before}", file=sys.stderr)
         raise
     save(result)
     if options.json:
@@ -183,13 +205,53 @@ def evaluate(options: argparse.Namespace) -> None:
 
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
+    measure = _measure(options, model, tokenizer)
     found = evaluate_edits(
-        model, tokenizer, edits, generate=options.generate, seed=options.seed, progress=True
+        model,
+        tokenizer,
+        edits,
+        baseline=_baseline(options, edits),
+        generate=options.generate,
+        fluency=options.fluency,
+        seed=options.seed,
+        progress=True,
     )
+    tasks = measure() if measure is not None else {}
     if options.json:
-        _print_json({name: dataclasses.asdict(metric) for name, metric in found.metrics.items()})
+        _print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
     else:
-        print(found.summary())
+        print(
+            "\n".join([found.summary(), *(f"{name}: {100 * value:.2f} %" for name, value in tasks.items())])
+        )
+
+
+def _baseline(options: argparse.Namespace, edits: list[Any]) -> Any:
+    """--baseline: a file that d4s edit wrote, or the unedited model itself, which is then asked."""
+    from d4s.metrics import Baseline, take_baseline
+
+    if options.baseline is None:
+        return None
+    if Path(options.baseline).is_file():
+        return Baseline.load(options.baseline)
+    unedited = argparse.Namespace(**{**vars(options), "model": options.baseline})
+    return take_baseline(*_load_model(unedited), edits, progress=True)
+
+
+def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """--tasks: their scores, taken when called; None without."""
+    if not options.tasks:
+        return None
+    from d4s.downstream import TaskScores, require_harness
+
+    require_harness()
+    return TaskScores(
+        model,
+        tokenizer,
+        options.tasks,
+        limit=options.task_limit,
+        include_path=options.task_folder,
+        seed=options.seed,
+    )
 
 
 def covariance(options: argparse.Namespace) -> None:
@@ -224,12 +286,14 @@ def compare(options: argparse.Namespace) -> None:
         options.methods,
         out=options.out,
         covariance=_covariance_for(options, model, tokenizer),
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or 1,
         evaluate_every=options.evaluate_every,
         seeds=options.seeds or options.seed,
         shuffle=options.shuffle,
         count=options.count,
         neighborhood_limit=options.neighborhood_limit,
+        generate=options.generate,
+        measure=_measure(options, model, tokenizer),
     )
     found.save(options.out)
     if options.json:
@@ -245,9 +309,21 @@ def analyze(options: argparse.Namespace) -> None:
 
     bounds = {n: b for n in ("efficacy", "specificity") if (b := getattr(options, f"{n}_bound")) is not None}
     view: Any
+    if options.view == "data":
+        _without(options, ("neighborhood_limit", "efficacy_bound", "specificity_bound"), "analyze data")
     if options.edits is None:
         if options.view == "data":
             raise ConfigError("analyze data needs EDITS: d4s analyze data MODEL EDITS --out DIR")
+        of_a_run = (
+            "methods",
+            "batch_size",
+            "covariance",
+            "evaluate_every",
+            "neighborhood_limit",
+            "device",
+            "limit",
+        )
+        _without(options, of_a_run, "the result of an earlier run")
         record = Record.load(options.model)
         out = _empty_folder(options.out)
         view = analyze_model(record, bounds=bounds, seed=options.seed)
@@ -256,9 +332,9 @@ def analyze(options: argparse.Namespace) -> None:
         edits = _load_edits(options)
         model, tokenizer = _load_model(options)
         run: dict[str, Any] = {
-            "methods": options.methods,
+            "methods": options.methods or ["rome", "memit"],
             "covariance": _covariance_for(options, model, tokenizer),
-            "batch_size": options.batch_size,
+            "batch_size": options.batch_size or 1,
             "evaluate_every": options.evaluate_every or max(1, len(edits) // 10),
         }
         if options.view == "data":
@@ -280,8 +356,15 @@ def reproduce(options: argparse.Namespace) -> None:
     from d4s.datasets import load_edits
     from d4s.reproduce import reproduce as reproduce_one
 
-    out = _empty_folder(options.out)
-    edits = {path.stem: load_edits(path, skip_bad=options.skip_bad) for path in options.edits or ()}
+    if options.name not in ("table4", "fig6"):
+        _without(options, ("tasks", "task_folder", "task_limit"), options.name)
+    out = options.out
+    if not any(out.glob(f"{options.name}*-details/settings.json")):  # else it goes on where it was
+        out = _empty_folder(out)
+    edits = {
+        label: load_edits(path, skip_bad=options.skip_bad)
+        for label, path in _labels(options.edits or ()).items()
+    }
     model, tokenizer = _load_model(options)
     found = reproduce_one(
         options.name,
@@ -301,6 +384,19 @@ def reproduce(options: argparse.Namespace) -> None:
         _print_json(found.to_dict())
     else:
         print(f"{found.summary()}\nfigure, data, details: {out}")
+
+
+def _labels(paths: Sequence[Path]) -> dict[str, Path]:
+    """Names of data sets: the files', with their folders' where two files are called the same."""
+    stems = [path.stem for path in paths]
+    labels = [
+        path.stem if stems.count(path.stem) == 1 else f"{path.resolve().parent.name}-{path.stem}"
+        for path in paths
+    ]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"--edits: two of the files are both called {label!r}; rename one")
+    return dict(zip(labels, paths, strict=True))
 
 
 def _covariance_for(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
@@ -386,6 +482,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--method", default="d4s")
     made.add_argument("--against", default="memit")
 
+    def scored(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--generate", action="store_true", help="also score free generation")
+        tasks(made)
+
+    def tasks(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--tasks", type=_names, help="downstream tasks of lm-evaluation-harness, as arc_challenge,mmlu"
+        )
+        made.add_argument("--task-folder", type=Path, help="folder of local task files")
+        made.add_argument("--task-limit", type=int, help="questions of each task")
+
     made = verb(edit, "edit a model in sequence", model=True, edits=True)
     made.add_argument("--method", default="d4s")
     made.add_argument(
@@ -402,8 +509,18 @@ def parser() -> argparse.ArgumentParser:
         help="fields of the method's configuration",
     )
 
+    scored(made)
+
     made = verb(evaluate, "score a model on edits", model=True, edits=True)
-    made.add_argument("--generate", action="store_true", help="also score free generation")
+    scored(made)
+    made.add_argument(
+        "--fluency", action="store_true", help="also fluency and consistency of generated texts"
+    )
+    made.add_argument(
+        "--baseline",
+        metavar="FILE|MODEL",
+        help="the unedited model's answers (baseline.json of d4s edit), or that model: for what must not change",
+    )
 
     made = verb(covariance, "key statistics of a model over a corpus, all layers in one pass", model=True)
     made.add_argument(
@@ -416,7 +533,7 @@ def parser() -> argparse.ArgumentParser:
     def several(made: argparse.ArgumentParser, again: str = "") -> None:
         made.add_argument("--out", type=Path, required=True, help=f"new folder for tables and figures{again}")
         made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
-        made.add_argument("--batch-size", type=int, default=1, help="edits a step")
+        made.add_argument("--batch-size", type=int, help="edits a step; default: 1")
         made.add_argument(
             "--neighborhood-limit",
             type=int,
@@ -430,6 +547,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=_numbers, help="as 0,1,2: means over them; default: --seed")
     made.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     made.add_argument("--count", type=int, help="edits made, the first of that order; default: all")
+    scored(made)
 
     made = verb(
         analyze,
@@ -440,7 +558,7 @@ def parser() -> argparse.ArgumentParser:
         edits=True,
     )
     several(made)
-    made.add_argument("--methods", type=_names, default=["rome", "memit"], help="as rome,memit,d4s")
+    made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: rome,memit")
     made.add_argument(
         "--evaluate-every", type=int, help="edits between evaluations; default: a tenth of them"
     )
@@ -465,9 +583,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: the paper's")
     made.add_argument("--out", type=Path, required=True, help="new folder for table, figure and statement")
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
-    made.add_argument("--tasks", type=_names, help="downstream tasks of the harness, for table4 and fig6")
-    made.add_argument("--task-folder", type=Path, help="folder of local task files")
-    made.add_argument("--task-limit", type=int, help="questions of each task")
+    tasks(made)  # for table4 and fig6
 
     verb(models, "model types that can be edited")
     verb(methods, "methods, what they need, and their presets")
@@ -481,7 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.function(options)
     except D4SError as error:
         print(f"d4s: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _MeaninglessOption) else 1
     except KeyboardInterrupt:
         print("d4s: stopped; what had been written is whole", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
 from d4s.files import write_table, write_text
 from d4s.methods import Method, method_for
-from d4s.metrics import Baseline, finite_or_none, take_baseline
+from d4s.metrics import Baseline, finite_or_none, is_share, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence import HEADLINES, Record, edit_sequence
 
@@ -75,23 +75,23 @@ class Comparison:
         return found
 
     def histories(self) -> dict[str, DataFrame]:
-        """Label → history as a DataFrame, mean over seeds with intervals <name>.low and <name>.high."""
+        """Label → history as a DataFrame, mean over seeds with intervals <name>.low and <name>.high.
+
+        Up to where all seeds went: a mean over those that are left would rise where another one broke off.
+        """
         import pandas
 
         frames = {}
         for label, by_seed in self.results.items():
-            at: dict[int, list[dict[str, Any]]] = {}
-            for record in by_seed.values():
-                for row in record.history:
-                    at.setdefault(row["step"], []).append(row)
-            if at:
-                frames[label] = pandas.DataFrame([over_seeds(at[step]) for step in sorted(at)])
+            if common := _common_steps(by_seed.values()):
+                rows = {step: [_row_at(record, step) for record in by_seed.values()] for step in common}
+                frames[label] = pandas.DataFrame([over_seeds([r for r in rows[s] if r]) for s in common])
         return frames
 
     def table(self, points: Sequence[int] | None = None) -> DataFrame:
         """A row a method (and a point): its figures, each with `.low` and `.high`.
 
-        points: numbers of edits, of those at which was evaluated; None: the last
+        points: numbers of edits, of those at which was evaluated; None: the last that all seeds reached
         Columns: method, edits, the figures of the history, l1_growth, seconds_an_edit (evaluation not counted),
         interval (what the bounds are), collapsed (where and why the method broke off; empty: it did not).
         """
@@ -99,11 +99,12 @@ class Comparison:
 
         rows = []
         for label, by_seed in self.results.items():
-            for point in points if points is not None else (None,):
-                found = [row for record in by_seed.values() if (row := _row_at(record, point)) is not None]
-                if not found and point is not None:
+            common = _common_steps(by_seed.values())
+            for point in points if points is not None else common[-1:] or (0,):
+                found = [row for r in by_seed.values() if point in common and (row := _row_at(r, point))]
+                if not found and points is not None:
                     continue
-                cells: dict[str, Any] = {"method": label, "edits": min((r["step"] for r in found), default=0)}
+                cells: dict[str, Any] = {"method": label, "edits": point}
                 if found:
                     timed = [
                         row
@@ -280,8 +281,14 @@ def compare(
                     progress=progress,
                 )
             except D4SError as error:
-                errors.append(error)
-                results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+                partial = getattr(error, "result", None)
+                if partial is None or not partial.edits_table:
+                    errors.append(error)
+                if partial is None:
+                    results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+                else:  # an evaluation failed: worth another try, so it is not kept in the folder
+                    results[label][seed] = partial.record()
+                    partial.restore()
             except BaseException as error:
                 if hasattr(error, "result"):
                     error.result.restore()
@@ -381,7 +388,10 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             # Products, since a square that overflows raises; a collapsed model's perplexity may.
             deviation = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1))
             half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
-            combined |= {f"{name}.low": mean - half, f"{name}.high": mean + half}
+            low, high = mean - half, mean + half
+            if is_share(name):  # Student's t does not know that these end at 0 and 1
+                low, high = max(low, 0.0), min(high, 1.0)
+            combined |= {f"{name}.low": low, f"{name}.high": high}
     combined["step"] = min(row["step"] for row in rows)
     return combined
 
@@ -412,9 +422,13 @@ def _is_figure(name: str) -> bool:
     return stem not in _CLOCKS and "." not in stem
 
 
-def _row_at(record: Record, point: int | None) -> dict[str, Any] | None:
-    if point is None:
-        return record.history[-1] if record.history else None
+def _common_steps(records: Iterable[Record]) -> list[int]:
+    """Numbers of edits at which every sequence that began was evaluated, ascending."""
+    steps = [{row["step"] for row in record.history} for record in records if record.history]
+    return sorted(set.intersection(*steps)) if steps else []
+
+
+def _row_at(record: Record, point: int) -> dict[str, Any] | None:
     return next((row for row in record.history if row["step"] == point), None)
 
 
@@ -423,8 +437,6 @@ def _spelled(table: DataFrame, name: str, unit: float) -> list[str]:
     for _, row in table.iterrows():
         value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
         text = "" if value != value else f"{unit * value:.1f}"
-        if unit == 100.0:  # a share; Student's t does not know that it ends at 0 and 1
-            low, high = max(low, 0.0), min(high, 1.0)
         cells.append(text if low != low or not text else f"{text} [{unit * low:.1f}, {unit * high:.1f}]")
     return cells
 

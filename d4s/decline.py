@@ -189,7 +189,7 @@ def estimate_remaining(
     compared = any("nll_true" in row for evaluation in record.evaluations for row in evaluation.rows)
     floor = 0.5 if compared and metric in ("efficacy", "paraphrase", "specificity") else 0.0
     bound = 0.9 * float(shares[0]) if bound is None else bound
-    half = len(rows) // 2
+    half = max(len(rows) // 2, 2 + int(steps[0] == 0))  # two points with edits, or there is no growth to see
     observed = _crossing(steps, shares, bound)
     found: dict[str, Any] = {
         "metric": metric,

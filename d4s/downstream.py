@@ -87,6 +87,24 @@ def run_tasks(
     return _figures(found, tasks)
 
 
+class TaskScores:
+    """Scores of downstream tasks on a model as it is when called, one a task: `edit_sequence(measure=TaskScores(…))`.
+
+    Named "<task> acc_norm", or with "acc", or else the harness's first metric: what the tables of the field show.
+    options: as `run_tasks`
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[str], **options: Any) -> None:
+        self.model, self.tokenizer, self.tasks, self.options = model, tokenizer, tasks, options
+
+    def __call__(self) -> dict[str, float]:
+        scores = {}
+        for task, metrics in run_tasks(self.model, self.tokenizer, self.tasks, **self.options).items():
+            name = next((n for n in ("acc_norm", "acc") if n in metrics), next(iter(metrics)))
+            scores[f"{task} {name}"] = metrics[name].value
+        return scores
+
+
 def require_harness() -> None:
     """Raises ConfigError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:

@@ -82,7 +82,7 @@ class Forward:
         """
         ids, mask = (t.to(self.device) for t in padded(rows, self.fill))
         prefix.mask = torch.cat([prefix.mask, mask], 1)
-        self._check_length(int(prefix.mask.shape[1]))
+        self._check_length(int(prefix.mask.sum(1).max()))  # padding takes no position
         arguments = (
             {"position_ids": _positions(prefix.mask)[:, -ids.shape[1] :]} if self.takes_positions else {}
         )

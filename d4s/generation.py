@@ -152,6 +152,7 @@ def says(written: Written, answers: Iterable[str]) -> bool:
     candidates = {normalised(written.text[:end]) for end in sentences}
     if written.ended:
         candidates.add(normalised(written.text))
+    candidates.discard("")
     return any(normalised(answer) in candidates for answer in answers)
 
 
@@ -159,7 +160,10 @@ def normalised(text: str) -> str:
     """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250)."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = "".join(" " if c in string.punctuation else c for c in text)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    words = text.split()
+    return " ".join(
+        [word for word in words if word not in ("a", "an", "the")] or words
+    )  # "A" may be the answer
 
 
 def _words(text: str) -> list[str]:

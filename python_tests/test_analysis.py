@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy
 import pandas
@@ -112,6 +113,13 @@ def test_held_out_facts_are_the_last_ones():
         hold_out(EDITS[:1])
 
 
+def test_held_out_facts_are_not_about_a_subject_that_is_edited():
+    again = [replace(edit, id=f"{edit.id}'", prompt="{} is known for") for edit in EDITS[:2]]
+    other = replace(EDITS[0], id="other", subject="Xerxes")
+    made, facts = hold_out([*EDITS[:4], again[0], other, other], share=3 / 7)
+    assert made == list(EDITS[:4]) and facts == [other]
+
+
 def test_each_form_is_edited_from_the_same_weights_and_measured_on_facts_left_alone(seed):
     model, covariance = ready(seed)
     before = state(model)
@@ -188,9 +196,11 @@ def test_without_facts_they_are_taken_from_the_data_that_know_old_answers(seed):
         covariance=covariance,
         progress=False,
     )
-    assert list(view.groups["edits"]) == [3, 3]
-    ids = [row["id"] for row in view.comparisons["known"].results["d4s"][0].edits_table]
-    assert ids == [edit.id for edit in EDITS[:3]]
+    # "Edwin" is asked about, so no group edits him.
+    assert EDITS[3].subject == "Edwin" and list(view.groups["edits"]) == [2, 2]
+    for name, made in (("known", EDITS[:2]), ("blank", blank[:2])):
+        table = view.comparisons[name].results["d4s"][0].edits_table
+        assert [row["id"] for row in table] == [edit.id for edit in made]
 
 
 def hand_record(**columns):

@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
 
 from d4s import demo
 from d4s.architectures import ARCHITECTURES, Anatomy
-from d4s.cli import main, parser
+from d4s.cli import _labels, main, parser
 from d4s.covariance import Covariance, estimate_covariance, fingerprint_of
 from d4s.datasets import load_edits
+from d4s.errors import ConfigError, ModelError
 from d4s.methods import METHODS
+from d4s.methods.ft import FTEditor
 from d4s.metrics import evaluate
 from d4s.sequence import edit_sequence
 
@@ -207,11 +209,18 @@ def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp
 
     figures = json.loads(done(capsys, "evaluate", str(out / "model"), "edits.json", "--json"))
     for name in ("efficacy", "paraphrase", "specificity", "average"):
-        assert figures[name]["mean"] == expected.history[-1][name]
+        assert figures["metrics"][name]["mean"] == expected.history[-1][name]
+    assert "specificity_argmax" not in figures["metrics"]
+    for unedited in (str(out / "baseline.json"), "m"):
+        again = json.loads(
+            done(capsys, "evaluate", str(out / "model"), "edits.json", "--json", "--baseline", unedited)
+        )
+        found = again["metrics"]["specificity_argmax"]["mean"]
+        assert found == expected.history[-1]["specificity_argmax"]
     direct = evaluate(AutoModelForCausalLM.from_pretrained("m").eval(), tiny_tokenizer(), edits)
     figures = json.loads(done(capsys, "evaluate", "m", "edits.json", "--json"))
-    assert figures["target_probability"]["mean"] == pytest.approx(direct["target_probability"], rel=1e-5)
-    assert figures["target_probability"]["count"] == 3
+    found = figures["metrics"]["target_probability"]
+    assert found["mean"] == pytest.approx(direct["target_probability"], rel=1e-5) and found["count"] == 3
     assert "efficacy" in done(capsys, "evaluate", "m", "edits.json", "--limit", "1")
 
 
@@ -221,6 +230,51 @@ def test_with_json_only_figures_are_on_standard_output(tmp_path, capsys):
         done(capsys, "edit", "m", "edits.json", "--limit", "2", "--out", out, "--json", "--method", "kn")
     )
     assert row["step"] == 2 and 0 <= row["efficacy"] <= 1 and "l1_growth" in row
+
+
+def test_a_codebook_is_part_of_the_model_that_is_evaluated(place, tmp_path, capsys):
+    out = tmp_path / "run"
+    row = json.loads(
+        done(capsys, "edit", "m", "edits.json", "--out", str(out), "--json", "--method", "grace")
+    )
+    figures = json.loads(done(capsys, "evaluate", str(out / "model"), "edits.json", "--json"))["metrics"]
+    unedited = json.loads(done(capsys, "evaluate", "m", "edits.json", "--json"))["metrics"]
+    assert figures["target_probability"]["mean"] == pytest.approx(row["target_probability"], rel=1e-5)
+    assert figures["target_probability"]["mean"] > unedited["target_probability"]["mean"]
+
+
+def test_what_was_done_before_a_failure_is_kept(place, tmp_path, capsys, monkeypatch):
+    out, plain, calls = tmp_path / "run", FTEditor.apply, []
+
+    def fails_at_the_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ModelError("no room")
+        return plain(*arguments)
+
+    monkeypatch.setattr(FTEditor, "apply", fails_at_the_third)
+    line = failed(capsys, "edit", "m", "edits.json", "--out", str(out), "--method", "ft-m")
+    assert "no room" in line
+    stored = json.loads((out / "result.json").read_text())
+    assert stored["failure"] == "edit 3: no room" and stored["edits"] == 2
+    assert (out / "model" / "model.safetensors").exists() and not (out / "model.part").exists()
+
+
+def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
+    for arguments, option in (
+        ("analyze data m edits.json --neighborhood-limit 2", "--neighborhood-limit"),
+        ("analyze model run/result.json --methods d4s", "--methods"),
+        ("reproduce fig8 m --tasks mmlu", "--tasks"),
+    ):
+        assert main([*arguments.split(), "--out", str(tmp_path / "out")]) == 2
+        assert f"{option} means nothing with" in capsys.readouterr().err
+
+
+def test_data_sets_of_one_name_are_told_apart_by_their_folders():
+    labels = _labels([Path("20q/edit_set.json"), Path("pep3k/edit_set.json"), Path("zsre.json")])
+    assert list(labels) == ["20q-edit_set", "pep3k-edit_set", "zsre"]
+    with pytest.raises(ConfigError, match="'20q-edit_set'"):
+        _labels([Path("a/20q/edit_set.json"), Path("b/20q/edit_set.json")])
 
 
 def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
@@ -248,7 +302,7 @@ def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
 
 def test_the_embedded_model_and_its_edits_go_by_a_name(capsys):
     figures = json.loads(done(capsys, "evaluate", "embedded", "embedded", "--limit", "3", "--json"))
-    assert figures["efficacy"]["count"] == 3
+    assert figures["metrics"]["efficacy"]["count"] == 3
 
 
 def spoiled(place: Path, name: str) -> None:
@@ -353,7 +407,7 @@ def test_bad_records_may_be_left_out(capsys):
     Path("mixed.json").write_text(json.dumps([RECORDS[0], RECORDS[1] | {"subject": ""}, RECORDS[2]]))
     assert "record 2" in failed(capsys, "evaluate", "m", "mixed.json")
     figures = json.loads(done(capsys, "evaluate", "m", "mixed.json", "--skip-bad", "--json"))
-    assert figures["efficacy"]["count"] == 2
+    assert figures["metrics"]["efficacy"]["count"] == 2
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):

@@ -15,8 +15,8 @@ from test_sequence import EDITS, FAST, ready, same, state, without_times
 from tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
-from d4s.compare import compare, over_seeds, student_t, weights_digest
-from d4s.errors import ConfigError, ModelError
+from d4s.compare import Comparison, compare, over_seeds, student_t, weights_digest
+from d4s.errors import ConfigError, DataError, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.sequence import Record, edit_sequence
@@ -197,6 +197,47 @@ def test_seeds_give_means_with_students_intervals(seed):
         metric.low,
         metric.high,
     )
+
+
+def test_a_seed_that_broke_off_does_not_leave_the_mean_to_the_others():
+    def record(steps, failure=None):
+        rows = [{"step": s, "efficacy": 1 - s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
+        return Record("memit", history=rows, failure=failure)
+
+    broken = record([0, 10], "edit 11: no room")
+    found = Comparison({"memit": {0: record([0, 10, 20]), 1: broken, 2: Record("memit", failure="no")}})
+    assert list(found.histories()["memit"]["step"]) == [0, 10]
+    table = found.table()
+    assert list(table["edits"]) == [10] and table["efficacy"][0] == pytest.approx(0.9)
+    assert "seed 1, edit 11: no room" in table["collapsed"][0]
+
+
+def test_bounds_of_shares_end_at_0_and_1():
+    row = over_seeds(
+        [{"step": 4, "efficacy": 0.0, "l1_growth": 0.0}, {"step": 4, "efficacy": 1.0, "l1_growth": 1.0}]
+    )
+    assert (row["efficacy.low"], row["efficacy.high"]) == (0.0, 1.0) and row["l1_growth.high"] > 1.0
+
+
+def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_methods(tmp_path, seed):
+    model, covariance = ready(seed)
+    before, calls = state(model), []
+
+    def measure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise DataError("the network is gone")
+        return {"extra": 1.0}
+
+    run = dict(edits=EDITS[:2], evaluate_every=1, measure=measure, out=tmp_path / "out")
+    found = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
+    assert same(before, state(model)) and "save_pretrained" not in vars(model)
+    broken = found.results["d4s"][0]
+    assert broken.failure == "after edit 1: the network is gone" and len(broken.edits_table) == 1
+    assert found.results["grace"][0].failure is None
+    again = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
+    assert not again.collapsed, "what failed is tried again, what went through is not"
+    assert len(calls) == 2 + 3 + 3
 
 
 def test_a_mean_leaves_out_the_seeds_that_lack_a_figure():

@@ -87,6 +87,15 @@ def test_the_first_half_foretells_a_run_that_follows_the_curve():
     assert abs(found["half_off"]) < 0.1
 
 
+def test_the_half_that_foretells_has_two_points_with_edits():
+    """Five points of specificity, the first before any edit: with one edited point there is no growth to see."""
+    truth = Decline(0.5, a=0.15, b=0.004, c=0.3, q=1.0)
+    steps = numpy.arange(5) * 250.0
+    record = record_of(steps, truth.share(steps), truth.c * steps, metric="specificity")
+    found = estimate_remaining(record, "specificity", 0.85)
+    assert found["half_at"] == 500 and math.isfinite(found["half_under_at"])
+
+
 def test_what_is_left_is_counted_from_the_last_edit():
     truth = Decline(0.5, a=0.05, b=0.001, c=0.3, q=1.0)
     found = estimate_remaining(record_of(STEPS, truth.share(STEPS), truth.c * STEPS), "efficacy", 0.9)

@@ -109,6 +109,10 @@ def test_generation_refuses_impossible_settings() -> None:
         (" English", False, "English", False),  # cut off: 'English Channel' could have followed
         (" not English", True, "English", False),
         ("", True, "English", False),
+        (" A", True, "A", True),  # a letter of a choice, not an article
+        ("", True, "A", False),
+        (" the. It", True, "A", False),
+        (". English", True, "A", False),
     ],
 )
 def test_exact_match_of_free_text(text: str, ended: bool, answer: str, right: bool) -> None:

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from workbench import EDITS, SUBJECT_LAST, bench_of, editor_of, same_bits, state_of
 
-from d4s.errors import ModelError
-from d4s.methods.grace import CODEBOOK_FILE, MARGIN, Codebook
+from d4s.errors import D4SError, ModelError
+from d4s.methods.grace import CODEBOOK_FILE, MARGIN, Codebook, load_codebook
 from d4s.prompts import padded, prompt_and_target_ids
 from d4s.trace import Trace
 
@@ -158,12 +157,17 @@ def test_saving_keeps_the_codebook_beside_the_weights(model_type, module, seed, 
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         unedited = loaded(input_ids=ids).logits
     assert not torch.equal(unedited, edited)
-    bench.model, bench.anatomy = loaded, type(bench.anatomy)(loaded)
-    again = editor_of("grace", bench, module=module)
-    again.load_state_dict(load_file(tmp_path / CODEBOOK_FILE))
-    assert again.codebook.labels == editor.codebook.labels
+    again = load_codebook(loaded, bench.tokenizer, tmp_path)
+    assert again.method == editor.method and again.codebook.labels == editor.codebook.labels
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, edited)
+    fewer = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
+    other = bench_of(model_type, seed, **fewer[model_type])
+    with pytest.raises(D4SError, match="layers"):
+        load_codebook(other.model, bench.tokenizer, tmp_path)
+    (tmp_path / CODEBOOK_FILE).write_bytes(b"something else")
+    with pytest.raises(ModelError, match="not a codebook"):
+        load_codebook(loaded, bench.tokenizer, tmp_path)
 
 
 def test_restore_unwraps_the_layer(seed, tmp_path):

@@ -97,6 +97,20 @@ def test_scores_depend_neither_on_order_nor_on_batches(batch_tokens: int, seed: 
         assert [s.nll for s in scores] == pytest.approx([s.nll for s in expected[question]], abs=1e-5)
 
 
+def test_a_long_prompt_and_a_long_target_share_a_batch_that_none_of_them_outgrows(seed: int) -> None:
+    model, tokenizer = tiny_model("llama", seed=seed, max_position_embeddings=48), tiny_tokenizer()
+    long_prompt = "piano " * 8 + "is"
+    length = len(tokenizer(long_prompt)["input_ids"])
+    assert 24 < length < 44
+    long_target = " ".join(["Lyon"] * 7)
+    questions = [(long_prompt, ("Lyon", "Paris")), ("You", (long_target, "Paris"))]
+    assert length + len(tokenizer(long_target)["input_ids"]) > 48
+    together = score(model, tokenizer, questions)
+    for question, scores in zip(questions, together, strict=True):
+        (alone,) = score(model, tokenizer, [question])
+        assert [s.nll for s in scores] == pytest.approx([s.nll for s in alone], abs=1e-5)
+
+
 def test_a_prompt_runs_once_for_all_its_targets(seed: int) -> None:
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
     assert Forward(model, 0).cached_way

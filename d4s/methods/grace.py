@@ -16,14 +16,16 @@ of the blocks above, and generation goes on from there. Nobody has to tell the l
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d4s.architectures import Anatomy
@@ -152,8 +154,7 @@ class Codebook:
 
 class GRACEEditor(Editor):
     """While it is attached, `model.save_pretrained(folder)` also writes grace_codebook.safetensors: the
-    weights alone would be the unedited model's. To use it again, load the model, make the editor of the same
-    method, and `editor.load_state_dict(safetensors.torch.load_file(folder + "/grace_codebook.safetensors"))`.
+    weights alone would be the unedited model's. To use it again, load the model and `load_codebook` it.
     """
 
     growing = frozenset({"keys", "values", "radii", "labels"})
@@ -198,7 +199,7 @@ class GRACEEditor(Editor):
         type(self.model).save_pretrained(self.model, folder, *arguments, **options)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         with whole(Path(folder) / CODEBOOK_FILE) as beside:
-            save_file(tensors, beside)
+            save_file(tensors, beside, metadata={"config": json.dumps(asdict(self.method))})
 
     def apply(self, batch: Sequence[Edit]) -> Step:
         self.attach()
@@ -254,3 +255,22 @@ class GRACEEditor(Editor):
         self.codebook.load_state_dict(state)
         if self.codebook.labels:
             self.attach()
+
+
+def load_codebook(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> GRACEEditor:
+    """Attaches to a model, loaded from `folder`, the codebook that its `save_pretrained` has written there.
+
+    Raises ModelError if the file is not such a codebook, or another model's.
+    """
+    path = Path(folder) / CODEBOOK_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
+        state = load_file(path)
+    except (KeyError, OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: not a codebook that GRACE's save_pretrained wrote ({error!r})") from None
+    config["layers"] = tuple(config["layers"])
+    method = GRACE(**config)
+    editor = GRACEEditor(method, Workbench(model, tokenizer))
+    editor.load_state_dict(state)
+    return editor
