@@ -13,7 +13,7 @@ from d4s import ops, reference
 def test_l1_norms(benchmark, claim, device, dtype):
     shape = (4096, 14336) if device.type == "cuda" else (1024, 4096)
     weights = [torch.randn(*shape, device=device).to(dtype) for _ in range(32)]
-    torch.testing.assert_close(ops.l1_norms(weights), reference.l1_norms(weights), rtol=2**-24, atol=0)
+    torch.testing.assert_close(ops.l1_norms(weights), reference.l1_norms(weights), rtol=2**-23, atol=0)
 
     moved = sum(weight.nbytes for weight in weights)
     source = torch.randn(moved // 8, device=device)

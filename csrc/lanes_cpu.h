@@ -85,28 +85,41 @@ struct alignas(16) Stored8 {
   T lane[kLanes];
 };
 
-// Rounded to nearest even, NaN to NaN.
-inline void round8(const Double8& from, Stored8<double>& to) { std::memcpy(&to, &from, sizeof(to)); }
-inline void round8(Float8 from, Stored8<float>& to) { std::memcpy(&to, &from, sizeof(to)); }
-inline void round8(Float8 from, Stored8<c10::BFloat16>& to) {
+// Rounded to nearest even, NaN to NaN; the rounded values are returned, too.
+inline Double8 round8(const Double8& from, Stored8<double>& to) {
+  std::memcpy(&to, &from, sizeof(to));
+  return from;
+}
+inline Float8 round8(Float8 from, Stored8<float>& to) {
+  std::memcpy(&to, &from, sizeof(to));
+  return from;
+}
+inline Float8 round8(Float8 from, Stored8<c10::BFloat16>& to) {
   const Bits8 bits = same_bits<Bits8>(from);
-  const Bits8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits8 is_number = same_bits<Bits8>(from == from);
-  const Bits8 result = (rounded & is_number) | (~is_number & 0x7fc0);
+  const Bits8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  const Bits8 quiet_nan = Bits8{} + 0x7fc00000;
 #ifdef __AVX2__
-  const __m256i lanes = same_bits<__m256i>(result);
-  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  const __m256 lanes = same_bits<__m256>(from);
+  const Float8 result = same_bits<Float8>(_mm256_blendv_ps(
+      same_bits<__m256>(rounded), same_bits<__m256>(quiet_nan), _mm256_cmp_ps(lanes, lanes, _CMP_UNORD_Q)));
+  const __m256i high = _mm256_srli_epi32(same_bits<__m256i>(result), 16);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 #else
-  const HalfBits8 half = __builtin_convertvector(result, HalfBits8);
+  const Bits8 is_number = same_bits<Bits8>(from == from);
+  const Float8 result = same_bits<Float8>((rounded & is_number) | (~is_number & quiet_nan));
+  const HalfBits8 half = __builtin_convertvector(same_bits<Bits8>(result) >> 16, HalfBits8);
 #endif
   std::memcpy(&to, &half, sizeof(to));
+  return result;
 }
-inline void round8(Float8 from, Stored8<c10::Half>& to) {
+inline Float8 round8(Float8 from, Stored8<c10::Half>& to) {
 #ifdef __F16C__
   const __m128i half = _mm256_cvtps_ph(same_bits<__m256>(from), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(&to, &half, sizeof(to));
+  return same_bits<Float8>(_mm256_cvtph_ps(half));
 #else
   for (int i = 0; i < kLanes; ++i) to.lane[i] = from[i];
+  return load8(to.lane);
 #endif
 }
 

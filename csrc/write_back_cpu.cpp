@@ -25,17 +25,16 @@ struct Sums {
 template <class Weight, class Delta>
 inline void write8(const Weight* base, const Delta* delta, Stored8<Weight>& after, Sums& sums) {
   const auto before = load8(base);
+  Wide8<Weight> sum;
   if constexpr (std::is_same_v<Delta, float> && !std::is_same_v<Weight, double>) {
-    // Rounds as the float64 sum would (53 ≥ 2 · 24 + 2 bits).
-    round8(before + load8(delta), after);
+    sum = before + load8(delta);  // rounds as the float64 sum would (53 ≥ 2 · 24 + 2 bits)
   } else {
-    Wide8<Weight> sum;
     narrow(widen(before) + widen(load8(delta)), sum);
-    round8(sum, after);
   }
-  const Double8 stored = widen(load8(after.lane));
-  const Double8 change = stored - widen(before);
-  sums.l1 += absolute(stored);
+  const Wide8<Weight> stored = round8(sum, after);
+  const Double8 wide = widen(stored);
+  const Double8 change = wide - widen(before);
+  sums.l1 += absolute(wide);
   sums.delta_sq += change * change;
 }
 

@@ -91,7 +91,7 @@ def write_back_(
 def l1_norms(weights: Sequence[Tensor]) -> Tensor:
     """Sum of absolute values of each weight; equal to `stack([w.double().abs().sum() for w in weights])`.
 
-    To rounding in float64; of bfloat16 on a CPU to 2⁻²⁴, since numbers are added in float32 by twos.
+    To rounding in float64; of bfloat16 on a CPU to 2⁻²³, since numbers are added in float32 by fours.
 
     weights: any shapes and strides, one device, float64 | float32 | float16 | bfloat16
     Returns [len(weights)], float64, the same in every run on the same device.

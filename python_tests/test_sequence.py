@@ -161,7 +161,7 @@ def test_norms_of_the_history_are_those_of_the_weights(dtype, seed):
     for row, now in zip(result.history, weights, strict=True):
         growth = 0.0
         for i in (0, 1):
-            assert row[f"l1_norm.{i}"] == pytest.approx(float(now[i].abs().mean()), rel=2**-24)
+            assert row[f"l1_norm.{i}"] == pytest.approx(float(now[i].abs().mean()), rel=2**-23)
             assert row[f"delta_norm.{i}"] == pytest.approx(float((now[i] - base[i]).norm()), rel=1e-10)
             growth += float(now[i].abs().mean() / base[i].abs().mean() - 1) / 2
         assert row["l1_growth"] == pytest.approx(growth, rel=1e-6, abs=1e-12)

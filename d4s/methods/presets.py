@@ -35,8 +35,8 @@ def model_key(anatomy: Anatomy) -> str | None:
 
 
 # MEMIT and its family, as published. The embedded model:
-# - layer 0: of its five, layers 0 to 2 reach targets, and layer 0 holds the most edits (D4S at 200: .95 on average; layer 1
-#   .84, layer 2 .91 for six times the growth); one layer, since the subject is put together in one;
+# - layer 0: layers 0 to 2 of its five reach targets, and layer 0 holds the most edits (D4S at 200: .95 on average;
+#   layer 1 .84, layer 2 .91 for six times the growth); one layer, since the subject is put together in one;
 # - λ 600, between 200, where specificity falls by .05 within 200 edits, and 4,000, where edits no longer take;
 # - clamp 1.5: of 100 targets 9 end under p(target) .9; with the published .75 it is 21, with 4 still 8, for a longer δ;
 #   15 steps, after which little moves;
