@@ -13,7 +13,7 @@ def test_targets_in_batches(benchmark, claim, device):
     # No early stop: both do the same number of steps.
     config = TargetConfig(steps=10, learning_rate=0.1, stop_loss=0.0)
     few = edits[:8]
-    singles = [originals.target(anatomy, tokenizer, edit, prefixes, layer, config) for edit in few]
+    singles = [originals.target(anatomy, tokenizer, edit, prefixes, layer, config)[1] for edit in few]
     together = optimise_targets(anatomy, tokenizer, few, prefixes, layer, config).delta
     bound = 1e-3 if device.type == "cpu" else 0.2  # bf16 on the GPU
     for one, many in zip(singles, together, strict=True):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,25 +20,24 @@ from benchmarks.conftest import rows_key
 from benchmarks.measure import Row
 
 
-class Rows:
-    """Collects the rows of a pytest run."""
+class Taker:
+    """Hands each row of a pytest run on as soon as it is there, so that none is lost if the run is cut off."""
 
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
+    def __init__(self, take: Callable[[Row], None]) -> None:
+        self.take = take
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self.rows = session.config.stash.get(rows_key, [])
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.stash[rows_key] = self.take
 
 
-def measure(device: str, large: bool, only: str) -> tuple[list[Row], int]:
-    """Rows of the claims whose name holds `only`, and pytest's exit status. Its report goes to stderr."""
-    collected = Rows()
+def measure(device: str, large: bool, only: str, take: Callable[[Row], None]) -> int:
+    """Takes the rows of the claims whose name holds `only`. Returns pytest's exit status; its report goes to stderr."""
     options = ["--benchmark-enable", "--benchmark-columns=median,rounds", f"--device={device}", "-q"]
     options += ["--large"] if large else []
     options += ["-k", only] if only else []
     with contextlib.redirect_stdout(sys.stderr):
-        status = pytest.main([str(Path(__file__).parent), *options], plugins=[collected])
-    return collected.rows, int(status)
+        status = pytest.main([str(Path(__file__).parent), *options], plugins=[Taker(take)])
+    return int(status)
 
 
 def main() -> int:
@@ -48,15 +49,18 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="a pytest -k expression")
     arguments = parser.parse_args()
-    rows, status = measure(arguments.device, arguments.large, arguments.only)
-    for row in rows:
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # pytest captures what tests print
+
+    def say(row: Row) -> None:
         if arguments.json:
-            print(json.dumps({**vars(row), "holds": row.holds}))
+            line = json.dumps({**vars(row), "holds": row.holds})
         else:
             bound = "≥" if row.at_least else "≤"
             verdict = "holds" if row.holds else "does not hold"
-            print(f"{row.name}: {row.measured:.3g} ({bound} {row.target:g}, {verdict}; {row.device})")
-    return 1 if status else 0
+            line = f"{row.name}: {row.measured:.3g} ({bound} {row.target:g}, {verdict}; {row.device})"
+        print(line, file=out, flush=True)
+
+    return 1 if measure(arguments.device, arguments.large, arguments.only, say) else 0
 
 
 if __name__ == "__main__":

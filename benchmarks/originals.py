@@ -17,8 +17,8 @@ from d4s.targets import TargetConfig
 
 def target(
     anatomy: Anatomy, tokenizer: Any, edit: Edit, prefixes: Sequence[str], layer: int, config: TargetConfig
-) -> Tensor:
-    """δ of one request, [d_model] float32."""
+) -> tuple[Tensor, Tensor]:
+    """(v0, δ) of one request, [d_model] float32 each."""
     model, device = anatomy.model, anatomy.device
     rows = [subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, p) for p in ("", *prefixes)]
     extra = subject_row(tokenizer, "{} is a", edit.subject)
@@ -43,11 +43,16 @@ def target(
 
     optimiser = torch.optim.Adam([delta], lr=config.learning_rate)
     before: Tensor | None = None
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for weight in weights:  # they too take no gradient of the weights
+        weight.requires_grad_(False)
     for _ in range(config.steps):
         handle = anatomy.blocks[layer].register_forward_hook(add)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
         handle.remove()
-        log_p = torch.log_softmax(logits, -1)
+        logits = output.logits.float()
+        # They take the KL from the model's own logits, and the NLL from the head applied once more.
+        log_p = torch.log_softmax(model.get_output_embeddings()(output.hidden_states[-1]).float(), -1)
         extra_log_p = torch.log_softmax(logits[-1, extra.subject_last], -1)
         if before is None:
             before = extra_log_p.detach()
@@ -66,7 +71,10 @@ def target(
         if delta.norm().item() > bound.item():
             with torch.no_grad():
                 delta.mul_(bound / delta.norm())
-    return delta.detach()
+    for weight in weights:
+        weight.requires_grad_(True)
+    assert start is not None
+    return start, delta.detach()
 
 
 @torch.no_grad()
@@ -80,6 +88,15 @@ def key(anatomy: Anatomy, tokenizer: Any, edit: Edit, prefixes: Sequence[str], l
     handle.remove()
     keys = caught[0][torch.arange(len(rows)), [row.subject_last for row in rows]].float()
     return 0.5 * keys[0] + 0.5 * keys[1:].mean(0) if prefixes else keys[0]
+
+
+@torch.no_grad()
+def state(anatomy: Anatomy, tokenizer: Any, edit: Edit, layer: int) -> Tensor:
+    """h after the layer at the subject's last token, from a pass through the whole model. [d_model] float32."""
+    row = subject_row(tokenizer, edit.prompt, edit.subject)
+    ids = torch.tensor([row.ids], device=anatomy.device)
+    found = anatomy.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    return found[layer + 1][0, row.subject_last].float()
 
 
 @torch.no_grad()
@@ -115,7 +132,8 @@ def d4s_sequence(
     for edit in edits:
         edited = weight.clone()
         weight.copy_(base)
-        d = target(anatomy, tokenizer, edit, prefixes, layer, config).double()
+        start, delta = target(anatomy, tokenizer, edit, prefixes, layer, config)
+        d = (start + delta - state(anatomy, tokenizer, edit, layer)).double()
         weight.copy_(edited)
         k = key(anatomy, tokenizer, edit, prefixes, layer).double()
         residual_sum = residual_sum + torch.outer(d, k)

@@ -26,7 +26,7 @@ OURS = {
 }
 THEIRS = {
     "targets": [(originals, "target")],
-    "keys": [(originals, "key")],
+    "keys": [(originals, "key"), (originals, "state")],
     "closed form": [(torch.linalg, "solve")],
 }
 

@@ -4,8 +4,9 @@
 // are copied to shared memory with cp.async, two buffers deep: while the tensor cores multiply one, the next
 // is on its way. Rows are named by an index, so a mask costs no copy of the keys. Sums stay in float32
 // registers and reach `moment` once, through shared memory. bfloat16 and float16 keys multiply exactly. A
-// float32 key is split into two TF32 numbers, k ≈ high + low, and high·high + high·low + low·high keeps
-// float32's accuracy.
+// float32 key is split into two TF32 numbers, k ≈ high + low, and high·high + high·low + low·high + low·low
+// is all but exact. Tensor cores cut the bits that a sum has no room for, so the products of eight keys are
+// summed by themselves, and these sums are added up by ordinary additions, which round.
 //
 // Kᵀ needs no transposition: the panel of columns i, read column-major, is already the left operand.
 #include <mma.h>
@@ -30,8 +31,8 @@ constexpr int kFragment = 16;  // side of one tensor-core product
 constexpr int kRowFragments = kWarpRows / kFragment;
 constexpr int kColFragments = kWarpCols / kFragment;
 
-// Tensor-core shapes of a key type. kPad shifts each row of a panel by 16 bytes, so that the eight rows that
-// a warp reads together lie in different banks.
+// Tensor-core shapes of a key type. kPad shifts each row of a panel, so that the rows that a warp reads
+// together lie in different banks.
 template <class Key>
 struct Panel {
   using Operand = Key;
@@ -47,7 +48,7 @@ struct Panel<float> {
   static constexpr int kStep = 8;
   static constexpr int kDepth = 16;
   static constexpr int kLanes = 4;
-  static constexpr int kPad = kLanes;
+  static constexpr int kPad = 2 * kLanes;  // four rows of eight columns are read together
   float key[kDepth][kTile + kPad];
 };
 
@@ -149,10 +150,15 @@ __device__ void multiply<float>(const Panel<float>& left, const Panel<float>& ri
       split_tf32(high_a, low_a);
 #pragma unroll
       for (int j = 0; j < kColFragments; ++j) {
+        Sum<float> part;
+        wmma::fill_fragment(part, 0.0f);
         // Small terms first, so that they are not lost in the large one.
-        wmma::mma_sync(sums[i][j], low_a, high_b[j], sums[i][j]);
-        wmma::mma_sync(sums[i][j], high_a, low_b[j], sums[i][j]);
-        wmma::mma_sync(sums[i][j], high_a, high_b[j], sums[i][j]);
+        wmma::mma_sync(part, low_a, low_b[j], part);
+        wmma::mma_sync(part, low_a, high_b[j], part);
+        wmma::mma_sync(part, high_a, low_b[j], part);
+        wmma::mma_sync(part, high_a, high_b[j], part);
+#pragma unroll
+        for (int e = 0; e < part.num_elements; ++e) sums[i][j].x[e] += part.x[e];
       }
     }
   }

@@ -4,6 +4,7 @@
 #ifdef D4S_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 #endif
 
 #include <optional>
@@ -63,6 +64,16 @@ void check_device(const at::Tensor& first, const at::Tensor& other, const char* 
         first.device());
 }
 
+// `written` must not share memory with what is read meanwhile, unless they are the same elements and
+// `same_is_right`.
+void check_apart(const at::Tensor& written, const char* written_name, const at::Tensor& read,
+                 const char* name, bool same_is_right = false) {
+  const at::MemOverlapStatus status = at::get_overlap_status(written, read);
+  const bool apart = status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial;
+  check(apart || (same_is_right && status == at::MemOverlapStatus::Full), name, " shares memory with ",
+        written_name, ", which is written while ", name, " is read; pass a clone");
+}
+
 // Whether to take the CUDA half of an op; neither half is an error.
 bool on_cuda(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return false;
@@ -70,6 +81,11 @@ bool on_cuda(const at::Tensor& tensor) {
 #ifndef D4S_WITH_CUDA
   check(false,
         "d4s was built without CUDA kernels; build it where there are a CUDA compiler and a CUDA torch");
+#else
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.device().index());
+  check(major >= 8, tensor.device(), " has compute capability ", major,
+        ".x; the CUDA kernels need 8.0 (A100) or later");
 #endif
   return true;
 }
@@ -95,6 +111,7 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
         "; they must be [..., d] with d = ", moment.size(0), " as in moment");
   check(keys.scalar_type() != at::kDouble || moment.scalar_type() == at::kDouble,
         "keys are float64 and moment float32; a float32 moment takes float32, float16 or bfloat16 keys");
+  check_apart(moment, "moment", keys, "keys");
   at::Tensor rows;
   if (mask) {
     check(mask->scalar_type() == at::kBool && mask->sizes() == keys.sizes().slice(0, keys.dim() - 1),
@@ -119,7 +136,7 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   const c10::cuda::CUDAGuard guard(moment.device());
   const int64_t lane = 16 / keys.element_size();
   if (keys.stride(0) % lane != 0 || reinterpret_cast<uintptr_t>(keys.data_ptr()) % 16 != 0) {
-    keys = at::constant_pad_nd(keys, {0, (lane - d % lane) % lane}).narrow(1, 0, d);
+    keys = at::constant_pad_nd(keys, {0, (lane - d % lane) % lane}).contiguous().narrow(1, 0, d);
   }
   accumulate_key_covariance_cuda(matrix_of(keys, "keys"), row_indices, count, matrix_of(moment, "moment"),
                                  stream_of(moment));
@@ -168,6 +185,8 @@ std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base
         " as weight");
   check_device(weight, base, "base");
   check_device(weight, delta, "delta");
+  check_apart(weight, "weight", delta, "delta");
+  check_apart(weight, "weight", base, "base", true);  // each element is read before it is written
   if (weight.stride(1) != 1) {
     weight = weight.t();
     base = base.t();

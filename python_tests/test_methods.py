@@ -28,8 +28,8 @@ def target_nll(bench, edit):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", METHODS)
-def test_an_edit_takes_and_is_undone_bit_for_bit(name, model_type, seed):
-    bench = bench_of(model_type, seed)
+def test_an_edit_takes_and_is_undone_bit_for_bit(name, model_type, device, seed):
+    bench = bench_of(model_type, seed, device=device)
     before = state_of(bench)
     editor = editor_of(name, bench)
     batch = SUBJECT_LAST
@@ -289,8 +289,8 @@ def test_memit_seq_is_d4s_with_the_current_anchor(seed):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_d4s_in_one_layer_is_one_batch_in_any_order(model_type, seed):
-    bench = bench_of(model_type, seed)
+def test_d4s_in_one_layer_is_one_batch_in_any_order(model_type, device, seed):
+    bench = bench_of(model_type, seed, device=device)
     editor = editor_of("d4s", bench, layers=1, prior_weight=10.0)
     editor.edit(EDITS)
     batch = editor.weights.delta(1)

@@ -36,7 +36,9 @@ def test_key_covariance_is_as_accurate_as_torch(device, dtype, d):
         moment, twin = torch.zeros(2, d, d, device=device)
         assert accumulated(moment, keys) == n
         assert reference.accumulate_key_covariance_(twin, keys) == n
-        assert relative_error(moment, truth) <= 2 * relative_error(twin, truth) + 1e-7
+        # On CUDA a float32 key is two TF32 numbers, 22 bits.
+        slack = 6e-7 if device.type == "cuda" and dtype == torch.float32 else 1e-7
+        assert relative_error(moment, truth) <= 2 * relative_error(twin, truth) + slack
         wide = torch.zeros(d, d, device=device, dtype=torch.float64)
         accumulated(wide, keys)
         assert relative_error(wide, truth) <= 1e-14
@@ -331,6 +333,22 @@ def test_l1_norms_of_many_shapes_types_and_strides(device):
     for norm, truth, weight in found:
         torch.testing.assert_close(norm, truth, rtol=l1_error(weight.dtype), atol=0)
     assert ops.l1_norms([]).shape == (0,)
+
+
+def test_memory_that_is_read_while_it_is_written_is_refused():
+    square, keys = torch.randn(6, 6), torch.randn(6, 6)
+    with pytest.raises(D4SError, match="keys shares memory with moment"):
+        ops.accumulate_key_covariance_(square, square)
+    with pytest.raises(D4SError, match="delta shares memory with weight"):
+        ops.write_back_(square, keys, square.T)
+    with pytest.raises(D4SError, match="base shares memory with weight"):
+        ops.write_back_(square, square.T, keys)
+    memory = torch.randn(42)
+    with pytest.raises(D4SError, match="base shares memory with weight"):
+        ops.write_back_(memory[6:].view(6, 6), memory[:36].view(6, 6), keys)
+    wanted = (square.double() + keys.double()).float()
+    ops.write_back_(square, square, keys)  # the same elements
+    assert torch.equal(square, wanted)
 
 
 def test_l1_norms_refuse_what_is_no_weight():

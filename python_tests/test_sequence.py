@@ -50,8 +50,8 @@ STRONG = dict(
 FAST = STRONG | dict(contexts=0)
 
 
-def ready(seed: int, model_type: str = "gpt2", dtype: torch.dtype = torch.float32, **changes):
-    model = tiny_model(model_type, seed, dtype, **changes)
+def ready(seed: int, model_type: str = "gpt2", dtype: torch.dtype = torch.float32, device="cpu", **changes):
+    model = tiny_model(model_type, seed, dtype, **changes).to(device)
     covariance = estimate_covariance(model, tiny_tokenizer(), TEXTS * 6, dtype=torch.float64, progress=False)
     return model, covariance
 
@@ -118,9 +118,9 @@ def test_each_point_scores_all_edits_made_so_far(batch_size, evaluate_every, poi
     assert result.model is model and result.failure is None
 
 
-def test_the_edits_are_made_and_nothing_else_is_changed(seed):
+def test_the_edits_are_made_and_nothing_else_is_changed(device, seed):
     # Wide enough for its random keys to differ: in 48 dimensions seven edits can do each other more harm than good.
-    model, covariance = ready(seed, n_inner=512)
+    model, covariance = ready(seed, device=device, n_inner=512)
     before = state(model)
     result = sequence(model, covariance, config=FAST | {"layers": [1], "steps": 10, "prior_weight": 0.1})
     after = state(model)

@@ -49,9 +49,11 @@ STRONG: dict[str, dict[str, Any]] = {
 }
 
 
-def bench_of(model_type: str, seed: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Workbench:
+def bench_of(
+    model_type: str, seed: int, dtype: torch.dtype = torch.float32, device: Any = "cpu", **changes: Any
+) -> Workbench:
     """A workbench at a new random model, always the same one for a seed, with statistics of all its layers."""
-    model, tokenizer = tiny_model(model_type, seed, dtype, **changes), tiny_tokenizer()
+    model, tokenizer = tiny_model(model_type, seed, dtype, **changes).to(device), tiny_tokenizer()
     covariance = estimate_covariance(
         model, tokenizer, TEXTS * 8, tokens=800, dtype=torch.float64, progress=False
     )
