@@ -49,7 +49,7 @@ def both_ways(device: torch.device, count: int) -> tuple[Sequence[Edit], Way, Wa
 
 
 def test_whole_sequence(benchmark, claim, device):
-    count, few = (200, 6) if device.type == "cpu" else (400, 8)
+    count, few = 400, 8
     edits, ours, theirs_way = both_ways(device, count)
     few_edits = edits[:few]
     assert relative_error(ours(few_edits), theirs_way(few_edits)) < (1e-2 if device.type == "cpu" else 0.3)
