@@ -282,9 +282,7 @@ class _Layer:
             return
         self.waiting.append((self.prior.rows(residuals), self.prior.rows(keys), sign))
         if sum(len(k) for _, k, _ in self.waiting) >= self.many:
-            # Δ will come from a solve; until then the rows need not be held.
-            self._fold()
-            self.delta = self.inverse = None
+            self._fold()  # Δ will come from a solve; until then the rows need not be held
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """A and B with every row added so far; copies."""
@@ -316,10 +314,8 @@ class _Layer:
                 try:
                     self._update(*rows)
                 except BaseException:
-                    # The sums stay right: what is not in yet goes in, and the next Δ is solved for.
-                    self.waiting = todo[done:]
+                    self.waiting = todo[done:]  # what is not in yet goes in: the sums stay right
                     self._fold()
-                    self.delta = self.inverse = None
                     raise
             self.waiting.clear()
         assert self.delta is not None
@@ -396,11 +392,12 @@ class _Layer:
         return torch.maximum(of_inverse, of_delta).item()
 
     def _fold(self) -> None:
-        """Every row into A and B. P, if there is one, is left behind."""
+        """Every row into A and B. P and Δ, which would be left behind, are dropped: the next Δ is solved for."""
         self._add_buffers(self.residual_sum, self.key_sum)
         self._add_waiting(self.residual_sum, self.key_sum)
         self.waiting.clear()
         self.rows = 0
+        self.delta = self.inverse = None
 
     def _add_buffers(self, residual_sum: Tensor, key_sum: Tensor) -> None:
         signed = self.key_rows[: self.rows] * self.signs[: self.rows]

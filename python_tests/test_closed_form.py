@@ -132,6 +132,19 @@ def test_sums_stay_right_after_rows_that_cannot_be_taken_out(prior, good):
     assert relative_error(closed.delta(0), truth) <= 1e-8
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2])  # times for Δ before: no solve, a solve, a kept inverse
+def test_a_delta_that_could_not_be_had_is_not_an_old_one_when_asked_for_again(prior, asked):
+    residuals, keys = edits_of(3)
+    closed = ClosedForm({0: prior}, D_OUT)
+    for i in range(asked):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        closed.delta(0)
+    closed.subtract_(residuals[:1], 100 * keys[:1], 0)
+    for _ in range(2):
+        with pytest.raises(NotPositiveDefiniteError):
+            closed.delta(0)
+
+
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_two_runs_add_up(prior, asked_before):
     residuals, keys = edits_of(40)
