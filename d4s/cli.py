@@ -151,7 +151,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     from d4s.covariance import Covariance
-    from d4s.files import write_table
+    from d4s.files import whole, write_table
     from d4s.sequence import Result, edit_sequence
 
     out = _empty_folder(options.out)
@@ -163,10 +163,9 @@ def edit(options: argparse.Namespace) -> None:
         result.save(out / "result.json")
         write_table(result.to_frame(), out / "history.csv")
         result.baseline.save(out / "baseline.json")
-        beside = out / "model.part"
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.replace(out / "model")
+        with whole(out / "model") as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
 
     try:
         result = edit_sequence(

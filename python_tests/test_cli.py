@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
+from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM, GPT2LMHeadModel
 
 from d4s import demo
 from d4s.architectures import ARCHITECTURES, Anatomy
@@ -257,7 +258,20 @@ def test_what_was_done_before_a_failure_is_kept(place, tmp_path, capsys, monkeyp
     assert "no room" in line
     stored = json.loads((out / "result.json").read_text())
     assert stored["failure"] == "edit 3: no room" and stored["edits"] == 2
-    assert (out / "model" / "model.safetensors").exists() and not (out / "model.part").exists()
+    assert (out / "model" / "model.safetensors").exists() and not list(out.glob("*part*"))
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_a_model(place, tmp_path, capsys, monkeypatch):
+    def full(_model, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", full)
+    out = tmp_path / "run"
+    line = failed(capsys, "edit", "m", "edits.json", "--out", str(out), "--method", "ft-m", "--limit", "1")
+    assert str(out / "model") in line and "No space left" in line
+    assert sorted(path.name for path in out.iterdir()) == ["baseline.json", "history.csv", "result.json"]
 
 
 def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
