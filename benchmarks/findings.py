@@ -22,7 +22,6 @@ from d4s import demo, edit_sequence, evaluate
 from d4s.analysis import frame_lines
 from d4s.compare import compare
 from d4s.demo.run import demo_covariance
-from d4s.edits import Edit
 from d4s.files import write_table
 from d4s.methods import Workbench, method_for
 
@@ -38,13 +37,6 @@ class Bench:
         self.covariance = demo_covariance(self.model, self.tokenizer, layers=LAYERS)
         self.edits = demo.load_demo_edits()
         random.Random(0).shuffle(self.edits)
-
-    def after(self, edits: list[Edit], **options: object) -> dict[str, float]:
-        """The last history row; the weights are put back."""
-        options = {"covariance": self.covariance, "original": False} | options
-        result = edit_sequence(self.model, self.tokenizer, edits, **options)  # type: ignore[arg-type]
-        result.restore()
-        return result.history[-1]
 
 
 def configurations(bench: Bench) -> DataFrame:
@@ -111,7 +103,18 @@ def changed_again(bench: Bench) -> DataFrame:
 
 def generated(bench: Bench) -> DataFrame:
     questions = [replace(edit, kind="question") for edit in bench.edits[:100]]
-    row = bench.after(questions, batch_size=10, generate=True, neighborhood_limit=1)
+    result = edit_sequence(
+        bench.model,
+        bench.tokenizer,
+        questions,
+        covariance=bench.covariance,
+        batch_size=10,
+        original=False,
+        generate=True,
+        neighborhood_limit=1,
+    )
+    result.restore()
+    row = result.history[-1]
     rows = [
         {"prompts": name, "forced tokens right": row[name], "forced, all right": row[f"{name}_argmax"]}
         | {"generated, exact match": row[f"{name}_generated"]}
@@ -122,9 +125,8 @@ def generated(bench: Bench) -> DataFrame:
 
 def overlap(bench: Bench) -> DataFrame:
     """Of a single edit's residual, the share kᵢᵀ (λC)⁻¹ kⱼ / (1 + kᵢᵀ (λC)⁻¹ kᵢ) that arrives at key j."""
-    editor = method_for("d4s", Workbench(bench.model, bench.tokenizer).anatomy).editor(
-        Workbench(bench.model, bench.tokenizer, covariance=bench.covariance)
-    )
+    workbench = Workbench(bench.model, bench.tokenizer, covariance=bench.covariance)
+    editor = method_for("d4s", workbench.anatomy).editor(workbench)
     layer = editor.weights.layers[0]
     keys = editor.keys(editor.rows(bench.edits[:200]), layer)
     products = keys @ editor.priors()[layer].solve(keys.T)

@@ -12,7 +12,7 @@ from torch import Tensor
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.prompts import pad_id, padded, subject_row
-from d4s.targets import TargetConfig
+from d4s.targets import TargetConfig, frozen
 
 
 def target(
@@ -43,36 +43,32 @@ def target(
 
     optimiser = torch.optim.Adam([delta], lr=config.learning_rate)
     before: Tensor | None = None
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for weight in weights:  # they too take no gradient of the weights
-        weight.requires_grad_(False)
-    for _ in range(config.steps):
-        handle = anatomy.blocks[layer].register_forward_hook(add)
-        output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
-        handle.remove()
-        logits = output.logits.float()
-        # They take the KL from the model's own logits, and the NLL from the head applied once more.
-        log_p = torch.log_softmax(model.get_output_embeddings()(output.hidden_states[-1]).float(), -1)
-        extra_log_p = torch.log_softmax(logits[-1, extra.subject_last], -1)
-        if before is None:
-            before = extra_log_p.detach()
-        wanted = labels != -100
-        picked = log_p.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
-        nll = (-(picked * wanted).sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
-        assert start is not None
-        loss = nll + config.kl_factor * (before.exp() * (before - extra_log_p)).sum()
-        loss = loss + config.weight_decay * delta.norm() / start.norm() ** 2
-        if loss.item() < config.stop_loss:
-            break
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        bound = config.clamp * start.norm()
-        if delta.norm().item() > bound.item():
-            with torch.no_grad():
-                delta.mul_(bound / delta.norm())
-    for weight in weights:
-        weight.requires_grad_(True)
+    with frozen(model):  # they too take no gradient of the weights
+        for _ in range(config.steps):
+            handle = anatomy.blocks[layer].register_forward_hook(add)
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+            handle.remove()
+            logits = output.logits.float()
+            # They take the KL from the model's own logits, and the NLL from the head applied once more.
+            log_p = torch.log_softmax(model.get_output_embeddings()(output.hidden_states[-1]).float(), -1)
+            extra_log_p = torch.log_softmax(logits[-1, extra.subject_last], -1)
+            if before is None:
+                before = extra_log_p.detach()
+            wanted = labels != -100
+            picked = log_p.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
+            nll = (-(picked * wanted).sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
+            assert start is not None
+            loss = nll + config.kl_factor * (before.exp() * (before - extra_log_p)).sum()
+            loss = loss + config.weight_decay * delta.norm() / start.norm() ** 2
+            if loss.item() < config.stop_loss:
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            bound = config.clamp * start.norm()
+            if delta.norm().item() > bound.item():
+                with torch.no_grad():
+                    delta.mul_(bound / delta.norm())
     assert start is not None
     return start, delta.detach()
 

@@ -161,9 +161,8 @@ def normalised(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = "".join(" " if c in string.punctuation else c for c in text)
     words = text.split()
-    return " ".join(
-        [word for word in words if word not in ("a", "an", "the")] or words
-    )  # "A" may be the answer
+    without_articles = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(without_articles or words)  # "A" may be the answer
 
 
 def _words(text: str) -> list[str]:

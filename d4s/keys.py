@@ -61,8 +61,7 @@ def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_inp
     model, device = anatomy.model, anatomy.device
     # Rows of one text but for its end are equal here; each distinct one runs once, short ones together.
     distinct = list(dict.fromkeys(rows.ids))
-    place = {ids: i for i, ids in enumerate(distinct)}
-    taken: dict[int, Tensor] = {}
+    taken: dict[tuple[int, ...], Tensor] = {}
 
     def run(chosen: list[int]) -> None:
         part = [distinct[i] for i in chosen]
@@ -72,8 +71,8 @@ def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_inp
         values = trace.input if take_input else trace.output
         values = values.view(len(part), ids.shape[1], -1)  # OPT flattens rows and positions
         last = torch.as_tensor([len(row) - 1 for row in part], device=device)
-        taken.update(zip(chosen, values[torch.arange(len(part), device=device), last].float(), strict=True))
+        taken.update(zip(part, values[torch.arange(len(part), device=device), last].float(), strict=True))
 
     run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))
-    found = torch.stack([taken[place[ids]] for ids in rows.ids])
+    found = torch.stack([taken[ids] for ids in rows.ids])
     return rows.shares.to(device) @ found.view(-1, len(rows.shares), found.shape[1])

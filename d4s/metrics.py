@@ -57,14 +57,13 @@ METRICS: dict[str, str] = {
 UNITS = {"fluency": "bits", "target_probability": "", "consistency": ""}
 THREE = ("efficacy", "paraphrase", "specificity")
 
+_TRUTH = {"True": "False", "False": "True"}
+
 
 def is_share(name: str) -> bool:
     """Whether the figure of this name lies between 0 and 1."""
     plain = name.removeprefix("original_").partition(".")[0]
     return plain == "retained" or (plain in METRICS and plain not in UNITS)
-
-
-_TRUTH = {"True": "False", "False": "True"}
 
 
 @dataclass(frozen=True)

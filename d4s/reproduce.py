@@ -116,6 +116,7 @@ class Setting:
 
     def compare(self, edits: Sequence[Edit], **options: Any) -> Comparison:
         """One edit a step, scored at the counts; the details are saved beside the figure."""
+        details = self.out / f"{self.name}-details"
         found = compare(
             self.model,
             self.tokenizer,
@@ -125,10 +126,10 @@ class Setting:
             evaluate_every=self.counts,
             seeds=self.seed,
             progress=self.progress,
-            out=self.out / f"{self.name}-details",
+            out=details,
             **options,
         )
-        found.save(self.out / f"{self.name}-details")
+        found.save(details)
         return found
 
     def downstream(self) -> Callable[[], dict[str, float]]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from d4s.architectures import Anatomy, Architecture
+from d4s.architectures import Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
 from d4s.files import whole
+from d4s.forward import evaluating
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
@@ -233,19 +234,15 @@ def edit_sequence(
         check_batch(batch)
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
-    anatomy = Anatomy(model, architecture)
-    anatomy.check_placement()
-    configured = method_for(method, anatomy, config)
+    bench = Workbench(
+        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
+    )
+    configured = method_for(method, bench.anatomy, config)
     _check_finite(model)
     if isinstance(configured, TargetMethod):
         for edit in edits:
             subject_row(tokenizer, edit.prompt, edit.subject)
-    bench = Workbench(
-        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
-    )
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         editor = configured.editor(bench)
         taken = baseline if baseline is not None else take_baseline(model, tokenizer, edits)
         result = Result(
@@ -255,35 +252,33 @@ def edit_sequence(
         run.point(0, last=False)
         editor.announce(edits)
         made = 0
-        bar = tqdm(total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True)
         try:
-            for batch in batches:
-                try:
-                    run.step(batch, original)
-                except (D4SError, torch.OutOfMemoryError) as error:
-                    result.failure = f"edit {made + 1}: {error}"
-                    if not stop_at_failure:
-                        raise
-                    if made and result.history[-1]["step"] != made:
-                        run.point(made, last=True)
-                    break
-                before, made = made, made + len(batch)
-                bar.update(len(batch))
-                due = every is not None and made // every > before // every
-                due |= any(before < point <= made for point in points)
-                if due or made == len(edits):
-                    run.point(made, last=made == len(edits))
-                    bar.set_postfix(
-                        {k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"}
-                    )
+            with tqdm(
+                total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True
+            ) as bar:
+                for batch in batches:
+                    try:
+                        run.step(batch, original)
+                    except (D4SError, torch.OutOfMemoryError) as error:
+                        result.failure = f"edit {made + 1}: {error}"
+                        if not stop_at_failure:
+                            raise
+                        if made and result.history[-1]["step"] != made:
+                            run.point(made, last=True)
+                        break
+                    before, made = made, made + len(batch)
+                    bar.update(len(batch))
+                    due = every is not None and made // every > before // every
+                    due |= any(before < point <= made for point in points)
+                    if due or made == len(edits):
+                        run.point(made, last=made == len(edits))
+                        bar.set_postfix(
+                            {k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"}
+                        )
         except BaseException as error:
             result.failure = result.failure or f"after edit {made}: {str(error) or type(error).__name__}"
             error.result = result  # type: ignore[attr-defined]
             raise
-        finally:
-            bar.close()
-    finally:
-        model.train(training)
     return result
 
 

@@ -27,7 +27,7 @@ from d4s.architectures import Anatomy
 from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
-from d4s.forward import run_in_batches
+from d4s.forward import evaluating, run_in_batches
 from d4s.prompts import pad_id
 from d4s.request_rows import Place, RequestRows, request_of, width_of
 
@@ -135,17 +135,15 @@ def optimise_targets(
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No dropout, and no gradient to weights: only δ has one."""
-    training = model.training
     wanted = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        model.train(training)
 
 
 def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:

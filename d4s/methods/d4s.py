@@ -101,7 +101,7 @@ class D4SEditor(LocateEditor):
                 residuals = (targets.target.double() - self.state(bare)) / share + already
                 old = already[again]
             self.closed_form.add_(residuals, keys, layer)
-            if again and old is not None:
+            if old is not None:
                 self.closed_form.subtract_(old, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
         self.settle(rows, used)
