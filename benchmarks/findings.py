@@ -1,6 +1,6 @@
 """What the README says of the embedded model beyond its comparisons: `python -m benchmarks.findings [NAME …]`.
 
-    configurations  D4S over 200 edits with one field of its preset changed at a time
+    configurations  D4S and AlphaEdit over 200 edits with a field of their presets changed
     changed_again   100 edits, the first 50 of them then changed once more: which answer is given
     generated       questions answered by forced tokens and freely, 100 edits, ten a step
     overlap         how much of an edit's change arrives at its own key, and at those of other edits
@@ -40,26 +40,41 @@ class Bench:
 
 
 def configurations(bench: Bench) -> DataFrame:
-    changes: list[dict[str, object]] = [
-        {},
-        {"anchor": "current"},
-        *({"prior_weight": value} for value in (200.0, 2_000.0)),
-        *({"ridge": value} for value in (0.01, 1.0)),
-        *({"clamp": value} for value in (0.75, 1.0)),
-        *({"layers": layers} for layers in ((1,), (2,), (0, 1))),
-    ]
-    labels = [", ".join(f"{k}={v}" for k, v in change.items()) or "preset" for change in changes]
+    changes: dict[str, list[dict[str, object]]] = {
+        "d4s": [
+            {},
+            {"anchor": "current"},
+            *({"prior_weight": value} for value in (200.0, 2_000.0)),
+            *({"ridge": value} for value in (0.01, 1.0)),
+            *({"clamp": value} for value in (0.75, 1.0)),
+            *({"layers": layers} for layers in ((1,), (2,), (0, 1))),
+        ],
+        "alphaedit": [
+            {},
+            *({"null_space_threshold": value} for value in (0.05, 0.2, 1.0)),
+            *({"l2": value} for value in (10.0, 100.0)),
+            {"null_space_threshold": 1.0, "l2": 10.0},
+        ],
+    }
+    runs = {
+        (method, ", ".join(f"{k}={v}" for k, v in change.items()) or "preset"): change
+        for method, several in changes.items()
+        for change in several
+    }
     found = compare(
         bench.model,
         bench.tokenizer,
         bench.edits[:200],
-        {label: {"method": "d4s", **change} for label, change in zip(labels, changes, strict=True)},
+        {f"{method}: {label}": {"method": method, **change} for (method, label), change in runs.items()},
         covariance=bench.covariance,
         neighborhood_limit=2,
         original=False,
     )
     names = ("efficacy", "paraphrase", "specificity", "average", "specificity_argmax", "l1_growth")
-    return found.table()[["method", "edits", *names]].rename(columns={"method": "configuration"})
+    table = found.table()[["edits", *names]]
+    table.insert(0, "configuration", [label for _, label in runs])
+    table.insert(0, "method", [method for method, _ in runs])
+    return table
 
 
 def changed_again(bench: Bench) -> DataFrame:
