@@ -33,7 +33,9 @@ def test_key_covariance(benchmark, claim, device, dtype, d):
     for row in (0, d // 2 + 32):  # on the diagonal, of which the lower half is computed, and off it
         truth = (keys[:, row : row + 64].double().T @ keys[:, :64].double()).tril(row)
         error, bound = (relative_error(m[row : row + 64, :64].tril(row), truth) for m in (moment, twin))
-        assert error <= 2 * bound + 1e-7
+        # Tensor cores cut the sums of 16-bit keys; how far depends on how many they add in one instruction.
+        cut = tokens * 2.0**-28 if device.type == "cuda" and dtype != torch.float32 else 0.0
+        assert error <= 2 * bound + cut + 1e-7
     assert torch.equal(ops.symmetrize_(moment.clone()), ops.symmetrize_(moment.clone()).T)
 
     mine, theirs = compare(ours, plain, device, rounds=5)

@@ -13,13 +13,15 @@
 
 namespace d4s {
 
-// Throws if the launch just made was refused.
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+// Throws if a call of the CUDA runtime has failed.
+inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }
+
+// Throws if the launch just made was refused.
+inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
 // Calls work(T{}) with the CUDA type of `dtype`.
 template <class Work>
