@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d4s.errors import ConfigError
 from d4s.forward import Forward, evaluating, most_tokens, run_in_batches
-from d4s.prompts import pad_id
+from d4s.prompts import pad_id, text_ids
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def generate(
     distinct = list(dict.fromkeys(prompts))
     if not distinct:
         return []
-    ids = [list(row) for row in tokenizer(distinct)["input_ids"]]
+    ids = text_ids(tokenizer, distinct)
     draws = [random.Random(f"{seed}/{prompt}") for prompt in distinct]
     ends = _end_ids(model, tokenizer)
     forward = Forward(model, pad_id(tokenizer))

@@ -23,14 +23,31 @@ class Row:
     target_start: int  # position of the target's first token; len(ids) without a target
 
 
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that go on: with what the tokenizer puts in front of any text, not what it puts behind.
+
+    That is <s> or [CLS], and </s> or [SEP] of a tokenizer that adds them.
+    """
+    behind = _ids_behind(tokenizer)
+    return [list(ids[: len(ids) - behind]) for ids in tokenizer(list(texts))["input_ids"]] if texts else []
+
+
+def _ids_behind(tokenizer: Any) -> int:
+    """How many ids the tokenizer puts behind any text."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    for first in range(len(whole) - len(plain), -1, -1):
+        if plain and whole[first : first + len(plain)] == plain:
+            return len(whole) - first - len(plain)
+    return 0
+
+
 def prompt_and_target_ids(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the target that follows it after one space.
 
     Both come from one tokenisation of "prompt target" where its ids start with the prompt's; where the
     tokenizer merges across the border, the target is tokenised alone.
     """
-    prompt_ids = list(tokenizer(prompt)["input_ids"])
-    whole = list(tokenizer(f"{prompt} {target}")["input_ids"])
+    prompt_ids, whole = text_ids(tokenizer, (prompt, f"{prompt} {target}"))
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return prompt_ids, whole[len(prompt_ids) :]
     target_ids = list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
@@ -66,7 +83,8 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", p
     if last < 0:
         raise TokenizerError(f"no token of {prompt!r} covers the end of the subject {subject!r}")
     if not target:
-        return Row(tuple(encoded["input_ids"]), last, len(encoded["input_ids"]))
+        ids = text_ids(tokenizer, (prompt,))[0]
+        return Row(tuple(ids), last, len(ids))
     prompt_ids, target_ids = prompt_and_target_ids(tokenizer, prompt, target)
     return Row((*prompt_ids, *target_ids), last, len(prompt_ids))
 
@@ -88,10 +106,10 @@ def generate_contexts(
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for word in CONTEXT_SEEDS:
-                encoded = tokenizer(word, return_tensors="pt").to(device)
+                ids = torch.tensor(text_ids(tokenizer, (word,)), device=device).repeat(per_seed, 1)
                 made = model.generate(
-                    input_ids=encoded["input_ids"].repeat(per_seed, 1),
-                    attention_mask=encoded["attention_mask"].repeat(per_seed, 1),
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
                     do_sample=True,
                     top_k=5,
                     top_p=1.0,
@@ -109,8 +127,11 @@ def generate_contexts(
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id to pad with; padded positions are always masked, so any will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+    """An id to pad with; padded positions are always masked, so any that the model knows will do.
+
+    The pad token comes last, since it is often added to a tokenizer beyond what the model has embeddings for.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return int(token)
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d4s.errors import ConfigError, TokenizerError
 from d4s.forward import Forward, evaluating, most_tokens, run_in_batches
-from d4s.prompts import pad_id, prompt_and_target_ids
+from d4s.prompts import pad_id, prompt_and_target_ids, text_ids
 
 Ids = tuple[int, ...]
 
@@ -124,9 +124,9 @@ def _tokenised(
     """As `prompt_and_target_ids` of each pair, with the tokenizer called once for all of them."""
     if not targets_of:
         return {}
-    prompts = tokenizer(list(targets_of))["input_ids"]
+    prompts = text_ids(tokenizer, list(targets_of))
     pairs = [f"{prompt} {target}" for prompt, targets in targets_of.items() for target in targets]
-    wholes = iter(tokenizer(pairs)["input_ids"] if pairs else ())
+    wholes = iter(text_ids(tokenizer, pairs))
     found: dict[str, tuple[Ids, dict[str, Ids]]] = {}
     for (prompt, targets), prompt_ids in zip(targets_of.items(), map(tuple, prompts), strict=True):
         target_ids: dict[str, Ids] = {}
@@ -220,7 +220,7 @@ def perplexity(
     rows: list[list[int]] = []
     reads: list[range] = []
     tokens: list[list[int]] = []
-    for ids in tokenizer(list(texts))["input_ids"] if texts else ():
+    for ids in text_ids(tokenizer, texts):
         scored = 1  # the first token has nothing before it
         while scored < len(ids):
             begin = max(0, scored - overlap - 1) if scored > 1 else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -16,6 +18,7 @@ from d4s.prompts import (
     padded,
     prompt_and_target_ids,
     subject_row,
+    text_ids,
 )
 
 
@@ -254,9 +257,29 @@ def test_rows_are_padded_on_the_side_asked_for():
     assert ids.dtype == mask.dtype == torch.int64
 
 
-def test_an_id_to_pad_with_is_always_found():
+def test_tokens_that_are_put_behind_a_text_are_left_out():
+    start, both = tiny_tokenizer(), copy.deepcopy(tiny_tokenizer())
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start.bos_token_id), ("</s>", start.eos_token_id)]
+    )
+    assert both("Lyon")["input_ids"] == [*start("Lyon")["input_ids"], start.eos_token_id]
+    texts = ["The capital of France is", "Lyon"]
+    assert text_ids(both, texts) == text_ids(start, texts) == start(texts)["input_ids"]
+    assert text_ids(tiny_tokenizer(False), texts) == tiny_tokenizer(False)(texts)["input_ids"]
+    pair = ("The capital of France is", "Paris")
+    assert prompt_and_target_ids(both, *pair) == prompt_and_target_ids(start, *pair)
+    for target in ("", "Paris"):
+        rows = [subject_row(t, "The capital of {} is", "France", target) for t in (start, both)]
+        assert rows[0] == rows[1]
+
+
+def test_an_id_to_pad_with_is_one_that_the_model_knows():
     tokenizer = bpe([])
-    assert pad_id(tiny_tokenizer()) == tiny_tokenizer().pad_token_id
+    added = copy.deepcopy(tiny_tokenizer())
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    known = tiny_model("llama").config.vocab_size
+    assert added.pad_token_id == known
+    assert pad_id(added) == added.eos_token_id < known
     assert pad_id(tokenizer) == tokenizer.bos_token_id
     tokenizer.bos_token = None
     assert pad_id(tokenizer) == 0

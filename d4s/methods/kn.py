@@ -34,7 +34,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.presets import kn_preset
-from d4s.prompts import prompt_and_target_ids
+from d4s.prompts import prompt_and_target_ids, text_ids
 from d4s.trace import Trace, head_reads, replaced_forward
 
 
@@ -91,7 +91,7 @@ class KNEditor(Editor):
             old = prompt_and_target_ids(self.tokenizer, edit.text, edit.target_true)[1][0]
         texts = [prompt]
         if self.method.paraphrases:
-            texts += [list(self.tokenizer(text)["input_ids"]) for text in edit.paraphrases]
+            texts += text_ids(self.tokenizer, edit.paraphrases)
         for layer, neurons in self.shared_neurons(texts, old).items():
             signs = self.neurons(prompt, layer)[neurons].double().sign()
             change = torch.zeros(self.anatomy.shape(layer), dtype=torch.float64, device=self.anatomy.device)
