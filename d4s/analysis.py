@@ -5,6 +5,7 @@ After the two halves of the D4S paper's investigation (arXiv 2410.23843, section
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 FORMS = ("true_false", "multiple_choice", "directly_generated")
 
 
+def _askable(fact: Edit) -> bool:
+    return fact.target_true is not None and fact.kind != "statement"
+
+
 class Retained:
     """What the model must still know: facts that are not edited, as multiple choice, and plain text.
 
@@ -53,7 +58,7 @@ class Retained:
         seed: int = 0,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        known = [fact for fact in facts if fact.target_true is not None and fact.kind != "statement"]
+        known = [fact for fact in facts if _askable(fact)]
         if not known:
             raise ConfigError(
                 "no fact that could be asked for what the model retains: give edits with a target_true that are "
@@ -71,6 +76,12 @@ class Retained:
             if texts is not None
             else [f"{text} {options[0]}." for text, options in self.questions]
         )
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What tells one from another."""
+        asked = json.dumps([self.questions, self.texts])
+        return {"facts": hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()}
 
     def __call__(self) -> dict[str, float]:
         return self.facts() | {"text_perplexity": perplexity(self.model, self.tokenizer, self.texts)}
@@ -286,7 +297,7 @@ def analyze_data(
     if isinstance(edits, Mapping):
         groups = {name: list(group) for name, group in edits.items()}
         if facts is None:
-            source = next((n for n, g in groups.items() if any(e.target_true for e in g)), next(iter(groups)))
+            source = next((n for n, g in groups.items() if any(map(_askable, g))), next(iter(groups)))
             groups[source], facts = hold_out(groups[source])
             asked = {fact.subject for fact in facts}
             groups = {name: [e for e in group if e.subject not in asked] for name, group in groups.items()}

@@ -44,9 +44,11 @@ class Comparison:
 
     results: label of the method → seed → what was measured; a sequence that broke off has a `failure`. Row 0
         of every history is the unedited model, the same for all
+    unfinished: (label, seed) of sequences worth another try, which `save` does not keep
     """
 
     results: dict[str, dict[int, Record]]
+    unfinished: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -172,7 +174,8 @@ class Comparison:
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():
-                record.save(_place(folder, label, seed))
+                if (label, seed) not in self.unfinished:
+                    record.save(_place(folder, label, seed))
                 frame = record.to_frame()
                 frame.insert(0, "seed", seed)
                 frame.insert(0, "method", label)
@@ -211,7 +214,8 @@ def compare(
     methods: names from `d4s.methods()`; or label → what differs from the preset, as {"d4s": None,
         "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method
     seeds: of contexts and samples; several: figures are means over them with Student's t intervals
-    shuffle: each seed also has its own order of the edits, the same for all methods
+    shuffle: each seed also has its own order of the edits, the same for all methods; those of an MQuAKE case stay
+        together
     count: edits made, the first of that order; None: all
     baseline: the unedited model's answers to the edits; None: taken once, for all methods
     out: folder in which each sequence is kept as soon as it ends, so that a comparison that was interrupted, or
@@ -232,6 +236,7 @@ def compare(
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
     configured = _configured(methods, Anatomy(model, architecture))
+    orders = _orders(edits, seeds, shuffle, count)
     before = weights_digest(model)
     kept = None
     if out is not None:
@@ -248,15 +253,16 @@ def compare(
             "neighborhood_limit": neighborhood_limit,
             "original": original,
             "generate": generate,
-            "measure": measure is not None,
+            "measure": _told_apart(measure),
         }
         kept = _Kept(Path(out), settings)
     if baseline is None:
-        baseline = take_baseline(model, tokenizer, edits)
+        made = {id(edit): edit for order in orders.values() for edit in order}
+        baseline = take_baseline(model, tokenizer, list(made.values()))
     results: dict[str, dict[int, Record]] = {label: {} for label in configured}
     errors: list[D4SError] = []
-    for seed in seeds:
-        order = Random(seed).sample(edits, len(edits)) if shuffle else edits
+    unfinished: set[tuple[str, int]] = set()
+    for seed, order in orders.items():
         for label, method in configured.items():
             if kept is not None and (stored := kept.record(label, seed, method)) is not None:
                 results[label][seed] = stored
@@ -265,7 +271,7 @@ def compare(
                 result = edit_sequence(
                     model,
                     tokenizer,
-                    order[:count],
+                    order,
                     method=method,
                     covariance=covariance,
                     batch_size=batch_size,
@@ -281,12 +287,13 @@ def compare(
                     progress=progress,
                 )
             except D4SError as error:
+                unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
                 partial = getattr(error, "result", None)
                 if partial is None or not partial.edits_table:
                     errors.append(error)
                 if partial is None:
                     results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
-                else:  # an evaluation failed: worth another try, so it is not kept in the folder
+                else:  # an evaluation failed
                     results[label][seed] = partial.record()
                     partial.restore()
             except BaseException as error:
@@ -295,15 +302,40 @@ def compare(
                 raise
             else:
                 results[label][seed] = result.record()
-                if kept is not None:
-                    results[label][seed].save(_place(kept.folder, label, seed))
                 result.restore()
                 del result  # and with it the copy of the weights
+                if kept is not None:
+                    results[label][seed].save(_place(kept.folder, label, seed))
             if weights_digest(model) != before:
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
         raise errors[0]
-    return Comparison(results)
+    return Comparison(results, frozenset(unfinished))
+
+
+def _orders(
+    edits: Sequence[Edit], seeds: Sequence[int], shuffle: bool, count: int | None
+) -> dict[int, list[Edit]]:
+    """Seed → the edits it makes, in their order. What follows from a case's edits is asked after its last one,
+    so a shuffle moves whole cases."""
+    cases: list[list[Edit]] = []
+    for edit in edits:
+        case = edit.tags.get("case")
+        if case is not None and cases and cases[-1][-1].tags.get("case") == case:
+            cases[-1].append(edit)
+        else:
+            cases.append([edit])
+    orders = {}
+    for seed in seeds:
+        shuffled = Random(seed).sample(cases, len(cases)) if shuffle else cases
+        orders[seed] = [edit for case in shuffled for edit in case][:count]
+    return orders
+
+
+def _told_apart(measure: Callable[[], Mapping[str, float]] | None) -> Any:
+    """What a folder keeps of a measure: its `settings`; of any other callable that there was one."""
+    owner = getattr(measure, "__self__", measure)
+    return getattr(owner, "settings", measure is not None)
 
 
 def _place(folder: Path, label: str, seed: int) -> Path:

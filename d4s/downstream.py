@@ -97,6 +97,11 @@ class TaskScores:
     def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[str], **options: Any) -> None:
         self.model, self.tokenizer, self.tasks, self.options = model, tokenizer, tasks, options
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells one from another, as JSON."""
+        return {"tasks": list(self.tasks)} | {name: str(value) for name, value in self.options.items()}
+
     def __call__(self) -> dict[str, float]:
         scores = {}
         for task, metrics in run_tasks(self.model, self.tokenizer, self.tasks, **self.options).items():

@@ -178,7 +178,7 @@ def _gsm8k(record: Row) -> Row:
 
 
 def _truthfulqa(record: Row) -> Row:
-    best = text(record, "Best Answer").strip()
+    best = _sentence(text(record, "Best Answer"))
     right = _separated(text(record, "Correct Answers"))
     wrong = _separated(text(record, "Incorrect Answers"))
     return {
@@ -189,7 +189,13 @@ def _truthfulqa(record: Row) -> Row:
 
 
 def _separated(answers: str) -> list[str]:
-    return list(dict.fromkeys(answer.strip() for answer in answers.split(";") if answer.strip()))
+    return list(dict.fromkeys(_sentence(answer) for answer in answers.split(";") if answer.strip()))
+
+
+def _sentence(answer: str) -> str:
+    """With a full stop, as the harness's copy of TruthfulQA has it and the table of its authors has not."""
+    answer = answer.strip()
+    return answer if answer.endswith(".") else f"{answer}."
 
 
 def _mmlu(record: Row) -> Row:

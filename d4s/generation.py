@@ -185,14 +185,21 @@ def _entropy(words: Sequence[str], n: int) -> float:
     return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
 
 
+def _terms(text: str) -> list[str]:
+    return re.findall(r"\w\w+", text.casefold())
+
+
 class TermWeights:
-    """TF-IDF of a set of n texts: tf · (ln((1 + n) / (1 + texts with the word)) + 1), words in lower case."""
+    """TF-IDF of a set of n texts: tf · (ln((1 + n) / (1 + texts with the word)) + 1).
+
+    Terms are words of two characters and more, in lower case: commas would make any two texts alike.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         documents: Counter[str] = Counter()
         count = 0
         for text in texts:
-            documents.update(set(_words(text)))
+            documents.update(set(_terms(text)))
             count += 1
         self.weight = {word: math.log((1 + count) / (1 + n)) + 1 for word, n in documents.items()}
 
@@ -204,5 +211,5 @@ class TermWeights:
         return product / lengths if lengths else 0.0
 
     def _vector(self, text: str) -> dict[str, float]:
-        words = Counter(word for word in _words(text) if word in self.weight)
+        words = Counter(word for word in _terms(text) if word in self.weight)
         return {word: n * self.weight[word] for word, n in words.items()}

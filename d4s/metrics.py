@@ -45,7 +45,7 @@ METRICS: dict[str, str] = {
     "specificity_gold": "what must not change: right by the data, teacher-forced",
     "efficacy_generated": "questions: free greedy generation, exact match",
     "paraphrase_generated": "the same on the paraphrases",
-    "portability": "consequences: answer tokens right, teacher-forced",
+    "portability": "consequences: tokens of the first answer right, teacher-forced",
     "portability_generated": "consequences: free greedy generation, exact match",
     "multi_hop": "any of the multi-hop questions wholly right, teacher-forced",
     "multi_hop_generated": "any of them right in free greedy generation, exact match",
@@ -246,7 +246,7 @@ def evaluate(
         texts = _written(model, tokenizer, openings, max_new_tokens=FLUENCY_TOKENS, **freely, **options)
         _add_fluency(done, edits, texts)
     remarks = tuple(f"{text} ({n} times)" for text, n in notes.items())
-    return Evaluation(done, _summarise(done, seed), remarks)
+    return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
 
 
 Ask = Callable[[str, str], Score]
@@ -393,7 +393,9 @@ class _Row:
         prompt = question.prompt
         if self.kind == "statement":
             judged = self._judges_true(self.now, prompt)
-            kept = None if self.before is None else float(judged == self._judges_true(self.before, prompt))
+            kept = None
+            if self.before is not None:
+                kept = float(judged == self._judges_true(self.before, prompt) and judged is not None)
             return kept, float(judged == (question.answers[0] == "True")) if question.answers else None
         if not question.answers:
             self._note("locality questions without an answer were left out: there are no tokens to force")
@@ -419,7 +421,7 @@ class _Row:
                 shares.append((question.kind, float(right)))
             else:
                 scores = [self.now(question.prompt, answer) for answer in question.answers]
-                shares.append((question.kind, max(s.right for s in scores)))
+                shares.append((question.kind, scores[0].right))  # the best of many names would grow with them
                 if question.kind == "multi_hop":
                     hops.append(any(s.exact for s in scores))
         if shares:
@@ -433,8 +435,10 @@ class _Row:
             if hops:
                 row["multi_hop_generated"] = float(any(right for kind, right in said if kind == "multi_hop"))
 
-    def _judges_true(self, ask: Ask, statement: str) -> bool:
-        return ask(statement, "True").nll < ask(statement, "False").nll
+    def _judges_true(self, ask: Ask, statement: str) -> bool | None:
+        """None: neither, as of a model that is broken."""
+        true, false = (ask(statement, word).nll for word in ("True", "False"))
+        return None if true == false else true < false
 
     def _says(self, prompt: str, answers: Iterable[str]) -> bool:
         written = self.text(prompt) if self.text is not None else None
@@ -470,9 +474,17 @@ def _add_fluency(rows: Sequence[dict[str, Any]], edits: Sequence[Edit], texts: M
                 row["consistency"] = weights.cosine(made, " ".join(edit.reference_texts))
 
 
-def _summarise(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Metric]:
-    """Means over edits with bootstrap intervals; the order of the edits does not matter."""
-    rows = sorted(rows, key=lambda row: row["id"])
+def _summarise(
+    rows: Sequence[dict[str, Any]], facts: Sequence[tuple[str, str]], seed: int
+) -> dict[str, Metric]:
+    """Means over edits with bootstrap intervals; the order of the edits does not matter.
+
+    facts: (prompt, target) of each edit. MQuAKE makes some dozens of times: their rows are no independent samples.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
+    rows = [rows[i] for i in order]
+    numbers: dict[tuple[str, str], int] = {}
+    groups = numpy.array([numbers.setdefault(facts[i], len(numbers)) for i in order])
     named = {name: None for name in METRICS} | {
         name: None for row in rows for name in sorted(row) if name.startswith(("locality.", "portability."))
     }
@@ -480,7 +492,7 @@ def _summarise(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Metric]:
     if not present:
         return {}
     values = numpy.array([[row.get(name, math.nan) for name in present] for row in rows])
-    sampled = _resampled_means(values, seed)
+    sampled = _resampled_means(values, groups, seed)
     means = dict(zip(present, numpy.nanmean(values, 0), strict=True))
     draws = dict(zip(present, sampled.T, strict=True))
     counts = dict(zip(present, (~numpy.isnan(values)).sum(0), strict=True))
@@ -506,15 +518,17 @@ def _harmonic(three: NDArray[Any]) -> NDArray[Any]:
         return 3 / (1 / three).sum(0)
 
 
-def _resampled_means(values: NDArray[Any], seed: int) -> NDArray[Any]:
-    """Means over edits drawn with replacement, [resamples, figures].
+def _resampled_means(values: NDArray[Any], groups: NDArray[Any], seed: int) -> NDArray[Any]:
+    """Means over edits, of which whole groups are drawn with replacement, [resamples, figures].
 
     values: [edits, figures], NaN where an edit has no such figure
+    groups: [edits], the number of each edit's group, from 0 on
     """
-    count = len(values)
+    count = int(groups.max()) + 1
     generator = numpy.random.default_rng(seed)
-    here = ~numpy.isnan(values)
-    filled = numpy.where(here, values, 0.0)
+    here, filled = numpy.zeros((count, values.shape[1])), numpy.zeros((count, values.shape[1]))
+    numpy.add.at(here, groups, ~numpy.isnan(values))
+    numpy.add.at(filled, groups, numpy.where(numpy.isnan(values), 0.0, values))
     means = []
     part = max(1, min(RESAMPLES, 2_000_000 // count))  # resamples at a time: 16 MB of drawn numbers
     for begin in range(0, RESAMPLES, part):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
+import random
 import statistics
 import weakref
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -15,7 +18,7 @@ from test_sequence import EDITS, FAST, ready, same, state, without_times
 from tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
-from d4s.compare import Comparison, compare, over_seeds, student_t, weights_digest
+from d4s.compare import Comparison, _orders, compare, over_seeds, student_t, weights_digest
 from d4s.errors import ConfigError, DataError, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
@@ -368,3 +371,51 @@ def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["method"], row["edits"]) for row in rows] == [("ft-m", 2), ("grace", 2)]
+
+
+class Measure:
+    """Measures 1 under the name of its task, but for one call."""
+
+    def __init__(self, task="t", fails=0):
+        self.settings, self.fails, self.calls = {"tasks": [task]}, fails, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == self.fails:
+            raise DataError("the task's data are gone")
+        return {self.settings["tasks"][0]: 1.0}
+
+
+def test_a_sequence_that_could_not_be_measured_is_tried_again(tmp_path, seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure(fails=3))
+    assert found.unfinished == {("d4s", 0)} and found.collapsed == {"d4s": "after edit 4: the task's data are gone"}
+    found.save(tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c" / "results").iterdir()] == ["memit-0.json"]
+    again = Measure()
+    found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=again)
+    assert (
+        not found.unfinished and not found.collapsed and again.calls == len(found.results["d4s"][0].history)
+    )
+    with pytest.raises(ConfigError, match=r"with other measure .*'t'.*'another'"):
+        compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure("another"))
+
+
+def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    with pytest.raises(TypeError, match="JSON"):
+        compared(model, covariance, out=tmp_path / "c", measure=lambda: {"m": object()})
+    assert same(state(model), before)
+
+
+def test_a_shuffle_keeps_the_edits_of_a_case_together():
+    cases = [str(i // 3) for i in range(30)]
+    edits = [replace(EDITS[0], id=f"{i}", tags={"case": case}) for i, case in enumerate(cases)]
+    orders = _orders(edits, (0, 1), True, 25)
+    assert len(orders[0]) == 25 and orders[0] != orders[1] != edits[:25]
+    for order in orders.values():
+        runs = [[int(e.id) for e in group] for _, group in itertools.groupby(order, lambda e: e.tags["case"])]
+        assert len(runs) == 9 and all(run == list(range(run[0], run[0] + len(run))) for run in runs)
+    alone = [replace(edit, tags={}) for edit in edits]
+    assert _orders(alone, (5,), True, None) == {5: random.Random(5).sample(alone, 30)}

@@ -127,8 +127,9 @@ def test_entropy_of_texts_worked_by_hand() -> None:
 
 
 def test_likeness_of_texts_worked_by_hand() -> None:
-    weights = TermWeights(["a b", "a c"])
+    weights = TermWeights(["aa bb, I.", "aa cc, I."])
     rare, usual = math.log(3 / 2) + 1, 1.0
-    assert weights.cosine("a b", "b a") == pytest.approx(1)
-    assert weights.cosine("a", "a b") == pytest.approx(usual / math.hypot(usual, rare))
-    assert weights.cosine("b", "c") == 0 and weights.cosine("x", "a") == 0 and weights.cosine("", "") == 0
+    assert weights.cosine("aa bb", "bb AA") == pytest.approx(1)
+    assert weights.cosine("aa", "aa bb") == pytest.approx(usual / math.hypot(usual, rare))
+    assert weights.cosine("bb", "cc") == 0 and weights.cosine("xx", "aa") == 0 and weights.cosine("", "") == 0
+    assert weights.cosine("bb, I.", "cc, I.") == 0  # what all texts share tells nothing

@@ -120,7 +120,7 @@ def test_free_generation_fails_where_teacher_forcing_helps() -> None:
     assert "efficacy_generated" not in evaluate(model, model.tokenizer, edits)
 
 
-def test_consequences_take_the_best_of_the_accepted_answers_and_any_of_the_multi_hop_questions() -> None:
+def test_consequences_take_the_first_accepted_answer_and_any_of_the_multi_hop_questions() -> None:
     model = Bigram({"a": {"b": 0.6}, "b": {"<end>": 0.9}, "c": {"d": 0.6}, "d": {"z": 0.6}})
     edits = [
         edit(
@@ -135,9 +135,9 @@ def test_consequences_take_the_best_of_the_accepted_answers_and_any_of_the_multi
         )
     ]
     ev = evaluate(model, model.tokenizer, edits, generate=True)
-    assert ev["portability"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert (ev["portability.multi_hop"], ev["portability.single_hop"]) == (0.5, 0.5)
-    assert ev["multi_hop"] == 1  # though only one of the two is right
+    assert ev["portability"] == pytest.approx((0 + 0 + 0.5) / 3)  # tokens of further names would add up
+    assert (ev["portability.multi_hop"], ev["portability.single_hop"]) == (0, 0.5)
+    assert ev["multi_hop"] == 1  # by one name of one of the two
     assert ev["multi_hop_generated"] == 0  # it goes on after "d z"
     model.set("z", "<end>", 0.9)
     assert evaluate(model, model.tokenizer, edits, generate=True)["multi_hop_generated"] == 1
@@ -258,7 +258,7 @@ def test_intervals_are_those_of_the_mean(seed: int) -> None:
     generator = numpy.random.default_rng(seed)
     values = generator.random((400, 2))
     values[:, 1] = 0.25
-    means = _resampled_means(values, seed)
+    means = _resampled_means(values, numpy.arange(len(values)), seed)
     assert means.shape == (RESAMPLES, 2)
     low, high = numpy.percentile(means[:, 0], [2.5, 97.5])
     error = values[:, 0].std() / math.sqrt(400)
@@ -270,7 +270,30 @@ def test_intervals_are_those_of_the_mean(seed: int) -> None:
 def test_absent_figures_are_left_out_of_resampled_means(seed: int) -> None:
     values = numpy.full((50, 1), numpy.nan)
     values[:20] = 0.5
-    assert numpy.nanmax(abs(_resampled_means(values, seed) - 0.5)) < 1e-12
+    assert numpy.nanmax(abs(_resampled_means(values, numpy.arange(len(values)), seed) - 0.5)) < 1e-12
+
+
+def test_copies_of_a_fact_are_one_sample(seed: int) -> None:
+    values = numpy.random.default_rng(seed).random((40, 1))
+    copies = numpy.repeat(values, 25, 0)
+    once = _resampled_means(values, numpy.arange(40), seed)
+    assert _resampled_means(copies, numpy.repeat(numpy.arange(40), 25), seed) == pytest.approx(once)
+    model = Bigram({"a": {"b": 0.6}})
+    several = [edit("a", "b", id=f"{i}") for i in range(30)] + [edit("a", "t", id="other")]
+    metric = evaluate(model, model.tokenizer, several).metrics["efficacy_argmax"]
+    assert metric.count == 31 and (metric.low, metric.high) == (0, 1)  # two facts, one of them right
+
+
+def test_a_model_that_says_nothing_judges_no_statement(seed: int) -> None:
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    statements = tuple(Question(f"Lyon is a city {i}.", (word,)) for i, word in enumerate(("True", "False")))
+    edits = [edit("Lyon.", "False", kind="statement", locality=statements, portability=statements)]
+    before = take_baseline(model, tokenizer, edits)
+    assert evaluate(model, tokenizer, edits, baseline=before)["specificity"] == 1
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    broken = evaluate(model, tokenizer, edits, baseline=before)
+    assert broken["specificity"] == broken["portability"] == broken["efficacy"] == 0
 
 
 def test_a_baseline_survives_its_file(tmp_path, seed: int) -> None:
