@@ -18,20 +18,15 @@ from d4s.errors import ConfigError, D4SError, ModelError
 PAPER = ("table2", "table3", "table4", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8")
 
 
-class _MeaninglessOption(ConfigError):
-    """An option that changes nothing where it was given: exit status 2, as for other wrong arguments."""
-
-
 def _without(options: argparse.Namespace, names: Sequence[str], where: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
-            raise _MeaninglessOption(f"--{name.replace('_', '-')} means nothing with {where}")
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {where}")
 
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of MODEL: a folder, a hub name, or "embedded"."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -43,18 +38,31 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     else:
         try:
             # Other weight files than safetensors are pickles, and nothing is unpickled here.
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                options.model, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(options.model)
-        except (ImportError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # of transformers, safetensors, tokenizers, or of code behind a config.json
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"{options.model}: no causal language model could be loaded ({reason}). MODEL is a folder with "
                 "config.json, model.safetensors and tokenizer.json, the name of one on the hub, or 'embedded'"
             ) from None
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"{options.model}: its files lack {len(missing)} weights that config.json asks for, "
+                f"{missing[0]} among them; is it another model's config.json?"
+            )
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(device).eval()
-    except (AssertionError, RuntimeError) as error:  # no such device, or a torch that was built without it
+    except (
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # no such device, or a torch that was built without it
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     from d4s.methods.grace import CODEBOOK_FILE, load_codebook
 
@@ -102,6 +110,40 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas, as 4,5,6") from None
 
 
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def _limit(text: str) -> int:
+    """A whole number from 0 on."""
+    return 0 if text == "0" else _count(text)
+
+
+def _seed(text: str) -> int:
+    """What every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2³² − 1")
+    return int(text)
+
+
+def _seeds(text: str) -> list[int]:
+    """Seeds with commas, as --seeds 0,1,2"""
+    return [_seed(number) for number in text.split(",")]
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a share from 0 to 1, as .9 for 90 %")
+    return share
+
+
 def _names(text: str) -> list[str]:
     """Names with commas, as --methods d4s,memit"""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -113,6 +155,15 @@ def _empty_folder(path: Path) -> Path:
         raise ConfigError(f"--out {path}: already holds files; name a new or empty folder")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _new_file(path: Path) -> None:
+    """ConfigError where a folder stands in its place, or its own folder cannot be made."""
+    if path.is_dir():
+        raise ConfigError(
+            f"--out {path}: is a folder; name a file in it, as {path / 'covariance.safetensors'}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _print_json(value: Any) -> None:
@@ -150,14 +201,15 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def edit(options: argparse.Namespace) -> None:
-    from d4s.covariance import Covariance
     from d4s.files import whole, write_table
+    from d4s.methods import METHODS
     from d4s.sequence import Result, edit_sequence
 
     out = _empty_folder(options.out)
     edits, config = _load_edits(options), _config(options)
-    covariance = Covariance.load(options.covariance) if options.covariance else None
     model, tokenizer = _load_model(options)
+    needs = getattr(METHODS.get(options.method), "needs", ())
+    covariance = _covariance_for(options, model, tokenizer) if "covariance" in needs else None
 
     def save(result: Result) -> None:
         result.save(out / "result.json")
@@ -196,7 +248,14 @@ def edit(options: argparse.Namespace) -> None:
         _print_json(result.history[-1])
     else:
         print(result.summary())
+        _print_notes([result])
         print(f"edited model: {out / 'model'}\nmetrics: {out / 'history.csv'}, {out / 'result.json'}")
+
+
+def _print_notes(records: Sequence[Any]) -> None:
+    """What was not scored, and why, by the last evaluation of each."""
+    for note in dict.fromkeys(note for r in records if r.evaluations for note in r.evaluations[-1].notes):
+        print(f"note: {note}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -256,6 +315,7 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
 def covariance(options: argparse.Namespace) -> None:
     from d4s.covariance import estimate_covariance
 
+    _new_file(options.out)
     model, tokenizer = _load_model(options)
     found = estimate_covariance(
         model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
@@ -298,7 +358,9 @@ def compare(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(found.to_dict())
     else:
-        print(f"{found.summary()}\ntable, histories, figures: {options.out}")
+        print(found.summary())
+        _print_notes([record for by_seed in found.results.values() for record in by_seed.values()])
+        print(f"table, histories, figures: {options.out}")
 
 
 def analyze(options: argparse.Namespace) -> None:
@@ -453,7 +515,7 @@ def parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(function.__name__, help=text, description=text)
         made.set_defaults(function=function)
         made.add_argument("--json", action="store_true", help="figures as JSON on standard output")
-        made.add_argument("--seed", type=int, default=0)
+        made.add_argument("--seed", type=_seed, default=0)
         if first is not None:
             made.add_argument(**first)
         if model:
@@ -469,7 +531,7 @@ def parser() -> argparse.ArgumentParser:
             # A file of results comes without edits.
             optional: dict[str, Any] = {"nargs": "?"} if function is analyze else {}
             made.add_argument("edits", metavar="EDITS", help="file of edits, or 'embedded'", **optional)
-            made.add_argument("--limit", type=int, help="take the first LIMIT edits")
+            made.add_argument("--limit", type=_count, help="take the first LIMIT edits")
             made.add_argument(
                 "--skip-bad", action="store_true", help="leave wrong records out, and list them"
             )
@@ -477,7 +539,7 @@ def parser() -> argparse.ArgumentParser:
 
     made = verb(demo, "edit the embedded model, and compare with a method that collapses")
     made.add_argument("--out", type=Path, default=Path("d4s-demo"), help="folder for the figures")
-    made.add_argument("--edits", type=int, default=200, help="edits, one at a time")
+    made.add_argument("--edits", type=_count, default=200, help="edits, one at a time")
     made.add_argument("--method", default="d4s")
     made.add_argument("--against", default="memit")
 
@@ -490,7 +552,7 @@ def parser() -> argparse.ArgumentParser:
             "--tasks", type=_names, help="downstream tasks of lm-evaluation-harness, as arc_challenge,mmlu"
         )
         made.add_argument("--task-folder", type=Path, help="folder of local task files")
-        made.add_argument("--task-limit", type=int, help="questions of each task")
+        made.add_argument("--task-limit", type=_count, help="questions of each task")
 
     made = verb(edit, "edit a model in sequence", model=True, edits=True)
     made.add_argument("--method", default="d4s")
@@ -498,8 +560,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
     )
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
-    made.add_argument("--batch-size", type=int, default=1, help="edits a step")
-    made.add_argument("--evaluate-every", type=int, help="edits between evaluations")
+    made.add_argument("--batch-size", type=_count, default=1, help="edits a step")
+    made.add_argument("--evaluate-every", type=_count, help="edits between evaluations")
     made.add_argument(
         "--set",
         nargs="+",
@@ -527,25 +589,25 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, required=True, help="safetensors file")
     made.add_argument("--layers", type=_numbers, help="as 4,5,6; default: all")
-    made.add_argument("--tokens", type=int, help="key vectors; default: 10 · d_in")
+    made.add_argument("--tokens", type=_count, help="key vectors; default: 10 · d_in")
 
     def several(made: argparse.ArgumentParser, again: str = "") -> None:
         made.add_argument("--out", type=Path, required=True, help=f"new folder for tables and figures{again}")
         made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
-        made.add_argument("--batch-size", type=int, help="edits a step; default: 1")
+        made.add_argument("--batch-size", type=_count, help="edits a step; default: 1")
         made.add_argument(
             "--neighborhood-limit",
-            type=int,
+            type=_limit,
             help="neighbours an edit that are scored on the way; default: all",
         )
 
     made = verb(compare, "the same edits with several methods", model=True, edits=True)
     several(made, "; or that of an earlier run, which then goes on")
     made.add_argument("--methods", type=_names, default=["d4s", "memit"], help="as d4s,memit,rome")
-    made.add_argument("--evaluate-every", type=int, help="edits between evaluations; default: at the end")
-    made.add_argument("--seeds", type=_numbers, help="as 0,1,2: means over them; default: --seed")
+    made.add_argument("--evaluate-every", type=_count, help="edits between evaluations; default: at the end")
+    made.add_argument("--seeds", type=_seeds, help="as 0,1,2: means over them; default: --seed")
     made.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
-    made.add_argument("--count", type=int, help="edits made, the first of that order; default: all")
+    made.add_argument("--count", type=_count, help="edits made, the first of that order; default: all")
     scored(made)
 
     made = verb(
@@ -559,12 +621,12 @@ def parser() -> argparse.ArgumentParser:
     several(made)
     made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: rome,memit")
     made.add_argument(
-        "--evaluate-every", type=int, help="edits between evaluations; default: a tenth of them"
+        "--evaluate-every", type=_count, help="edits between evaluations; default: a tenth of them"
     )
     for name in ("efficacy", "specificity"):
         made.add_argument(
             f"--{name}-bound",
-            type=float,
+            type=_share,
             help="share it must not fall under; default: 90 %% of its first level",
         )
 
@@ -596,7 +658,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.function(options)
     except D4SError as error:
         print(f"d4s: {error}", file=sys.stderr)
-        return 2 if isinstance(error, _MeaninglessOption) else 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("d4s: stopped; what had been written is whole", file=sys.stderr)
         return 1

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from d4s import ops
 from d4s.architectures import Anatomy, Architecture
 from d4s.errors import CovarianceError, DataError
 from d4s.files import whole
+from d4s.progress import progress_bar
 from d4s.prompts import pad_id, padded
 from d4s.trace import Trace, stopping
 
@@ -262,13 +262,7 @@ def estimate_covariance(
             if total == wanted:
                 break
         rows.sort(key=len)  # little padding
-        with tqdm(
-            total=total,
-            unit="key",
-            unit_scale=True,
-            desc="key covariance",
-            disable=None if progress else True,
-        ) as bar:
+        with progress_bar(total, "key", "key covariance", shown=progress, unit_scale=True) as bar:
             at = 0
             while at < len(rows):
                 stop = at + 1
@@ -328,5 +322,10 @@ def cached_covariance(
     found = estimate_covariance(
         model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
     )
-    found.save(path)
+    try:
+        found.save(path)
+    except OSError as error:  # a home that is read-only or full: the statistics are there all the same
+        logger.warning(
+            "%s: the key statistics are not kept for the next time (%s)", path, error.strerror or error
+        )
     return found

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from d4s.architectures import Architecture
 from d4s.covariance import Covariance
@@ -22,6 +21,7 @@ from d4s.forward import evaluating
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
+from d4s.progress import progress_bar
 from d4s.prompts import subject_row
 
 if TYPE_CHECKING:
@@ -253,9 +253,7 @@ def edit_sequence(
         editor.announce(edits)
         made = 0
         try:
-            with tqdm(
-                total=len(edits), unit="edit", desc=configured.name, disable=None if progress else True
-            ) as bar:
+            with progress_bar(len(edits), "edit", configured.name, shown=progress) as bar:
                 for batch in batches:
                     try:
                         run.step(batch, original)

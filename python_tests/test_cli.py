@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM, GPT2LMHeadModel
 
-from d4s import demo
+from d4s import demo, progress
 from d4s.architectures import ARCHITECTURES, Anatomy
 from d4s.cli import _labels, main, parser
 from d4s.covariance import Covariance, estimate_covariance, fingerprint_of
@@ -25,6 +25,7 @@ from d4s.errors import ConfigError, ModelError
 from d4s.methods import METHODS
 from d4s.methods.ft import FTEditor
 from d4s.metrics import evaluate
+from d4s.progress import progress_bar
 from d4s.sequence import edit_sequence
 
 VERBS = ("demo", "edit", "evaluate", "covariance", "models", "methods")
@@ -77,7 +78,7 @@ def failed(capsys, *arguments: str) -> str:
     capsys.readouterr()
     status = main(arguments)
     out, err = capsys.readouterr()
-    assert status == 1 and out == "" and "Traceback" not in err
+    assert status in (1, 2) and out == "" and "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("d4s: ")]
     assert err.rstrip().endswith(line), "the reason is the last thing said, in one line"
     return line
@@ -104,6 +105,15 @@ def test_each_verb_has_its_help(capsys):
         "edit m edits.json",
         "edit m --out x",
         "edit m edits.json --out x --batch-size many",
+        "edit m edits.json --out x --batch-size 0",
+        "edit m edits.json --out x --evaluate-every 0",
+        "edit m edits.json --out x --limit 0",
+        "covariance m corpus.txt --out c --tokens 0",
+        "edit m edits.json --out x --seed -1",
+        "edit m edits.json --out x --seed 99999999999999999999",
+        "compare m edits.json --out x --neighborhood-limit -1",
+        "compare m edits.json --out x --seeds 0,-1",
+        "analyze model result.json --out x --efficacy-bound 90",
         "edit m edits.json --out x --dtype int8",
         "evaluate m",
         "evaluate m edits.json --limit x",
@@ -119,6 +129,16 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("usage: d4s") and "error: " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["covariance m --out .", "edit m edits.json --method nonsense", "edit m edits.json --set steps"],
+)
+def test_arguments_that_fit_nothing_end_with_2(arguments, tmp_path, capsys):
+    out = () if "--out" in arguments else ("--out", str(tmp_path / "x"))
+    assert main([*arguments.split(), *out]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("d4s: ")
 
 
 def test_models_lists_every_type(capsys):
@@ -374,6 +394,36 @@ class Bomb:
         return open, ("unpickled", "w")
 
 
+def test_a_model_whose_files_lack_weights_is_refused(place, tmp_path, capsys):
+    broken = shutil.copytree(place / "m", tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("transformer.h.1.mlp.c_proj.weight")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    line = failed(capsys, "evaluate", str(broken), "edits.json")
+    assert "lack 1 weights" in line and "transformer.h.1.mlp.c_proj.weight" in line
+
+
+def test_statistics_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, capsys, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("D4S_CACHE", str(tmp_path / "file" / "cache"))
+    done(capsys, "edit", "m", "edits.json", "--out", str(tmp_path / "x"), *FAST)
+    assert "are not kept for the next time" in caplog.text
+
+
+def test_a_log_gets_plain_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    with progress_bar(3, "edit", "d4s") as bar:
+        for _ in range(3):
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        lines[0].startswith("d4s:   0%") and lines[-1].startswith("d4s: 100%") and "\r" not in "".join(lines)
+    )
+    with progress_bar(3, "edit", "d4s", shown=False) as bar:
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
 def test_pickled_weights_are_never_read(place, capsys):
     spoiled(place, "no-weights")
     for content in (pickle.dumps(Bomb()), None):
@@ -443,9 +493,6 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
         ("--set prior_wieght=3", ["'prior_wieght'. Did you mean 'prior_weight'"]),
         ("--set prior_weight", ["--set 'prior_weight'", "FIELD=VALUE"]),
         ("--set layers=[7]", ["layers=[7]", "0…2"]),
-        ("--batch-size 0", ["batch_size=0"]),
-        ("--evaluate-every 0", ["evaluate_every=0"]),
-        ("--limit 0", ["limit is 0"]),
         ("--covariance none.safetensors", ["none.safetensors: not a readable safetensors file"]),
         ("--covariance corpus.txt", ["corpus.txt: not a readable safetensors file"]),
         ("--covariance other.safetensors", ["another model"]),
@@ -462,7 +509,6 @@ def test_arguments_that_do_not_fit_are_named(options, texts, tmp_path, capsys):
 def test_a_corpus_or_a_number_of_keys_that_does_not_fit_is_named(tmp_path, capsys):
     out = str(tmp_path / "c")
     assert "none.txt: cannot be read" in failed(capsys, "covariance", "m", "none.txt", "--out", out)
-    assert "tokens=0" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--tokens", "0")
     assert "0…2" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--layers", "3")
     (tmp_path / "c").mkdir()
     assert str(tmp_path) in failed(capsys, "covariance", "m", "corpus.txt", "--out", out)

@@ -389,7 +389,9 @@ class Measure:
 def test_a_sequence_that_could_not_be_measured_is_tried_again(tmp_path, seed):
     model, covariance = ready(seed)
     found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure(fails=3))
-    assert found.unfinished == {("d4s", 0)} and found.collapsed == {"d4s": "after edit 4: the task's data are gone"}
+    assert found.unfinished == {("d4s", 0)} and found.collapsed == {
+        "d4s": "after edit 4: the task's data are gone"
+    }
     found.save(tmp_path / "c")
     assert [path.name for path in (tmp_path / "c" / "results").iterdir()] == ["memit-0.json"]
     again = Measure()

@@ -424,5 +424,5 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_names_a_number_of_edits_that_it_has_not(tmp_path, capsys):
     for count in ("9", "100000"):
-        assert main(["demo", "--edits", count, "--out", str(tmp_path)]) == 1
+        assert main(["demo", "--edits", count, "--out", str(tmp_path)]) == 2
         assert f"--edits {count}: must be within 10…" in capsys.readouterr().err

@@ -37,7 +37,10 @@ def demo_covariance(
 
 
 def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
-    """(what the model says, as long as the longer object, p(new), p(true)) an edit, on its own prompt."""
+    """(what the model says, as long as the longer object, p(new), p(true)) an edit, on its own prompt.
+
+    An object's probability is that of all its tokens.
+    """
     import math
 
     found = []
@@ -45,7 +48,8 @@ def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, fl
     for edit, (new, true) in zip(edits, score(model, tokenizer, questions), strict=True):
         length = max(len(new.target), len(true.target))
         (said,) = generate_greedy(model, tokenizer, [edit.text], max_new_tokens=length)
-        found.append((said.strip(), math.exp(-new.nll), math.exp(-true.nll)))
+        of_new, of_true = (math.exp(-one.nll * len(one.target)) for one in (new, true))
+        found.append((said.strip(), of_new, of_true))
     return found
 
 
