@@ -57,9 +57,7 @@ class Comparison:
     @property
     def interval(self) -> str:
         """What the 95 % intervals are taken over, and how."""
-        if len(self.seeds) > 1:
-            return f"over {len(self.seeds)} seeds, Student's t"
-        return "over edits, bootstrap"
+        return "; ".join(dict.fromkeys(_interval(len(by_seed)) for by_seed in self.results.values()))
 
     @property
     def collapsed(self) -> dict[str, str]:
@@ -104,8 +102,8 @@ class Comparison:
             common = _common_steps(by_seed.values())
             for point in points if points is not None else common[-1:] or (0,):
                 found = [row for r in by_seed.values() if point in common and (row := _row_at(r, point))]
-                if not found and points is not None:
-                    continue
+                if not found and points is not None and label not in self.collapsed:
+                    continue  # of one that broke off the row says so
                 cells: dict[str, Any] = {"method": label, "edits": point}
                 if found:
                     timed = [
@@ -115,10 +113,10 @@ class Comparison:
                     ]
                     figures = over_seeds(timed)
                     cells |= {name: value for name, value in figures.items() if _is_figure(name)}
-                cells |= {"interval": self.interval, "collapsed": self.collapsed.get(label, "")}
+                cells |= {"interval": _interval(len(by_seed)), "collapsed": self.collapsed.get(label, "")}
                 rows.append(cells)
         last = ["interval", "collapsed"]
-        table = pandas.DataFrame(rows)
+        table = pandas.DataFrame(rows, columns=None if rows else ["method", "edits", "l1_growth", *last])
         return table[[c for c in table.columns if c not in last] + last]
 
     def target_probabilities(self) -> dict[str, DataFrame]:
@@ -452,6 +450,10 @@ def few_layers(histories: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
 def _is_figure(name: str) -> bool:
     stem = name.removesuffix(".low").removesuffix(".high")
     return stem not in _CLOCKS and "." not in stem
+
+
+def _interval(seeds: int) -> str:
+    return f"over {seeds} seeds, Student's t" if seeds > 1 else "over edits, bootstrap"
 
 
 def _common_steps(records: Iterable[Record]) -> list[int]:

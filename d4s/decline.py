@@ -164,6 +164,8 @@ def estimate_remaining(
     """How many edits the model still takes before `metric` falls under `bound`, and how wrong that is.
 
     bound: None: 90 % of the first level (specificity: of the unedited model; others: of the first point)
+    Shares of what must not change are taken relative to the unedited model's on the same edits, times its level
+    on all of them: the first edits of a file may be easier than the rest, which is no decline.
     at: edits made; under_at: where the fit to the whole run (`Decline`) falls under the bound, with the interval
         of fits to resampled points; remaining = under_at − at, at least 0; observed: where the run did fall
         under it, between two points by straight line, or None
@@ -183,6 +185,9 @@ def estimate_remaining(
         )
     steps = numpy.array([float(row["step"]) for row in rows])
     shares = numpy.array([float(row[metric]) for row in rows])
+    if starts == 0:
+        levels = [row.get(f"{metric}.unedited") or shares[0] for row in rows]
+        shares = numpy.minimum(shares / numpy.array(levels) * shares[0], 1.0)
     squares = numpy.array([_square(row) for row in rows])
     # A point over few edits is noisy; the unedited model is scored on all of them.
     weights = numpy.where(steps == 0, steps.max(), steps)

@@ -49,11 +49,12 @@ def plot_metrics(histories: Mapping[str, DataFrame], path: str | os.PathLike[str
     """Efficacy, paraphrase, specificity and their average against edits made: a panel each, a line a method.
 
     histories: method → `Result.to_frame()`; shares from 0 to 1, drawn in percent with their 95 % interval.
-    The unedited model's level (row of step 0) is a dotted line.
+    The unedited model's level on the same edits (`<name>.unedited`; without it, the row of step 0) is a dotted
+    line.
     """
     names = ("efficacy", "paraphrase", "specificity", "average")
     parts: list[dict[str, Any]] = []
-    levels: dict[str, float] = {}
+    levels: dict[str, float | tuple[Any, Any]] = {}
     for method, history in histories.items():
         for name in (n for n in names if n in history):
             rows = history[["step", name]].dropna()
@@ -64,7 +65,12 @@ def plot_metrics(histories: Mapping[str, DataFrame], path: str | os.PathLike[str
                     part[bound] = 100 * history.loc[edited.index, f"{name}.{bound}"]
             parts.append(part)
             unedited = rows[rows["step"] == 0]
-            if len(unedited):
+            same = history.loc[edited.index].get(f"{name}.unedited")
+            if same is not None and not same.isna().any():
+                longest = levels.get(name)
+                if not isinstance(longest, tuple) or len(longest[0]) < len(edited):
+                    levels[name] = (edited["step"], 100 * same)
+            elif len(unedited):
                 levels.setdefault(name, 100 * float(unedited[name].iloc[0]))
     data = _table(parts, "plot_metrics needs columns 'step' and one of " + ", ".join(names))
     plot_lines(data, path, x_label="edits made", y_label="share (%)", levels=levels, y_range=(0, 100))
@@ -144,13 +150,13 @@ def plot_lines(
     *,
     x_label: str,
     y_label: str,
-    levels: Mapping[str, float] | None = None,
+    levels: Mapping[str, float | tuple[Any, Any]] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> None:
     """Lines in panels, one style for each line's name in all of them.
 
     data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV
-    levels: panel → a dotted horizontal line, the unedited model's
+    levels: panel → a dotted line, the unedited model's: one height, or (x, y)
     y_range: None: as the data, logarithmic where they span decades
     """
     for column in ("panel", "line", "x", "y"):
@@ -170,7 +176,14 @@ def plot_lines(
             for number, line in enumerate(lines):
                 _line(axes, data[(data["panel"] == panel) & (data["line"] == line)], number, line)
             if levels is not None and panel in levels:
-                axes.axhline(levels[panel], color="#555555", linestyle=":", linewidth=1.3, label="unedited")
+                level = levels[panel]
+                style: dict[str, Any] = dict(
+                    color="#555555", linestyle=":", linewidth=1.3, marker="", label="unedited"
+                )
+                if isinstance(level, tuple) and len(level[0]) > 1:
+                    axes.plot(*level, **style)
+                else:
+                    axes.axhline(float(level[1].iloc[0]) if isinstance(level, tuple) else level, **style)
             axes.set_title(panel)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -188,19 +201,22 @@ def plot_lines(
         for axes in grid.flat[: len(panels)]:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
-        most = max(1, int(_PANEL[0] * across * 9 / (6 + max(map(len, named)))))
-        figure.legend(
-            list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), most)
-        )
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
 
+    names = [*map(str, lines), *(["unedited"] if levels else [])]
     width = _PANEL[0] * across + (0.9 if across == 1 else 0.3)
-    _write(draw, (width, _PANEL[1] * down + 0.5), lambda file: data.to_csv(file, index=False), path)
+    columns = min(len(names), max(1, int(width * 9 / (6 + max(map(len, names))))))
+    below = 0.3 + 0.18 * -(-len(names) // columns)  # inches that the legend needs
+    _write(draw, (width, _PANEL[1] * down + below), lambda file: data.to_csv(file, index=False), path)
 
 
 def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
     if not len(rows):
         return
     colour = COLOURS[number % len(COLOURS)]
+    if rows["x"].nunique() == 1:  # a band of no width shows nothing
+        _point(axes, rows.iloc[0], number, colour, label)
+        return
     # Markers of different lines stand at different places, so that one does not hide the other.
     every = max(1, len(rows) // _MOST_MARKERS)
     axes.plot(
@@ -216,6 +232,24 @@ def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
         axes.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
 
 
+def _point(axes: Axes, row: Any, number: int, colour: str, label: str) -> None:
+    """One number of edits: its interval as a bar, the lines side by side."""
+    bounded = "low" in row and row["low"] == row["low"]
+    reach = [[max(0.0, row["y"] - row["low"])], [max(0.0, row["high"] - row["y"])]] if bounded else None
+    axes.errorbar(
+        [row["x"] + 0.1 * number],
+        [row["y"]],
+        yerr=reach,
+        label=label,
+        color=colour,
+        linestyle="",
+        marker=MARKERS[number % len(MARKERS)],
+        capsize=3,
+    )
+    axes.set_xticks([row["x"]])
+    axes.set_xlim(row["x"] - 0.5, row["x"] + 0.1 * number + 0.5)
+
+
 def _scale(axes: Axes, data: DataFrame) -> None:
     """Logarithmic where the lines' largest values are decades apart; linear next to 0 if some are 0 or below."""
     values = data[data["y"].abs() < math.inf]
@@ -226,7 +260,15 @@ def _scale(axes: Axes, data: DataFrame) -> None:
     if values["y"].min() > 0:
         axes.set_yscale("log")
     else:
-        axes.set_yscale("symlog", linthresh=10 ** (math.floor(math.log10(sizes.min())) - 1))
+        from matplotlib.ticker import SymmetricalLogLocator
+
+        nearest = 10 ** (math.floor(math.log10(sizes.min())) - 1)
+        axes.set_yscale("symlog", linthresh=nearest)
+        locator = SymmetricalLogLocator(base=10, linthresh=nearest)
+        locator.set_params(numticks=6)
+        axes.yaxis.set_major_locator(locator)
+        if values["y"].min() >= 0:
+            axes.set_ylim(bottom=0)
 
 
 def _table(parts: list[dict[str, Any]], needs: str) -> DataFrame:

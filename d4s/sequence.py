@@ -20,7 +20,7 @@ from d4s.files import whole
 from d4s.forward import evaluating
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
-from d4s.metrics import Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
+from d4s.metrics import THREE, Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
 from d4s.progress import progress_bar
 from d4s.prompts import subject_row
 
@@ -41,6 +41,7 @@ class Record:
         step: edits made so far
         efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
             made so far ("current" evaluation)
+        efficacy.unedited, …: the unedited model's, of the same edits
         original_efficacy, original_paraphrase: of the same edits, each tested right after its own step
         l1_norm.<layer>: mean |w| of an edited layer; l1_growth: its mean relative growth over the layers
         delta_norm.<layer>: ‖W − W0‖_F
@@ -330,20 +331,32 @@ class _Run:
                 }
             result.edits_table.append(row)
         if original:
-            now = self._evaluate(batch, limit=0)
+            now = self._evaluate(batch, limit=0, only_edited=True)
             for name, values in self.right_after.items():
                 values += [row[name] for row in now.rows if row.get(name) is not None]
 
-    def _evaluate(self, edits: Sequence[Edit], limit: int | None) -> Evaluation:
+    def _evaluate(self, edits: Sequence[Edit], limit: int | None, only_edited: bool = False) -> Evaluation:
         return evaluate(
             self.result.model,
             self.result.editor.tokenizer,
             edits,
             baseline=self.result.baseline,
-            generate=self.generate,
+            generate=self.generate and not only_edited,
             neighborhood_limit=limit,
+            portability=not only_edited,
             seed=self.seed,
         )
+
+    def _unedited(self, made: int) -> dict[str, float]:
+        """Shares of the unedited model on the edits made so far, whose own level may differ from that of all."""
+        rows, found = self.result.evaluations[0].rows[:made], {}
+        for name in (*THREE, *(f"{name}_argmax" for name in THREE)):
+            values = [row[name] for row in rows if row.get(name) is not None]
+            if values:
+                found[f"{name}.unedited"] = sum(values) / len(values)
+        if all(f"{name}.unedited" in found for name in THREE):
+            found["average.unedited"] = sum(found[f"{name}.unedited"] for name in THREE) / len(THREE)
+        return found
 
     def point(self, made: int, *, last: bool) -> None:
         """One history row: all edits made so far; before the first, all that are to be made."""
@@ -357,6 +370,8 @@ class _Run:
         for name, values in self.right_after.items():
             if values:
                 row[f"original_{name}"] = sum(values) / len(values)
+        if made:
+            row |= self._unedited(made)
         norms, changes = weights.mean_absolute(), weights.delta_norm()
         row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
         row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}

@@ -365,5 +365,5 @@ def test_the_verb_takes_a_stored_sequence_or_a_model_with_edits(monkeypatch, tmp
     said = capsys.readouterr().out
     assert "Forgetting" in said and "multiple_choice" in said
     assert (tmp_path / "data" / "perplexity.png").exists() and (tmp_path / "model" / "norms.png").exists()
-    assert cli.main(["analyze", "data", "m", "--out", str(tmp_path / "none")]) == 1
+    assert cli.main(["analyze", "data", "m", "--out", str(tmp_path / "none")]) == 2
     assert "needs EDITS" in capsys.readouterr().err

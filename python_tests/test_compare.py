@@ -215,6 +215,20 @@ def test_a_seed_that_broke_off_does_not_leave_the_mean_to_the_others():
     assert "seed 1, edit 11: no room" in table["collapsed"][0]
 
 
+def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
+    def record(steps, failure=None):
+        rows = [{"step": s, "efficacy": 1 - s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
+        return Record("memit", history=rows, failure=failure)
+
+    found = Comparison({"d4s": {0: record([0, 10, 20])}, "memit": {0: record([0, 10], "edit 11: no room")}})
+    table = found.table((10, 20)).set_index(["method", "edits"])
+    assert list(table.index) == [("d4s", 10), ("d4s", 20), ("memit", 10), ("memit", 20)]
+    assert table["efficacy"]["memit", 10] == pytest.approx(0.9) and math.isnan(table["efficacy"]["memit", 20])
+    assert table["collapsed"]["memit", 20] == "edit 11: no room" and table["collapsed"]["d4s", 20] == ""
+    assert "memit" in found.summary((20,)) and not len(found.table((30,)).query("method == 'd4s'"))
+    assert not len(Comparison({"d4s": {0: record([0, 10])}}).table((30,)))
+
+
 def test_bounds_of_shares_end_at_0_and_1():
     row = over_seeds(
         [{"step": 4, "efficacy": 0.0, "l1_growth": 0.0}, {"step": 4, "efficacy": 1.0, "l1_growth": 1.0}]
@@ -366,7 +380,7 @@ def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     assert "over 2 seeds, Student's t" in said and "grace" in said
     history = pandas.read_csv(tmp_path / "out" / "history.csv")
     assert list(history["step"]) == [0, 1, 2] * 4 and set(history["seed"]) == {0, 1}
-    assert cli.main([*asked.split(), "--batch-size", "2", "--out", str(tmp_path / "out")]) == 1
+    assert cli.main([*asked.split(), "--batch-size", "2", "--out", str(tmp_path / "out")]) == 2
     assert "other batch_size (1 there, 2 here)" in capsys.readouterr().err
     assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

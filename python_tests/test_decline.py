@@ -130,6 +130,19 @@ def test_only_specificity_has_a_level_before_the_first_edit():
     assert found["bound"] == pytest.approx(0.18)
 
 
+def test_edits_that_are_harder_are_no_decline():
+    steps, easier = [0, 100, 200, 300, 400], [0.6, 0.9, 0.8, 0.7, 0.6]
+    record = record_of(steps, easier, steps, "specificity", compared=False)
+    assert estimate_remaining(record, "specificity")["level"] == pytest.approx(0.6)
+    for row, level in zip(record.history[1:], easier[1:], strict=True):
+        row["specificity.unedited"] = level
+    found = estimate_remaining(record, "specificity")
+    assert found["under_at"] == math.inf and found["observed"] is None and found["half_error"] < 1e-6
+    for row in record.history[3:]:
+        row["specificity"] *= 0.5
+    assert estimate_remaining(record, "specificity")["observed"] == pytest.approx(200 + 100 / 5)
+
+
 def test_shares_of_tokens_have_no_coin_flip_to_fall_to():
     truth = Decline(0.0, a=0.1, b=0.02, c=0.3, q=1.0)
     record = record_of(STEPS, truth.share(STEPS), truth.c * STEPS, compared=False)

@@ -105,6 +105,37 @@ def test_growths_decades_apart_get_a_logarithmic_axis(tmp_path, drawn) -> None:
         assert heights[1] - heights[0] > 20
 
 
+def test_the_unedited_level_is_that_of_the_same_edits(tmp_path, drawn) -> None:
+    changing = history(0.1)
+    changing["specificity.unedited"] = [math.nan, 0.9, 0.8, 0.7, 0.6, 0.5]
+    plot_metrics({"memit": changing.iloc[:3], "d4s": changing}, tmp_path / "metrics.png")
+    levels = [axes.get_lines()[-1] for axes in drawn[0].axes]
+    assert levels[2].get_ydata() == pytest.approx([90, 80, 70, 60, 50]) and levels[2].get_linestyle() == ":"
+    assert list(levels[2].get_xdata()) == [10, 20, 30, 40, 50] and set(levels[0].get_ydata()) == {50}
+
+
+def test_one_number_of_edits_has_its_interval_as_a_bar(tmp_path, drawn) -> None:
+    plot_metrics({"d4s": history(0.1, 2), "rome": history(0.2, 2)}, tmp_path / "metrics.png")
+    for axes in drawn[0].axes:
+        first, second = axes.containers
+        assert list(first[0].get_ydata()) == list(second[0].get_ydata()) == pytest.approx([55])
+        assert first[0].get_xdata()[0] == 10 < second[0].get_xdata()[0] < 11
+        assert first[2][0].get_segments()[0][:, 1] == pytest.approx([40, 90])
+        assert list(axes.get_xticks()) == [10]
+
+
+def test_many_methods_and_decades_leave_the_panels_their_room(tmp_path, drawn) -> None:
+    tables = {f"method {i}": history(10.0**i) for i in range(14)}
+    plot_norms(tables, tmp_path / "norms.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        assert box.height > 1.6
+    shown = [t for t in figure.axes[0].get_yticks() if 0 <= t <= figure.axes[0].get_ylim()[1]]
+    assert len(shown) <= 8 and figure.axes[0].get_ylim()[0] == 0
+
+
 def test_target_probabilities_are_means_over_stretches_of_the_sequence(tmp_path, drawn) -> None:
     table = pandas.DataFrame({"first_probability": [0.0, 0.5] * 75, "last_probability": [0.9] * 150})
     plot_target_probability({"d4s": table}, tmp_path / "probability.svg")

@@ -11,8 +11,9 @@ from tiny import tiny_tokenizer
 
 from d4s import cli, save_edits
 from d4s.edits import Edit
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, ModelError
 from d4s.methods import locate, rome
+from d4s.methods.memit import MEMITEditor
 from d4s.reproduce import PROTOCOLS, Verdict, _highest_average, reproduce, statements_of
 
 # Twelve facts about different subjects.
@@ -188,6 +189,27 @@ def averages(d4s, memit, collapsed=""):
             "collapsed": ["", "", collapsed, collapsed],
         }
     )
+
+
+def test_a_method_that_breaks_off_is_worse_not_gone(monkeypatch, tmp_path, seed):
+    plain, calls = MEMITEditor.apply, []
+
+    def apply(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise ModelError("no room")
+        return plain(self, batch)
+
+    monkeypatch.setattr(MEMITEditor, "apply", apply)
+    found = run("fig8", tmp_path, seed, methods=("memit", "d4s"), counts=(1, 4))
+    assert list(found.table["method"]) == ["memit", "memit", "d4s", "d4s"]
+    assert found.table["collapsed"].iloc[1] == "edit 3: no room" and found.verdict.holds is True
+    assert "memit broke off (edit 3: no room)" in found.verdict.measured
+
+
+def test_fig5_with_one_target_a_fifth_is_not_judged(tmp_path, seed):
+    found = run("fig5", tmp_path, seed, edits={"facts": FACTS[:4]}, methods=("memit",), counts=(2, 4))
+    assert found.verdict.holds is None and "nan" in found.verdict.measured
 
 
 def test_the_highest_average_must_be_so_at_every_count():

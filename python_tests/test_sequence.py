@@ -363,6 +363,17 @@ def test_a_failure_may_end_the_sequence_with_its_result(monkeypatch, seed):
         )
 
 
+def test_the_unedited_level_of_a_row_is_of_the_same_edits(seed):
+    model, covariance = ready(seed)
+    result = sequence(model, covariance, evaluate_every=2)
+    before = result.evaluations[0].rows
+    for row in result.history[1:]:
+        same = [r["efficacy"] for r in before[: row["step"]] if "efficacy" in r]
+        assert row["efficacy.unedited"] == pytest.approx(sum(same) / len(same))
+        assert [r["id"] for r in before[: row["step"]]] == [e.id for e in EDITS[: row["step"]]]
+    assert "efficacy.unedited" not in result.history[0]
+
+
 def test_statistics_may_come_from_a_file_or_are_taken_and_cached(tmp_path, monkeypatch, seed):
     model, covariance = ready(seed)
     covariance.save(tmp_path / "c.safetensors")
