@@ -252,7 +252,8 @@ def plot_surprise(relation: DataFrame, path: str | os.PathLike[str]) -> None:
         path,
         x_label="perplexity of the targets before editing",
         y_label="no longer answered right (%)",
-        y_range=(min(0.0, data["y"].min()), max(10.0, data["y"].max())),  # at least ten points high
+        y_range=(min(0.0, data["y"].min()), max(10.0, 1.5 * data["y"].max())),  # room for the names
+        x_log=True,  # correlated are ranks, and perplexities are decades apart
     )
 
 

@@ -152,10 +152,12 @@ def plot_lines(
     y_label: str,
     levels: Mapping[str, float | tuple[Any, Any]] | None = None,
     y_range: tuple[float, float] | None = None,
+    x_log: bool = False,
 ) -> None:
     """Lines in panels, one style for each line's name in all of them.
 
-    data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV
+    data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV.
+        A column group names what stands at each x
     levels: panel → a dotted line, the unedited model's: one height, or (x, y)
     y_range: None: as the data, logarithmic where they span decades
     """
@@ -174,7 +176,7 @@ def plot_lines(
         grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for axes, panel in zip(grid.flat, panels, strict=False):
             for number, line in enumerate(lines):
-                _line(axes, data[(data["panel"] == panel) & (data["line"] == line)], number, line)
+                _line(axes, data[(data["panel"] == panel) & (data["line"] == line)], number, line, len(lines))
             if levels is not None and panel in levels:
                 level = levels[panel]
                 style: dict[str, Any] = dict(
@@ -184,6 +186,18 @@ def plot_lines(
                     axes.plot(*level, **style)
                 else:
                     axes.axhline(float(level[1].iloc[0]) if isinstance(level, tuple) else level, **style)
+            if "group" in data:
+                for (x, group), part in data[data["panel"] == panel].groupby(["x", "group"]):
+                    axes.annotate(
+                        str(group).replace("_", " "),
+                        (x, part["y"].max()),
+                        xytext=(0, 6),
+                        textcoords="offset points",
+                        rotation=90,
+                        ha="center",
+                        va="bottom",
+                        fontsize=7,
+                    )
             axes.set_title(panel)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -192,6 +206,14 @@ def plot_lines(
             axes.tick_params(labelbottom=below)
             axes.set_xlabel(x_label if below else "")
             axes.set_ylabel(y_label if place % across == 0 else "")
+        if x_log:
+            from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+            grid[0, 0].set_xscale("log")
+            for axes in grid.flat:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
         if y_range is not None:
             margin = 0.03 * (y_range[1] - y_range[0])
             grid[0, 0].set_ylim(y_range[0] - margin, y_range[1] + margin)
@@ -210,12 +232,12 @@ def plot_lines(
     _write(draw, (width, _PANEL[1] * down + below), lambda file: data.to_csv(file, index=False), path)
 
 
-def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
+def _line(axes: Axes, rows: DataFrame, number: int, label: str, count: int) -> None:
     if not len(rows):
         return
     colour = COLOURS[number % len(COLOURS)]
     if rows["x"].nunique() == 1:  # a band of no width shows nothing
-        _point(axes, rows.iloc[0], number, colour, label)
+        _point(axes, rows.iloc[0], number, colour, label, count)
         return
     # Markers of different lines stand at different places, so that one does not hide the other.
     every = max(1, len(rows) // _MOST_MARKERS)
@@ -232,12 +254,12 @@ def _line(axes: Axes, rows: DataFrame, number: int, label: str) -> None:
         axes.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
 
 
-def _point(axes: Axes, row: Any, number: int, colour: str, label: str) -> None:
+def _point(axes: Axes, row: Any, number: int, colour: str, label: str, count: int) -> None:
     """One number of edits: its interval as a bar, the lines side by side."""
     bounded = "low" in row and row["low"] == row["low"]
     reach = [[max(0.0, row["y"] - row["low"])], [max(0.0, row["high"] - row["y"])]] if bounded else None
     axes.errorbar(
-        [row["x"] + 0.1 * number],
+        [row["x"] + 0.1 * (number - (count - 1) / 2)],
         [row["y"]],
         yerr=reach,
         label=label,
@@ -247,7 +269,7 @@ def _point(axes: Axes, row: Any, number: int, colour: str, label: str) -> None:
         capsize=3,
     )
     axes.set_xticks([row["x"]])
-    axes.set_xlim(row["x"] - 0.5, row["x"] + 0.1 * number + 0.5)
+    axes.set_xlim(row["x"] - 0.05 * count - 0.2, row["x"] + 0.05 * count + 0.2)
 
 
 def _scale(axes: Axes, data: DataFrame) -> None:

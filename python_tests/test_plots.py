@@ -119,7 +119,7 @@ def test_one_number_of_edits_has_its_interval_as_a_bar(tmp_path, drawn) -> None:
     for axes in drawn[0].axes:
         first, second = axes.containers
         assert list(first[0].get_ydata()) == list(second[0].get_ydata()) == pytest.approx([55])
-        assert first[0].get_xdata()[0] == 10 < second[0].get_xdata()[0] < 11
+        assert 9.5 < first[0].get_xdata()[0] < 10 < second[0].get_xdata()[0] < 10.5
         assert first[2][0].get_segments()[0][:, 1] == pytest.approx([40, 90])
         assert list(axes.get_xticks()) == [10]
 
