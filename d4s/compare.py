@@ -135,10 +135,11 @@ class Comparison:
     def summary(self, points: Sequence[int] | None = None) -> str:
         """The table as text: shares and growth in percent, intervals in brackets."""
         table = self.table(points)
+        measured = dict.fromkeys(n for r in self.results.values() for one in r.values() for n in one.measured)
         names = [n for n in HEADLINES if n in table] + [
-            n for n in table.columns if n.endswith("_argmax") or n in ("retained", "text_perplexity")
+            n for n in table.columns if n.endswith("_argmax") or n in measured
         ]
-        shown = [_spelled(table, name, 1.0 if name == "text_perplexity" else 100.0) for name in names]
+        shown = [_spelled(table, name, 1.0 if "perplexity" in name else 100.0) for name in names]
         columns = [("method", list(table["method"])), ("edits", [str(n) for n in table["edits"]])]
         columns += list(zip([n.replace("_", " ") for n in names], shown, strict=True))
         if "l1_growth" in table:

@@ -403,10 +403,9 @@ def _broken(comparison: Comparison) -> tuple[list[bool], list[str]]:
 
 
 def _scores(comparison: Comparison) -> list[str]:
-    """Names of what `Setting.downstream` measured: in a history row they stand behind the clocks."""
+    """Names of what `Setting.downstream` measured."""
     records = [record for by_seed in comparison.results.values() for record in by_seed.values()]
-    names = list(next(record.history[0] for record in records if record.history))
-    return names[names.index("edit_seconds") + 1 :]
+    return next(record.measured for record in records if record.history)
 
 
 def _plot_scores(histories: Mapping[str, DataFrame], names: Sequence[str], path: Path) -> None:

@@ -59,6 +59,12 @@ class Record:
     evaluations: list[Evaluation] = field(default_factory=list)
     failure: str | None = None
 
+    @property
+    def measured(self) -> list[str]:
+        """Names of what `measure` gave: in a row they stand behind the clocks."""
+        names = list(self.history[0]) if self.history else []
+        return names[names.index("edit_seconds") + 1 :] if "edit_seconds" in names else []
+
     def to_frame(self) -> DataFrame:
         """The history as a DataFrame."""
         import pandas
@@ -67,10 +73,13 @@ class Record:
 
     def summary(self) -> str:
         """The history as a short text table; mean |w| growth in percent."""
-        names = [n for n in HEADLINES if any(n in row for row in self.history)]
-        lines = [f"{'edits':>6}  " + "  ".join(f"{n:>11}" for n in names) + "  mean |w|    s/edit"]
+        names = [n for n in HEADLINES if any(n in row for row in self.history)] + self.measured
+        widths = {n: max(11, len(n)) for n in names}
+        lines = [f"{'edits':>6}  " + "  ".join(f"{n:>{widths[n]}}" for n in names) + "  mean |w|    s/edit"]
         for row in self.history:
-            cells = "  ".join(f"{row[n]:11.3f}" if n in row else " " * 11 for n in names)
+            cells = "  ".join(
+                f"{row[n]:{widths[n]}.3f}" if row.get(n) is not None else " " * widths[n] for n in names
+            )
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
             lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
         return "\n".join(lines)

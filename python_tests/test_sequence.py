@@ -204,6 +204,16 @@ def test_the_table_the_frame_and_the_file_hold_the_history(tmp_path, seed):
     pandas.testing.assert_frame_equal(loaded.forgetting(), result.forgetting())
 
 
+def test_a_summary_shows_what_was_measured_besides(seed):
+    model, covariance = ready(seed)
+    shares = iter((0.25, 0.125))
+    result = sequence(model, covariance, EDITS[:2], measure=lambda: {"arc_challenge acc_norm": next(shares)})
+    assert result.measured == ["arc_challenge acc_norm"]
+    head, *lines = result.summary().splitlines()
+    end = head.index("arc_challenge acc_norm") + len("arc_challenge acc_norm")
+    assert [line[:end].split()[-1] for line in lines] == ["0.250", "0.125"]
+
+
 def test_a_file_of_a_collapsed_model_is_json_and_can_be_read_again(tmp_path, seed):
     """KN optimises no target, and figures of a broken model are not finite."""
     model, covariance = ready(seed)
