@@ -41,7 +41,7 @@ class Record:
         step: edits made so far
         efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
             made so far ("current" evaluation)
-        efficacy.unedited, …: the unedited model's, of the same edits
+        efficacy.unedited, …: the unedited model's, of the same edits and prompts
         original_efficacy, original_paraphrase: of the same edits, each tested right after its own step
         l1_norm.<layer>: mean |w| of an edited layer; l1_growth: its mean relative growth over the layers
         delta_norm.<layer>: ‖W − W0‖_F
@@ -320,6 +320,7 @@ class _Run:
         self.began = time.perf_counter()
         self.edit_seconds = 0.0
         self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
+        self.rows_before: dict[int | None, list[dict[str, Any]]] = {}  # by the limit on neighbourhood prompts
         self.unedited = result.editor.weights.mean_absolute()
 
     def step(self, batch: Sequence[Edit], original: bool) -> None:
@@ -356,9 +357,9 @@ class _Run:
             seed=self.seed,
         )
 
-    def _unedited(self, made: int) -> dict[str, float]:
+    def _unedited(self, made: int, limit: int | None) -> dict[str, float]:
         """Shares of the unedited model on the edits made so far, whose own level may differ from that of all."""
-        rows, found = self.result.evaluations[0].rows[:made], {}
+        rows, found = self.rows_before[limit][:made], {}
         for name in (*THREE, *(f"{name}_argmax" for name in THREE)):
             values = [row[name] for row in rows if row.get(name) is not None]
             if values:
@@ -371,7 +372,8 @@ class _Run:
         """One history row: all edits made so far; before the first, all that are to be made."""
         result, weights = self.result, self.result.editor.weights
         scored = result.edits[:made] if made else result.edits
-        evaluation = self._evaluate(scored, None if last or not made else self.limit)
+        limit = None if last or not made else self.limit
+        evaluation = self._evaluate(scored, limit)
         row: dict[str, Any] = {"step": made}
         for name, metric in evaluation.metrics.items():
             row[name] = metric.mean
@@ -380,7 +382,11 @@ class _Run:
             if values:
                 row[f"original_{name}"] = sum(values) / len(values)
         if made:
-            row |= self._unedited(made)
+            row |= self._unedited(made, limit)
+        else:
+            self.rows_before[None] = evaluation.rows
+            if self.limit is not None:  # fewer prompts have a level of their own
+                self.rows_before[self.limit] = self._evaluate(scored, self.limit, only_edited=True).rows
         norms, changes = weights.mean_absolute(), weights.delta_norm()
         row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
         row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}

@@ -384,6 +384,26 @@ def test_the_unedited_level_of_a_row_is_of_the_same_edits(seed):
     assert "efficacy.unedited" not in result.history[0]
 
 
+def test_the_unedited_level_is_of_the_same_neighbours(seed):
+    """A method that changes nothing stays at the unedited level, however few neighbours are scored."""
+    model, covariance = ready(seed)
+    still = FAST | dict(steps=1, learning_rate=1e-30)
+    result = sequence(model, covariance, config=still, evaluate_every=1, neighborhood_limit=1)
+    fewer = evaluate(model, tiny_tokenizer(), EDITS[:5], baseline=result.baseline, neighborhood_limit=1)
+    assert result.history[5]["specificity.unedited"] == pytest.approx(fewer["specificity"])
+    for row in result.history[1:]:
+        assert row["specificity.unedited"] == pytest.approx(row["specificity"])
+    whole = [row["specificity"] for row in result.evaluations[0].rows]
+    assert result.history[-1]["specificity.unedited"] == pytest.approx(sum(whole) / len(whole))
+
+
+def test_without_neighbours_on_the_way_there_is_no_level_of_theirs(seed):
+    model, covariance = ready(seed)
+    result = sequence(model, covariance, evaluate_every=3, neighborhood_limit=0)
+    assert "specificity.unedited" not in result.history[1] and "efficacy.unedited" in result.history[1]
+    assert "specificity.unedited" in result.history[-1]
+
+
 def test_statistics_may_come_from_a_file_or_are_taken_and_cached(tmp_path, monkeypatch, seed):
     model, covariance = ready(seed)
     covariance.save(tmp_path / "c.safetensors")
