@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -10,11 +12,16 @@ from test_sequence import ready, same, state
 from tiny import tiny_tokenizer
 
 from d4s import cli, save_edits
+from d4s.analysis import analyze_model
+from d4s.compare import Comparison
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.methods import locate, rome
+from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
-from d4s.reproduce import PROTOCOLS, Verdict, _highest_average, reproduce, statements_of
+from d4s.metrics import Evaluation
+from d4s.reproduce import PROTOCOLS, Verdict, _forgetting, _highest_average, reproduce, statements_of
+from d4s.sequence import Record
 
 # Twelve facts about different subjects.
 FACTS = tuple(
@@ -191,20 +198,62 @@ def averages(d4s, memit, collapsed=""):
     )
 
 
-def test_a_method_that_breaks_off_is_worse_not_gone(monkeypatch, tmp_path, seed):
-    plain, calls = MEMITEditor.apply, []
+@pytest.fixture
+def breaks_off(monkeypatch):
+    """Gives the method one edit that fails."""
 
-    def apply(self, batch):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise ModelError("no room")
-        return plain(self, batch)
+    def breaking(editor, at=3):
+        plain, calls = editor.apply, []
 
-    monkeypatch.setattr(MEMITEditor, "apply", apply)
+        def apply(self, batch):
+            calls.append(batch)
+            if len(calls) == at:
+                raise ModelError("no room")
+            return plain(self, batch)
+
+        monkeypatch.setattr(editor, "apply", apply)
+
+    return breaking
+
+
+def test_a_method_that_breaks_off_is_worse_not_gone(breaks_off, tmp_path, seed):
+    breaks_off(MEMITEditor)
     found = run("fig8", tmp_path, seed, methods=("memit", "d4s"), counts=(1, 4))
     assert list(found.table["method"]) == ["memit", "memit", "d4s", "d4s"]
     assert found.table["collapsed"].iloc[1] == "edit 3: no room" and found.verdict.holds is True
     assert "memit broke off (edit 3: no room)" in found.verdict.measured
+
+
+@pytest.mark.parametrize("name", ["table2", "table4", "fig5", "fig6", "fig8"])
+def test_d4s_that_breaks_off_does_not_hold_and_rows_without_figures_stay(name, breaks_off, tmp_path, seed):
+    breaks_off(MEMITEditor)
+    breaks_off(D4SEditor)
+    data = {"facts": QUESTIONS if name == "table2" else FACTS}
+    found = run(name, tmp_path, seed, data, counts=(4,), **({"tasks": ()} if name == "table4" else {}))
+    assert set(found.table["method"]) == {"memit", "d4s"}
+    assert set(found.table["collapsed"]) == {"edit 3: no room"}
+    assert found.verdict.holds is (None if name == "fig5" else False)  # Fig. 5 claims nothing of D4S
+    assert "d4s broke off (edit 3: no room)" in found.statement and "memit broke off" in found.statement
+    if "l1_growth" in found.table:
+        assert found.table[found.table["edits"] == 4]["l1_growth"].isna().all()
+
+
+def test_without_d4s_a_method_that_breaks_off_says_nothing_about_it(breaks_off, tmp_path, seed):
+    breaks_off(MEMITEditor)
+    found = run("fig8", tmp_path, seed, methods=("memit", "ft-m"), counts=(1, 4))
+    assert found.verdict.holds is None and "memit broke off" in found.verdict.measured
+
+
+@pytest.mark.parametrize(("now", "holds"), [(0.94, False), (0.96, True)])
+def test_what_d4s_forgets_counts_although_no_other_method_got_there(now, holds, tmp_path):
+    def record(steps, failure=None):
+        rows = [{"step": s, "original_efficacy": 1.0, "efficacy": now} for s in steps]
+        return Record("d4s", history=rows, evaluations=[Evaluation([], {})] * len(rows), failure=failure)
+
+    found = Comparison({"d4s": {0: record([0, 4])}, "memit": {0: record([0, 2], "edit 3: no room")}})
+    setting = SimpleNamespace(file=lambda suffix="": tmp_path / f"fig7{suffix}.png")
+    _, verdict = _forgetting(setting, found, analyze_model(found))
+    assert verdict.holds is holds and "memit broke off (edit 3: no room)" in verdict.measured
 
 
 def test_fig5_with_one_target_a_fifth_is_not_judged(tmp_path, seed):
@@ -220,8 +269,19 @@ def test_the_highest_average_must_be_so_at_every_count():
     assert (
         said.count("intervals overlap") == 1
         and "500 edits: d4s 80.0 %" in said
-        and "broke off: memit" in said
+        and "zsRE: memit broke off (edit 7: no room)" in said
     )
+
+
+def test_at_a_count_that_a_method_did_not_reach_it_is_lower():
+    late = averages((0.9, 0.1), (0.8, math.nan), "edit 107: no room")
+    found = _highest_average(late)
+    assert found.holds is True and "500 edits: d4s 10.0 %, no other got there" in found.measured
+    names = {"d4s": "memit", "memit": "d4s"}
+    assert _highest_average(late.assign(method=late["method"].map(names))).holds is False
+    assert (
+        _highest_average(averages((math.nan,) * 2, (math.nan,) * 2)).holds is None
+    )  # no data have all three
 
 
 @pytest.mark.parametrize(
