@@ -6,6 +6,7 @@ After the two halves of the D4S paper's investigation (arXiv 2410.23843, section
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -88,9 +89,19 @@ class Retained:
 
     def facts(self) -> dict[str, float]:
         """`retained` alone."""
+        right = self._right()
+        return {"retained": sum(right) / len(right)}
+
+    def by_fact(self) -> dict[str, float]:
+        """What calling it gives, and `right.<number>`, 1 or 0, of each of the `questions`."""
+        right = self._right()
+        found = {"retained": sum(right) / len(right)}
+        found["text_perplexity"] = perplexity(self.model, self.tokenizer, self.texts)
+        return found | {f"right.{i}": float(one) for i, one in enumerate(right)}
+
+    def _right(self) -> list[bool]:
         scores = score(self.model, self.tokenizer, self.questions)
-        right = sum(all(options[0].nll < other.nll for other in options[1:]) for options in scores)
-        return {"retained": right / len(scores)}
+        return [all(options[0].nll < other.nll for other in options[1:]) for options in scores]
 
 
 def hold_out(edits: Sequence[Edit], share: float = 0.3) -> tuple[list[Edit], list[Edit]]:
@@ -165,28 +176,60 @@ class DataView:
         """A row a method and group: the targets' perplexity beside what editing did.
 
         retained_drop: share of facts that were not edited and are no longer answered right, at the last point
+        known: facts right before editing; lost, regained: those right before and not at the last point, and the
+            reverse; mcnemar_p: `mcnemar` of them
         perplexity_rise: log of the text's perplexity, last over first
         """
         import pandas
 
-        history = self.history()
+        perplexities = self.groups.set_index("group")["perplexity"]
         rows = []
-        for (group, method), part in history.groupby(["group", "method"], sort=False):
-            first, last = part.iloc[0], part.iloc[-1]
-            rows.append(
-                {
-                    "method": method,
-                    "group": group,
-                    "edits": int(last["step"]),
-                    "perplexity": float(self.groups.set_index("group").loc[group, "perplexity"]),
-                    "retained_drop": first["retained"] - last["retained"],
-                    "perplexity_rise": math.log(last["text_perplexity"]) - math.log(first["text_perplexity"]),
-                    "efficacy": last["efficacy"],
-                    "l1_growth": last["l1_growth"],
-                    "collapsed": self.comparisons[str(group)].collapsed.get(str(method), ""),
-                }
-            )
+        for group, comparison in self.comparisons.items():
+            for method, frame in comparison.histories().items():
+                first, last = frame.iloc[0], frame.iloc[-1]
+                lost, regained = _right_in_one(first, last)
+                rows.append(
+                    {
+                        "method": method,
+                        "group": group,
+                        "edits": int(last["step"]),
+                        "perplexity": float(perplexities[group]),
+                        "retained_drop": first["retained"] - last["retained"],
+                        "known": int(sum(first.filter(like="right.") > 0.5)),
+                        "lost": lost,
+                        "regained": regained,
+                        "mcnemar_p": mcnemar(lost, regained),
+                        "perplexity_rise": math.log(last["text_perplexity"])
+                        - math.log(first["text_perplexity"]),
+                        "efficacy": last["efficacy"],
+                        "l1_growth": last["l1_growth"],
+                        "collapsed": comparison.collapsed.get(method, ""),
+                    }
+                )
         return pandas.DataFrame(rows)
+
+    def differences(self) -> DataFrame:
+        """A row a method and pair of groups, at the last point that both reached.
+
+        first_only, second_only: facts right after the edits of the one group and not of the other; mcnemar_p of
+        them, times the number of rows (Bonferroni)
+        """
+        import pandas
+
+        histories = {g: comparison.histories() for g, comparison in self.comparisons.items()}
+        rows = []
+        for first, second in itertools.combinations(histories, 2):
+            for method in (m for m in histories[first] if m in histories[second]):
+                one, other = (histories[group][method].set_index("step") for group in (first, second))
+                step = max(set(one.index) & set(other.index))
+                counts = _right_in_one(one.loc[step], other.loc[step])
+                rows.append(
+                    {"method": method, "first": first, "second": second, "edits": int(step)}
+                    | dict(zip(("first_only", "second_only"), counts, strict=True))
+                    | {"mcnemar_p": mcnemar(*counts)}
+                )
+        table = pandas.DataFrame(rows, columns=None if rows else ["method", "first", "second", "mcnemar_p"])
+        return table.assign(mcnemar_p=(table["mcnemar_p"] * len(table)).clip(upper=1.0))
 
     def correlations(self) -> DataFrame:
         """Of log perplexity of the targets with the two drops over groups, a method each and all together.
@@ -326,7 +369,7 @@ def analyze_data(
             seeds=seed,
             neighborhood_limit=0,
             original=False,
-            measure=retained,
+            measure=retained.by_fact,
             progress=progress,
         )
         for name, group in groups.items()
@@ -565,6 +608,21 @@ def correlation(x: Any, y: Any) -> dict[str, Any]:
         ranks = pair.rank()
         found["spearman"] = float(ranks["x"].corr(ranks["y"]))
     return found
+
+
+def mcnemar(lost: int, regained: int) -> float:
+    """Exact two-sided p of McNemar's test: the chance of as uneven a split, were it heads or tails for each of the
+    facts that changed sides. 1 where none did."""
+    changed = lost + regained
+    tail = sum(math.comb(changed, k) for k in range(max(lost, regained), changed + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def _right_in_one(one: Any, other: Any) -> tuple[int, int]:
+    """Facts answered right in the one history row only, and in the other only."""
+    names = [name for name in one.index if str(name).startswith("right.")]
+    first, second = one[names].astype(float) > 0.5, other[names].astype(float) > 0.5
+    return int((first & ~second).sum()), int((second & ~first).sum())
 
 
 def frame_lines(frame: DataFrame) -> list[str]:

@@ -16,11 +16,13 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from d4s.analysis import (
+    DataView,
     ModelView,
     Retained,
     analyze_data,
     analyze_model,
     frame_lines,
+    mcnemar,
     plot_change,
     plot_decline,
     plot_original_and_current,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 THREE = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
 TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 MOST_FACTS = 200  # asked for what a model retains
+LEVEL = 0.05  # of tests
+_TEST = "exact McNemar test of the same facts, 5 %"
 
 
 @dataclass(frozen=True)
@@ -284,41 +288,73 @@ def _data_figures(setting: Setting) -> Outcome:
     )
     view.save(setting.out / f"{setting.name}-details")
     relation = view.relation()
-    # Sampling error of a share over the facts that are asked.
-    noise = 1.96 * math.sqrt(0.25 / len(setting.facts))
     if forms:
         plot_surprise(relation, setting.file())
-        groups = view.groups.set_index("group")["perplexity"]
-        ordered = bool(groups["true_false"] < groups["multiple_choice"] < groups["directly_generated"])
-        pooled = view.correlations().query("drop == 'retained_drop'").iloc[-1]
-        largest = relation["retained_drop"].max()
-        verdict = Verdict(
-            "the more surprising the form's target (true/false < multiple choice < directly generated), the "
-            "more editing with it harms the model",
-            "perplexities in that order, and Spearman's correlation of perplexity and drop, ranked within each "
-            "method, above 0.5; no judging where no drop is beyond sampling error",
-            "perplexities "
-            + ", ".join(f"{name} {value:.3g}" for name, value in groups.items())
-            + f"; correlation {pooled['spearman']:.2f} over {int(pooled['n'])} runs; largest drop "
-            f"{_points(largest)}, sampling error {_points(noise)}",
-            ordered and bool(pooled["spearman"] > 0.5) if largest > noise else None,
-        )
-        return relation, verdict
+        return relation, _surprise_harms(view)
     plot_decline(view.history(), setting.file())
-    fell = relation["retained_drop"] > noise
-    spread = relation.groupby("method")["retained_drop"].agg(lambda drops: drops.max() - drops.min())
-    by_method = "; ".join(
-        f"{method}: " + ", ".join(f"{row.group} {_points(row.retained_drop)}" for row in part.itertuples())
+    return relation, _data_matter(view)
+
+
+def _surprise_harms(view: DataView) -> Verdict:
+    relation, groups = view.relation(), view.groups.set_index("group")["perplexity"]
+    ordered = bool(groups["true_false"] < groups["multiple_choice"] < groups["directly_generated"])
+    pooled = view.correlations().query("drop == 'retained_drop'").iloc[-1]
+    largest = relation.loc[relation["retained_drop"].idxmax()]
+    perplexities = ", ".join(f"{name} {value:.3g}" for name, value in groups.items())
+    said = [
+        f"perplexities {perplexities}",
+        f"correlation {pooled['spearman']:.2f} over {int(pooled['n'])} runs",
+        f"largest drop {_lost(largest)}",
+        *_broken_groups(view),
+    ]
+    return Verdict(
+        "the more surprising the form's target (true/false < multiple choice < directly generated), the more "
+        "editing with it harms the model",
+        "perplexities in that order, and Spearman's correlation of perplexity and drop, ranked within each method, "
+        f"above 0.5; no judging where no run loses more facts than it regains ({_TEST})",
+        "; ".join(said),
+        ordered and bool(pooled["spearman"] > 0.5) if _fell(relation).any() else None,
+    )
+
+
+def _data_matter(view: DataView) -> Verdict:
+    relation, apart = view.relation(), view.differences()
+    said = [
+        f"{method}, lost: " + ", ".join(f"{row['group']} {_lost(row)}" for _, row in part.iterrows())
         for method, part in relation.groupby("method", sort=False)
-    )
-    verdict = Verdict(
+    ]
+    said += [
+        f"{row.method}: {row.first_only} facts right with {row.first} only, {row.second_only} with {row.second} "
+        f"only (p {row.mcnemar_p:.2g})"
+        for row in apart.itertuples()
+    ]
+    known = int(relation["known"].max())
+    judged = len(view.comparisons) > 1 and mcnemar(known, 0) <= LEVEL
+    return Verdict(
         "editing lowers the downstream score, by how much depends on the data",
-        f"unedited facts are lost beyond sampling error ({_points(noise)}) in most of the runs, and the losses of "
-        "one method differ by more than that between data sets",
-        f"lost after {setting.most} edits: {by_method}",
-        bool(fell.mean() > 0.5 and (spread > noise).any()) if len(data) > 1 else None,
+        "most of the runs lose more unedited facts than they regain, and with some method the data sets leave "
+        f"different facts ({_TEST}, the latter by Bonferroni over methods and pairs); no judging by one data set, or "
+        "by so few known facts that the loss of all would be no more than chance",
+        "; ".join([*said, *_broken_groups(view)]),
+        bool(_fell(relation).mean() > 0.5 and (apart["mcnemar_p"] <= LEVEL).any()) if judged else None,
     )
-    return relation, verdict
+
+
+def _fell(relation: DataFrame) -> Any:
+    return (relation["lost"] > relation["regained"]) & (relation["mcnemar_p"] <= LEVEL)
+
+
+def _lost(row: Any) -> str:
+    counts = f"{row['lost']} lost, {row['regained']} regained, p {row['mcnemar_p']:.2g}"
+    return f"{_points(row['retained_drop'])} ({counts})"
+
+
+def _broken_groups(view: DataView) -> list[str]:
+    return [
+        f"{group}: {said}"
+        for group, comparison in view.comparisons.items()
+        for said in _broken(comparison)[1]
+    ]
 
 
 def _model_figures(setting: Setting) -> Outcome:

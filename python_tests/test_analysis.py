@@ -16,6 +16,7 @@ from tiny import tiny_tokenizer
 from d4s import cli, save_edits
 from d4s.analysis import (
     FORMS,
+    DataView,
     Retained,
     analyze_data,
     analyze_model,
@@ -23,9 +24,10 @@ from d4s.analysis import (
     forms_of,
     frame_lines,
     hold_out,
+    mcnemar,
     target_surprise,
 )
-from d4s.compare import compare
+from d4s.compare import Comparison, compare
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.metrics import Evaluation
@@ -67,6 +69,8 @@ def test_retained_counts_facts_whose_old_answer_is_the_likeliest():
     assert found["text_perplexity"] == pytest.approx(2.0, rel=1e-5)
     model.set("France", "Oslo", 0.9)
     assert retained()["retained"] == 0.25
+    assert [retained.by_fact()[f"right.{i}"] for i in range(4)] == [0, 0, 0, 1]
+    assert retained.by_fact().items() > retained().items()
     assert retained()["text_perplexity"] > 2.1
 
 
@@ -232,6 +236,58 @@ def hand_record(**columns):
             Evaluation([{"id": f"e{i}", "efficacy": float(i % 2), "nll_true": 1.0} for i in range(made)], {})
         )
     return Record("memit", {}, history, table, evaluations)
+
+
+def test_mcnemar_is_a_binomial_test_of_the_facts_that_changed_sides():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1
+    assert mcnemar(5, 0) == 2 / 32 and mcnemar(0, 6) == 2 / 64
+    assert mcnemar(8, 1) == mcnemar(1, 8) == pytest.approx(2 * (9 + 1) / 2**9)
+    assert mcnemar(2000, 0) == 0.0
+
+
+def view_of(answers, perplexities=None, **failures):
+    """group → method → right answers (a string of 0 and 1) after 0, 1, … edits."""
+
+    def record(method, points):
+        rows = [
+            {"step": step, "efficacy": 1.0, "retained": right.count("1") / len(right), "text_perplexity": 2.0}
+            | {"l1_growth": 0.0, "edit_seconds": 0.0}
+            | {f"right.{i}": float(one) for i, one in enumerate(right)}
+            for step, right in enumerate(points)
+        ]
+        return Record(method, history=rows, failure=failures.get(method))
+
+    comparisons = {
+        group: Comparison({method: {0: record(method, points)} for method, points in methods.items()})
+        for group, methods in answers.items()
+    }
+    surprise = perplexities or [2.0] * len(answers)
+    return DataView(pandas.DataFrame({"group": list(answers), "perplexity": surprise}), comparisons)
+
+
+def test_what_data_do_is_told_fact_by_fact():
+    view = view_of(
+        {
+            "one": {"rome": ["11110000", "11111111", "00000001"], "kn": ["11110000", "11110000"]},
+            "two": {"rome": ["11110000", "11000011"], "memit": ["11110000", "11110000"]},
+        }
+    )
+    relation = view.relation().set_index(["group", "method"])
+    lost = relation.loc["one", "rome"]
+    assert (lost["known"], lost["lost"], lost["regained"], lost["mcnemar_p"]) == (4, 4, 1, mcnemar(4, 1))
+    assert lost["retained_drop"] == 3 / 8 and relation.loc[("two", "rome"), "mcnemar_p"] == 1
+    (difference,) = view.differences().to_dict("records")  # the last point that both reached
+    assert difference == {
+        "method": "rome", "first": "one", "second": "two", "edits": 1,
+        "first_only": 4, "second_only": 0, "mcnemar_p": mcnemar(4, 0),
+    }  # fmt: skip
+    assert not len(view_of({"one": {"rome": ["1", "1"]}}).differences())
+
+
+def test_differences_allow_for_their_number():
+    points = {"rome": ["1" * 8, "0" * 8], "memit": ["1" * 8, "1" * 8]}
+    table = view_of({"one": points, "two": {name: ["1" * 8] * 2 for name in points}}).differences()
+    assert list(table["mcnemar_p"]) == [2 * mcnemar(8, 0), 1]
 
 
 def test_the_inside_of_a_sequence_by_hand():

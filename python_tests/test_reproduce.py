@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
+from test_analysis import view_of
 from test_sequence import ready, same, state
 from tiny import tiny_tokenizer
 
 from d4s import cli, save_edits
-from d4s.analysis import analyze_model
+from d4s.analysis import analyze_model, mcnemar
 from d4s.compare import Comparison
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
@@ -20,7 +21,16 @@ from d4s.methods import locate, rome
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.metrics import Evaluation
-from d4s.reproduce import PROTOCOLS, Verdict, _forgetting, _highest_average, reproduce, statements_of
+from d4s.reproduce import (
+    PROTOCOLS,
+    Verdict,
+    _data_matter,
+    _forgetting,
+    _highest_average,
+    _surprise_harms,
+    reproduce,
+    statements_of,
+)
 from d4s.sequence import Record
 
 # Twelve facts about different subjects.
@@ -137,7 +147,44 @@ def test_fig2_compares_data_sets(tmp_path, seed):
     assert list(found.table["group"]) == list(data) and set(found.table["edits"]) == {4}
     curves = pandas.read_csv(tmp_path / "fig2.csv")
     assert list(curves[curves["line"] == "statements"]["x"]) == [0, 1, 2, 4]
-    assert figures(tmp_path, "fig2") and found.verdict.holds is not None
+    assert figures(tmp_path, "fig2")
+    known, lost, regained = (found.table[name] for name in ("known", "lost", "regained"))
+    assert known.nunique() == 1 and list((lost - regained) / 8) == pytest.approx(
+        list(found.table["retained_drop"])
+    )
+    assert (found.verdict.holds is None) == (mcnemar(int(known[0]), 0) > 0.05)
+
+
+def test_data_matter_by_a_test_of_the_same_facts():
+    """Of 100 facts 50 are known; two independent shares would have to differ by more than eight."""
+    before, lost = "10" * 50, "00" * 8 + "10" * 42
+    view = view_of({"one": {"rome": [before, lost]}, "two": {"rome": [before, "0" * 24 + before[24:]]}})
+    found = _data_matter(view)
+    assert found.holds is False and "one 8.0 points (8 lost, 0 regained, p 0.0078)" in found.measured
+    assert "rome: 4 facts right with one only, 0 with two only (p 0.12)" in found.measured
+    kept = {"rome": [before, before]}
+    view = view_of({"one": {"rome": [before, lost]}, "two": kept})
+    assert _data_matter(view).holds is False  # one of two runs lost some
+    more = {"rome": [before, "0" * 40 + before[40:]]}
+    assert _data_matter(view_of({"one": {"rome": [before, lost]}, "two": more})).holds is True
+    assert _data_matter(view_of({"two": more})).holds is None
+    few = {"rome": ["11111" + "0" * 95, "0" * 100]}
+    assert _data_matter(view_of({"one": few, "two": few})).holds is None
+
+
+def test_surprise_is_judged_where_a_run_lost_facts():
+    before = "1" * 20
+    forms = ("true_false", "multiple_choice", "directly_generated")
+
+    def found(*lost, **failures):
+        points = {form: {"rome": [before, "0" * n + before[n:]]} for form, n in zip(forms, lost, strict=True)}
+        return _surprise_harms(view_of(points, [2.0, 3.0, 5.0], **failures))
+
+    assert found(0, 1, 6).holds is True and found(6, 1, 0).holds is False
+    assert found(0, 1, 5).holds is None
+    said = found(0, 1, 6, rome="edit 2: no room").measured
+    assert "largest drop 30.0 points (6 lost, 0 regained, p 0.031)" in said
+    assert "multiple_choice: rome broke off (edit 2: no room)" in said
 
 
 def test_fig3_compares_forms(tmp_path, seed):
