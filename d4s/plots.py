@@ -169,6 +169,7 @@ def plot_lines(
     panels, lines = list(dict.fromkeys(data["panel"])), list(dict.fromkeys(data["line"]))
     if not panels:
         raise ConfigError("plot_lines: no data")
+    alone = list(data["x"].unique()) if data["x"].nunique() == 1 else []
     across = min(len(panels), 2 if len(panels) == 4 else 3)
     down = -(-len(panels) // across)
 
@@ -176,7 +177,11 @@ def plot_lines(
         grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for axes, panel in zip(grid.flat, panels, strict=False):
             for number, line in enumerate(lines):
-                _line(axes, data[(data["panel"] == panel) & (data["line"] == line)], number, line, len(lines))
+                rows = data[(data["panel"] == panel) & (data["line"] == line)]
+                _line(axes, rows, number, line, 0.1 * (number - (len(lines) - 1) / 2) if alone else 0.0)
+            if alone:
+                axes.set_xticks(alone)
+                axes.set_xlim(*(alone[0] + side * (0.05 * len(lines) + 0.2) for side in (-1, 1)))
             if levels is not None and panel in levels:
                 level = levels[panel]
                 style: dict[str, Any] = dict(
@@ -223,7 +228,8 @@ def plot_lines(
         for axes in grid.flat[: len(panels)]:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
-        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
+        shown = [name for name in names if name in named]
+        figure.legend([named[n] for n in shown], shown, loc="outside lower center", ncols=columns)
 
     names = [*map(str, lines), *(["unedited"] if levels else [])]
     width = _PANEL[0] * across + (0.9 if across == 1 else 0.3)
@@ -232,12 +238,13 @@ def plot_lines(
     _write(draw, (width, _PANEL[1] * down + below), lambda file: data.to_csv(file, index=False), path)
 
 
-def _line(axes: Axes, rows: DataFrame, number: int, label: str, count: int) -> None:
+def _line(axes: Axes, rows: DataFrame, number: int, label: str, shift: float) -> None:
+    """shift: to the side, of a line that is one point"""
     if not len(rows):
         return
     colour = COLOURS[number % len(COLOURS)]
     if rows["x"].nunique() == 1:  # a band of no width shows nothing
-        _point(axes, rows.iloc[0], number, colour, label, count)
+        _point(axes, rows.iloc[0], number, colour, label, shift)
         return
     # Markers of different lines stand at different places, so that one does not hide the other.
     every = max(1, len(rows) // _MOST_MARKERS)
@@ -254,12 +261,12 @@ def _line(axes: Axes, rows: DataFrame, number: int, label: str, count: int) -> N
         axes.fill_between(rows["x"], rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
 
 
-def _point(axes: Axes, row: Any, number: int, colour: str, label: str, count: int) -> None:
-    """One number of edits: its interval as a bar, the lines side by side."""
+def _point(axes: Axes, row: Any, number: int, colour: str, label: str, shift: float) -> None:
+    """One number of edits: its interval as a bar."""
     bounded = "low" in row and row["low"] == row["low"]
     reach = [[max(0.0, row["y"] - row["low"])], [max(0.0, row["high"] - row["y"])]] if bounded else None
     axes.errorbar(
-        [row["x"] + 0.1 * (number - (count - 1) / 2)],
+        [row["x"] + shift],
         [row["y"]],
         yerr=reach,
         label=label,
@@ -268,8 +275,6 @@ def _point(axes: Axes, row: Any, number: int, colour: str, label: str, count: in
         marker=MARKERS[number % len(MARKERS)],
         capsize=3,
     )
-    axes.set_xticks([row["x"]])
-    axes.set_xlim(row["x"] - 0.05 * count - 0.2, row["x"] + 0.05 * count + 0.2)
 
 
 def _scale(axes: Axes, data: DataFrame) -> None:

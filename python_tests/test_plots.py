@@ -124,6 +124,17 @@ def test_one_number_of_edits_has_its_interval_as_a_bar(tmp_path, drawn) -> None:
         assert list(axes.get_xticks()) == [10]
 
 
+def test_a_line_that_ends_after_its_first_point_leaves_the_others_their_axis(tmp_path, drawn) -> None:
+    plot_metrics({"kn": history(0.1, 2), "d4s": history(0.2)}, tmp_path / "metrics.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert low < 10 and high > 50 and len(axes.get_xticks()) > 2
+        assert list(axes.containers[0][0].get_xdata()) == [10] and axes.containers[0].has_yerr
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kn", "d4s", "unedited"]
+
+
 def test_many_methods_and_decades_leave_the_panels_their_room(tmp_path, drawn) -> None:
     tables = {f"method {i}": history(10.0**i) for i in range(14)}
     plot_norms(tables, tmp_path / "norms.png")
