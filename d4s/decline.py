@@ -165,7 +165,8 @@ def estimate_remaining(
 
     bound: None: 90 % of the first level (specificity: of the unedited model; others: of the first point)
     Shares of what must not change are taken relative to the unedited model's on the same edits, times its level
-    on all of them: the first edits of a file may be easier than the rest, which is no decline.
+    on all of them: the first edits of a file may be easier than the rest, which is no decline. Points at which
+    it has nothing right are left out: nothing can be lost there.
     at: edits made; under_at: where the fit to the whole run (`Decline`) falls under the bound, with the interval
         of fits to resampled points; remaining = under_at − at, at least 0; observed: where the run did fall
         under it, between two points by straight line, or None
@@ -179,6 +180,8 @@ def estimate_remaining(
     # Before any edit there is no edited fact to remember; what must not change has its level there too.
     starts = 0 if metric.startswith(("specificity", "retained", "locality")) else 1
     rows = [row for row in rows if row["step"] >= starts and math.isfinite(_square(row))]
+    if starts == 0:
+        rows = [row for row in rows if row.get(f"{metric}.unedited", 1.0) > 0]
     if len(rows) < 4:
         raise ConfigError(
             f"{len(rows)} evaluation points with {metric!r} are too few to fit a decline; evaluate_every must give 4"
@@ -186,8 +189,9 @@ def estimate_remaining(
     steps = numpy.array([float(row["step"]) for row in rows])
     shares = numpy.array([float(row[metric]) for row in rows])
     if starts == 0:
-        levels = [row.get(f"{metric}.unedited") or shares[0] for row in rows]
-        shares = numpy.minimum(shares / numpy.array(levels) * shares[0], 1.0)
+        levels = [row.get(f"{metric}.unedited", shares[0]) for row in rows]
+        # A first level of 0 leaves nothing to divide by, and nothing to fall.
+        shares = numpy.minimum(shares / numpy.maximum(levels, 1e-12) * shares[0], 1.0)
     squares = numpy.array([_square(row) for row in rows])
     # A point over few edits is noisy; the unedited model is scored on all of them.
     weights = numpy.where(steps == 0, steps.max(), steps)

@@ -143,6 +143,22 @@ def test_edits_that_are_harder_are_no_decline():
     assert estimate_remaining(record, "specificity")["observed"] == pytest.approx(200 + 100 / 5)
 
 
+@pytest.mark.parametrize("level", [0.0, math.nan])
+def test_where_the_unedited_model_has_nothing_right_nothing_is_lost(level):
+    steps, shares = [0, 100, 200, 300, 400, 500], [0.8, 0.0, 0.6, 0.6, 0.6, 0.6]
+    record = record_of(steps, shares, steps, "specificity", compared=False)
+    for row, unedited in zip(record.history[1:], [level, *shares[2:]], strict=True):
+        row["specificity.unedited"] = unedited
+    found = estimate_remaining(record, "specificity")
+    assert found["observed"] is None and found["level"] == pytest.approx(0.8)
+    assert found["half_error"] < 1e-6
+
+
+def test_a_level_of_0_from_the_beginning_does_not_fall():
+    record = record_of(STEPS, [0.0] * len(STEPS), STEPS, "specificity", compared=False)
+    assert estimate_remaining(record, "specificity")["observed"] is None
+
+
 def test_shares_of_tokens_have_no_coin_flip_to_fall_to():
     truth = Decline(0.0, a=0.1, b=0.02, c=0.3, q=1.0)
     record = record_of(STEPS, truth.share(STEPS), truth.c * STEPS, compared=False)
