@@ -1,6 +1,7 @@
 """Builds d4s._C by calling CMake against the torch of the target environment."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ class CMakeBuild(build_ext):
             )
         build = Path(self.build_temp).resolve()
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DD4S_PYTHON_FLAGS={';'.join(flags)}"]
-        options += os.environ.get("CMAKE_ARGS", "").split()
+        options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         # --fresh: an earlier build's cache names a ninja that went away with its isolated environment.
         subprocess.run(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build], check=True)

@@ -12,7 +12,7 @@ void accumulate_key_covariance_cpu(const Matrix& keys, const int64_t* rows, int6
                                    const Matrix& moment);
 
 // The same in device memory. Rows of keys begin at multiples of 16 bytes. bfloat16 and float16 keys run on
-// the tensor cores with float32 sums, float32 keys as three TF32 products, any keys into a float64 moment in
+// the tensor cores with float32 sums, float32 keys as four TF32 products, any keys into a float64 moment in
 // float64.
 void accumulate_key_covariance_cuda(const Matrix& keys, const int64_t* rows, int64_t count,
                                     const Matrix& moment, Stream stream);

@@ -64,14 +64,34 @@ void check_device(const at::Tensor& first, const at::Tensor& other, const char* 
         first.device());
 }
 
+// Where the elements of a tensor of one or more begin and end in memory.
+std::pair<const char*, const char*> bytes_of(const at::Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const char* const first = static_cast<const char*>(tensor.data_ptr());
+  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+}
+
 // `written` must not share memory with what is read meanwhile, unless they are the same elements and
 // `same_is_right`.
 void check_apart(const at::Tensor& written, const char* written_name, const at::Tensor& read,
                  const char* name, bool same_is_right = false) {
   const at::MemOverlapStatus status = at::get_overlap_status(written, read);
-  const bool apart = status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial;
-  check(apart || (same_is_right && status == at::MemOverlapStatus::Full), name, " shares memory with ",
-        written_name, ", which is written while ", name, " is read; pass a clone");
+  bool apart = status == at::MemOverlapStatus::No, same = status == at::MemOverlapStatus::Full;
+  if (status == at::MemOverlapStatus::TooHard) {  // strided views: apart if all their bytes are
+    const auto [written_begin, written_end] = bytes_of(written);
+    const auto [begin, end] = bytes_of(read);
+    apart = end <= written_begin || written_end <= begin;
+    same = begin == written_begin && written.sizes() == read.sizes() && written.strides() == read.strides();
+  }
+  check(apart || (same_is_right && same), name, " shares memory with ", written_name,
+        ", which is written while ", name, " is read; pass a clone");
+}
+
+// A tensor about to be written: autograd must know, and its elements must be what lies in memory.
+void count_write(const at::Tensor& written, const char* name) {
+  check(!written.is_neg(), name, " is a lazily negated view; pass ", name, ".resolve_neg()");
+  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
 }
 
 // Whether to take the CUDA half of an op; neither half is an error.
@@ -125,7 +145,8 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   const int64_t count = mask ? rows.size(0) : total;
   if (count == 0 || d == 0) return count;
 
-  keys = keys.reshape({total, d});
+  count_write(moment, "moment");
+  keys = keys.reshape({total, d}).resolve_neg();
   if (keys.stride(1) != 1) keys = keys.contiguous();
   const int64_t* row_indices = mask ? rows.data_ptr<int64_t>() : nullptr;
   if (!on_cuda(moment)) {
@@ -146,6 +167,7 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
 
 void symmetrize(at::Tensor matrix) {
   check_square(matrix, "matrix");
+  count_write(matrix, "matrix");
   if (!on_cuda(matrix)) return symmetrize_cpu(matrix_of(matrix, "matrix"));
 #ifdef D4S_WITH_CUDA
   const c10::cuda::CUDAGuard guard(matrix.device());
@@ -192,9 +214,12 @@ std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base
     base = base.t();
     delta = delta.t();
   }
-  check(weight.stride(1) == 1 && weight.stride(0) >= weight.size(1), "weight has strides ", weight.strides(),
-        "; it must be dense along its rows or its columns");
+  check(weight.stride(1) == 1 && (weight.size(0) <= 1 || weight.stride(0) >= weight.size(1)),
+        "weight has strides ", weight.strides(), "; it must be dense along its rows or its columns");
   if (base.stride(1) != 1) base = base.contiguous();
+  base = base.resolve_neg();
+  delta = delta.resolve_neg();
+  count_write(weight, "weight");
 
   const at::Tensor sums = at::zeros({2}, weight.options().dtype(at::kDouble));
   if (weight.numel() == 0) return {sums[0], sums[1]};

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -26,12 +27,12 @@ inline Float8 absolute_pairs(const c10::BFloat16* from) {
   return same_bits<Float8>(pairs & 0x7fff0000) + same_bits<Float8>((pairs & 0x7fff) << 16);
 }
 
-template <class T>
+template <class T, bool kInPairs = std::is_same_v<T, c10::BFloat16>>
 double l1_norm(const T* data, int64_t numel) {
   // Two sums at a time: one would wait for its own last addition.
   Double8 even{}, odd{};
   int64_t i = 0;
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+  if constexpr (kInPairs) {
     for (; i + 8 * kLanes <= numel; i += 8 * kLanes) {
       even += widen(absolute_pairs(data + i) + absolute_pairs(data + i + 2 * kLanes));
       odd += widen(absolute_pairs(data + i + 4 * kLanes) + absolute_pairs(data + i + 6 * kLanes));
@@ -46,7 +47,11 @@ double l1_norm(const T* data, int64_t numel) {
     std::copy(data + i, data + std::min(numel, i + kLanes), last);
     even += widen(absolute(load8(last)));
   }
-  return sum_of(even + odd);
+  const double sum = sum_of(even + odd);
+  if constexpr (kInPairs) {
+    if (!std::isfinite(sum)) return l1_norm<T, false>(data, numel);  // four of 2¹²⁶ and more overflow float32
+  }
+  return sum;
 }
 
 }  // namespace

@@ -71,15 +71,10 @@ inline void turn4(const T* from, int64_t stride, T* to) {
   using Vector = std::conditional_t<std::is_same_v<T, double>, Double4, Float4>;
   Vector column[4];
   for (int j = 0; j < 4; ++j) column[j] = load_vector<Vector>(from + j * stride);
-  const Vector even = __builtin_shufflevector(column[0], column[1], 0, 4, 2, 6);
-  const Vector odd = __builtin_shufflevector(column[0], column[1], 1, 5, 3, 7);
-  const Vector even_right = __builtin_shufflevector(column[2], column[3], 0, 4, 2, 6);
-  const Vector odd_right = __builtin_shufflevector(column[2], column[3], 1, 5, 3, 7);
-  const Vector row[4] = {__builtin_shufflevector(even, even_right, 0, 1, 4, 5),
-                         __builtin_shufflevector(odd, odd_right, 0, 1, 4, 5),
-                         __builtin_shufflevector(even, even_right, 2, 3, 6, 7),
-                         __builtin_shufflevector(odd, odd_right, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) std::memcpy(to + i * kTransposePitch, &row[i], sizeof(row[i]));
+  for (int i = 0; i < 4; ++i) {  // compilers make shuffles of it
+    const Vector row = {column[0][i], column[1][i], column[2][i], column[3][i]};
+    std::memcpy(to + i * kTransposePitch, &row, sizeof(row));
+  }
 }
 
 // Part `part` of `parts` of the lines of base[0:rows, 0:n]: asked for while the tile's delta is turned.

@@ -366,6 +366,55 @@ def test_memory_that_is_read_while_it_is_written_is_refused():
     assert torch.equal(square, wanted)
 
 
+def test_views_that_overlap_are_refused_however_they_lie():
+    moment, weight = torch.randn(60, 60), torch.randn(64, 64)
+    before = weight.clone()
+    with pytest.raises(D4SError, match="keys shares memory with moment"):
+        ops.accumulate_key_covariance_(moment, moment[::2])
+    with pytest.raises(D4SError, match="delta shares memory with weight"):
+        ops.write_back_(weight[:, 16:48], torch.zeros(64, 32), weight[:, :32])
+    with pytest.raises(D4SError, match="base shares memory with weight"):
+        ops.write_back_(weight[1:, :40], weight[:63, :40], torch.zeros(63, 40))
+    assert torch.equal(weight, before)
+    ops.write_back_(weight[1:, :40], weight[1:, :40], torch.ones(63, 40))  # its own base
+    ops.write_back_(weight[:10, :40], torch.zeros(10, 40), weight[20:30, :40].clone())
+    before[1:, :40] += 1
+    before[:10, :40] = before[20:30, :40]
+    assert torch.equal(weight, before)
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    change = torch.complex(torch.randn(5, 8), torch.randn(5, 8)).conj().imag
+    assert change.is_neg()
+    weight = torch.zeros(5, 8)
+    ops.write_back_(weight, torch.zeros(5, 8), change)
+    assert torch.equal(weight, change)
+    moment = torch.zeros(8, 8)
+    accumulated(moment, change)
+    torch.testing.assert_close(moment, change.T @ change)
+    with pytest.raises(D4SError, match=r"weight\.resolve_neg"):
+        ops.write_back_(torch._neg_view(torch.zeros(5, 8)), torch.zeros(5, 8), torch.zeros(5, 8))
+
+
+def test_autograd_knows_of_a_write():
+    weight, inputs = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+    loss = (inputs @ weight.T).sum()
+    ops.write_back_(weight, torch.zeros(4, 6), torch.zeros(4, 6))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_weight_of_one_row_may_have_any_stride():
+    weight = torch.zeros(5, 1).t()
+    ops.write_back_(weight, torch.zeros(1, 5), torch.arange(5.0)[None])
+    assert weight.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_l1_norms_do_not_overflow_where_the_sum_does_not(device):
+    weight = torch.full((64, 3), 2e38, dtype=torch.bfloat16, device=device)
+    assert ops.l1_norms([weight]).item() == pytest.approx(weight.double().sum().item(), rel=1e-12)
+
+
 def test_l1_norms_refuse_what_is_no_weight():
     with pytest.raises(D4SError, match="weight is"):
         ops.l1_norms([torch.ones(3), torch.ones(3, dtype=torch.int32)])
