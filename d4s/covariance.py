@@ -284,7 +284,8 @@ def estimate_covariance(
 @torch.no_grad()
 def _add_batch(anatomy: Anatomy, moments: dict[int, Tensor], ids: Tensor, mask: Tensor) -> int:
     layers = list(moments)
-    keep = mask.bool()
+    # Rows of one length, of which most batches are, need no gathering in any layer.
+    keep = None if bool(mask.all()) else mask.bool()
     with ExitStack() as stack:
         stack.enter_context(stopping())
         traces = {i: stack.enter_context(Trace(anatomy.projection(i), stop=i == layers[-1])) for i in layers}

@@ -220,7 +220,7 @@ class RequestRows:
         """Runs the rows once up to the changed block; keeps what the skipped blocks put out, and v0."""
         rows = self.ids.shape[0]
         with ExitStack() as stack:
-            traces = [stack.enter_context(Trace(self._module(place))) for place in self.places]
+            traces = [stack.enter_context(Trace(self._module(place), copied=True)) for place in self.places]
             kept = None
             if self.skipped:
                 kept = stack.enter_context(Trace(self.anatomy.blocks[self.skipped - 1]))

@@ -24,12 +24,18 @@ class Trace:
 
     stop: end the forward pass after this module (run the model under `stopping()`).
     edit: a function output -> output that replaces what the module returns.
+    copied: keep a copy of the output; Falcon's blocks add to what their modules return where it lies.
     """
 
     def __init__(
-        self, module: nn.Module, *, stop: bool = False, edit: Callable[[Tensor], Tensor] | None = None
+        self,
+        module: nn.Module,
+        *,
+        stop: bool = False,
+        edit: Callable[[Tensor], Tensor] | None = None,
+        copied: bool = False,
     ) -> None:
-        self.module, self.stop, self.edit = module, stop, edit
+        self.module, self.stop, self.edit, self.copied = module, stop, edit, copied
         self.input: Tensor
         self.output: Tensor
         self.returned: Any = None  # the whole output, as the module returned it
@@ -49,6 +55,8 @@ class Trace:
             changed = self.edit(first_tensor(output))
             output = (changed, *output[1:]) if isinstance(output, tuple) else changed
         self.output, self.returned = first_tensor(output), output
+        if self.copied:
+            self.output = self.output.clone()
         if self.stop:
             raise _Stop
         return output

@@ -108,7 +108,7 @@ def test_a_batch_gives_what_one_at_a_time_gives(model_type, seed):
     _agree(anatomy, PLACES[place], config, (place,))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gptj", "falcon"])
 def test_two_places_are_optimised_together(model_type, seed):
     config = TargetConfig(steps=5, learning_rate=0.1, clamp=1.0, kl_factor=1.0)
     _agree(Anatomy(tiny_model(model_type, seed)), 1, config, ("mlp", "attention"))

@@ -10,9 +10,10 @@ anchor="current": z and h_L from the current weights; the residual r = (z − h_
 before each layer and put back on the base, d = r + (W − W0) k. W0 + A (B + λC)⁻¹ is then the recursive
 least-squares step W + r kᵀ (B + λC)⁻¹, and the method is MEMIT with cached keys.
 
-A prompt that is edited again has its key in B already. Both terms together would give the mean of both answers, so
-the new one takes the old one's place: k stays in B once, and A moves by (d_new − d_old) kᵀ (base; d_old is found
-again, from the prompt and its old answer) or by r kᵀ (current).
+A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
+both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
+(base; d_old is found again, from the prompt and its old answer) or by r kᵀ (current). Above it keys move with the
+layers below: the old key is in B, the new one is not, and is added as any other.
 """
 
 from __future__ import annotations
@@ -71,21 +72,24 @@ class D4SEditor(LocateEditor):
             transposed=self.anatomy.transposed(self.last),
             seed=self.bench.seed,
         )
-        self.held: dict[str, tuple[str, str, str]] = {}  # text → prompt, subject, target_new in the sums
+        # Of each place in the sums its prompt, subject, target_new.
+        self.held: dict[tuple[str, int], tuple[str, str, str]] = {}
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self.ahead.announce(edits)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
-        if self.replaces and len(once := {edit.text: edit for edit in batch}) < len(batch):
+        if self.replaces and len(once := {_place(edit): edit for edit in batch}) < len(batch):
             # Multi-hop cases share facts; in the sums a fact stands once.
             step = self.apply(list(once.values()))
-            place = {text: i for i, text in enumerate(once)}
-            return step.select([place[edit.text] for edit in batch])
+            order = {place: i for i, place in enumerate(once)}
+            return step.select([order[_place(edit)] for edit in batch])
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
-        again = [i for i, edit in enumerate(batch) if edit.text in self.held]
-        replaced = self.base_residuals([self.held[batch[i].text] for i in again]) if base and again else None
+        again = [i for i, edit in enumerate(batch) if _place(edit) in self.held]
+        replaced = (
+            self.base_residuals([self.held[_place(batch[i])] for i in again]) if base and again else None
+        )
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         used: dict[int, Tensor] = {}
@@ -101,12 +105,12 @@ class D4SEditor(LocateEditor):
                 residuals = (targets.target.double() - self.state(bare)) / share + already
                 old = already[again]
             self.closed_form.add_(residuals, keys, layer)
-            if old is not None:
+            if old is not None and i == 0:  # above the lowest layer, this key is not what went into B
                 self.closed_form.subtract_(old, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
         self.settle(rows, used)
         if self.replaces:
-            self.held |= {edit.text: (edit.prompt, edit.subject, edit.target_new) for edit in batch}
+            self.held |= {_place(edit): (edit.prompt, edit.subject, edit.target_new) for edit in batch}
         return step_of(targets)
 
     def base_residuals(self, facts: Sequence[tuple[str, str, str]]) -> Tensor:
@@ -125,7 +129,7 @@ class D4SEditor(LocateEditor):
         layers were taken on weights that have since changed below them; after this none is stale.
         A failure leaves weights and sums as they were.
         """
-        last = list({edit.text: edit for edit in edits}.values())
+        last = list({_place(edit): edit for edit in edits}.values())
         check_batch(last)
         state = self.state_dict()
         with self.weights.all_or_nothing():
@@ -146,6 +150,11 @@ class D4SEditor(LocateEditor):
         self.closed_form.load_state_dict({name: value for name, value in state.items() if name != "held"})
         self.held = {}
         for prompt, subject, target in json.loads(bytes(state["held"].tolist())):
-            self.held[prompt.replace("{}", subject)] = (prompt, subject, target)
+            self.held[_place(Edit(prompt, subject, target, kind="question"))] = (prompt, subject, target)
         for layer, delta in self.closed_form.deltas().items():
             self.weights.write_(layer, delta)
+
+
+def _place(edit: Edit) -> tuple[str, int]:
+    """What decides an edit's key: its text, and where in it the subject ends."""
+    return edit.text, edit.prompt.find("{}") + len(edit.subject)
