@@ -85,23 +85,28 @@ class Retained:
         return {"facts": hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()}
 
     def __call__(self) -> dict[str, float]:
-        return self.facts() | {"text_perplexity": perplexity(self.model, self.tokenizer, self.texts)}
+        return self.facts() | self._perplexity()
 
     def facts(self) -> dict[str, float]:
         """`retained` alone."""
-        right = self._right()
-        return {"retained": sum(right) / len(right)}
+        return _share_of(self._right())
 
     def by_fact(self) -> dict[str, float]:
         """What calling it gives, and `right.<number>`, 1 or 0, of each of the `questions`."""
         right = self._right()
-        found = {"retained": sum(right) / len(right)}
-        found["text_perplexity"] = perplexity(self.model, self.tokenizer, self.texts)
-        return found | {f"right.{i}": float(one) for i, one in enumerate(right)}
+        each = {f"right.{i}": float(one) for i, one in enumerate(right)}
+        return _share_of(right) | self._perplexity() | each
+
+    def _perplexity(self) -> dict[str, float]:
+        return {"text_perplexity": perplexity(self.model, self.tokenizer, self.texts)}
 
     def _right(self) -> list[bool]:
         scores = score(self.model, self.tokenizer, self.questions)
         return [all(options[0].nll < other.nll for other in options[1:]) for options in scores]
+
+
+def _share_of(right: Sequence[bool]) -> dict[str, float]:
+    return {"retained": sum(right) / len(right)}
 
 
 def hold_out(edits: Sequence[Edit], share: float = 0.3) -> tuple[list[Edit], list[Edit]]:

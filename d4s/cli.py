@@ -42,9 +42,8 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
                 options.model, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(options.model)
-        except (
-            Exception
-        ) as error:  # of transformers, safetensors, tokenizers, or of code behind a config.json
+        # Whatever transformers, safetensors, tokenizers or the code behind a config.json raise.
+        except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"{options.model}: no causal language model could be loaded ({reason}). MODEL is a folder with "
@@ -58,11 +57,8 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(device).eval()
-    except (
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # no such device, or a torch that was built without it
+    # No such device, or a torch that was built without it.
+    except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
     from d4s.methods.grace import CODEBOOK_FILE, load_codebook
 

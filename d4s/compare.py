@@ -256,8 +256,8 @@ def compare(
         }
         kept = _Kept(Path(out), settings)
     if baseline is None:
-        made = {id(edit): edit for order in orders.values() for edit in order}
-        baseline = take_baseline(model, tokenizer, list(made.values()))
+        made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
+        baseline = take_baseline(model, tokenizer, made)
     results: dict[str, dict[int, Record]] = {label: {} for label in configured}
     errors: list[D4SError] = []
     unfinished: set[tuple[str, int]] = set()

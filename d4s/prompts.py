@@ -83,8 +83,9 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", p
     if last < 0:
         raise TokenizerError(f"no token of {prompt!r} covers the end of the subject {subject!r}")
     if not target:
-        ids = text_ids(tokenizer, (prompt,))[0]
-        return Row(tuple(ids), last, len(ids))
+        ids = tuple(encoded["input_ids"])
+        ids = ids[: len(ids) - _ids_behind(tokenizer)]
+        return Row(ids, last, len(ids))
     prompt_ids, target_ids = prompt_and_target_ids(tokenizer, prompt, target)
     return Row((*prompt_ids, *target_ids), last, len(prompt_ids))
 

@@ -280,9 +280,10 @@ def edit_sequence(
                     due |= any(before < point <= made for point in points)
                     if due or made == len(edits):
                         run.point(made, last=made == len(edits))
+                        shown = {k: f"{v:.3f}" for k, v in result.history[-1].items() if k == "average"}
                         bar.set_postfix(
-                            {k: f"{v:.3f}" for k, v in run.result.history[-1].items() if k == "average"}
-                        )
+                            shown, refresh=False
+                        )  # at its next turn: a log has a line every so often
         except BaseException as error:
             result.failure = result.failure or f"after edit {made}: {str(error) or type(error).__name__}"
             error.result = result  # type: ignore[attr-defined]

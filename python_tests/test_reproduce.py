@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 from test_analysis import view_of
+from test_compare import failing
 from test_sequence import ready, same, state
 from tiny import tiny_tokenizer
 
@@ -16,7 +17,7 @@ from d4s import cli, save_edits
 from d4s.analysis import analyze_model, mcnemar
 from d4s.compare import Comparison
 from d4s.edits import Edit
-from d4s.errors import ConfigError, ModelError
+from d4s.errors import ConfigError
 from d4s.methods import locate, rome
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
@@ -245,26 +246,8 @@ def averages(d4s, memit, collapsed=""):
     )
 
 
-@pytest.fixture
-def breaks_off(monkeypatch):
-    """Gives the method one edit that fails."""
-
-    def breaking(editor, at=3):
-        plain, calls = editor.apply, []
-
-        def apply(self, batch):
-            calls.append(batch)
-            if len(calls) == at:
-                raise ModelError("no room")
-            return plain(self, batch)
-
-        monkeypatch.setattr(editor, "apply", apply)
-
-    return breaking
-
-
-def test_a_method_that_breaks_off_is_worse_not_gone(breaks_off, tmp_path, seed):
-    breaks_off(MEMITEditor)
+def test_a_method_that_breaks_off_is_worse_not_gone(monkeypatch, tmp_path, seed):
+    failing(monkeypatch, MEMITEditor, 3)
     found = run("fig8", tmp_path, seed, methods=("memit", "d4s"), counts=(1, 4))
     assert list(found.table["method"]) == ["memit", "memit", "d4s", "d4s"]
     assert found.table["collapsed"].iloc[1] == "edit 3: no room" and found.verdict.holds is True
@@ -272,9 +255,9 @@ def test_a_method_that_breaks_off_is_worse_not_gone(breaks_off, tmp_path, seed):
 
 
 @pytest.mark.parametrize("name", ["table2", "table4", "fig5", "fig6", "fig8"])
-def test_d4s_that_breaks_off_does_not_hold_and_rows_without_figures_stay(name, breaks_off, tmp_path, seed):
-    breaks_off(MEMITEditor)
-    breaks_off(D4SEditor)
+def test_d4s_that_breaks_off_does_not_hold_and_rows_without_figures_stay(name, monkeypatch, tmp_path, seed):
+    failing(monkeypatch, MEMITEditor, 3)
+    failing(monkeypatch, D4SEditor, 3)
     data = {"facts": QUESTIONS if name == "table2" else FACTS}
     found = run(name, tmp_path, seed, data, counts=(4,), **({"tasks": ()} if name == "table4" else {}))
     assert set(found.table["method"]) == {"memit", "d4s"}
@@ -285,8 +268,8 @@ def test_d4s_that_breaks_off_does_not_hold_and_rows_without_figures_stay(name, b
         assert found.table[found.table["edits"] == 4]["l1_growth"].isna().all()
 
 
-def test_without_d4s_a_method_that_breaks_off_says_nothing_about_it(breaks_off, tmp_path, seed):
-    breaks_off(MEMITEditor)
+def test_without_d4s_a_method_that_breaks_off_says_nothing_about_it(monkeypatch, tmp_path, seed):
+    failing(monkeypatch, MEMITEditor, 3)
     found = run("fig8", tmp_path, seed, methods=("memit", "ft-m"), counts=(1, 4))
     assert found.verdict.holds is None and "memit broke off" in found.verdict.measured
 

@@ -72,8 +72,7 @@ class D4SEditor(LocateEditor):
             transposed=self.anatomy.transposed(self.last),
             seed=self.bench.seed,
         )
-        # Of each place in the sums its prompt, subject, target_new.
-        self.held: dict[tuple[str, int], tuple[str, str, str]] = {}
+        self.held: dict[tuple[str, int], Edit] = {}  # what is in the sums, by its place
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self.ahead.announce(edits)
@@ -87,9 +86,7 @@ class D4SEditor(LocateEditor):
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
         again = [i for i, edit in enumerate(batch) if _place(edit) in self.held]
-        replaced = (
-            self.base_residuals([self.held[_place(batch[i])] for i in again]) if base and again else None
-        )
+        old = self.base_residuals([self.held[_place(batch[i])] for i in again]) if base and again else None
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         used: dict[int, Tensor] = {}
@@ -99,23 +96,20 @@ class D4SEditor(LocateEditor):
             used[layer] = keys
             if base:
                 residuals = targets.delta.double() / share
-                old = None if replaced is None else replaced / share
             else:
                 already = keys @ self.closed_form.delta(layer).T
                 residuals = (targets.target.double() - self.state(bare)) / share + already
-                old = already[again]
             self.closed_form.add_(residuals, keys, layer)
-            if old is not None and i == 0:  # above the lowest layer, this key is not what went into B
-                self.closed_form.subtract_(old, keys[again], layer)
+            if again and i == 0:  # above the lowest layer, this key is not what went into B
+                self.closed_form.subtract_(already[again] if old is None else old / share, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
         self.settle(rows, used)
         if self.replaces:
-            self.held |= {_place(edit): (edit.prompt, edit.subject, edit.target_new) for edit in batch}
+            self.held |= {_place(edit): _fact(edit.prompt, edit.subject, edit.target_new) for edit in batch}
         return step_of(targets)
 
-    def base_residuals(self, facts: Sequence[tuple[str, str, str]]) -> Tensor:
-        """z − h_L of earlier edits, found again on the unedited weights. [facts, d_model] float64"""
-        edits = [Edit(prompt, subject, target, kind="question") for prompt, subject, target in facts]
+    def base_residuals(self, edits: Sequence[Edit]) -> Tensor:
+        """z − h_L of earlier edits, found again on the unedited weights. [edits, d_model] float64"""
         with self.weights.at_base():
             return self.targets(edits).delta.double()
 
@@ -143,16 +137,23 @@ class D4SEditor(LocateEditor):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, and "held": the edits in them, as bytes of JSON."""
-        held = json.dumps(list(self.held.values())).encode()
+        held = json.dumps(
+            [(edit.prompt, edit.subject, edit.target_new) for edit in self.held.values()]
+        ).encode()
         return self.closed_form.state_dict() | {"held": torch.frombuffer(bytearray(held), dtype=torch.uint8)}
 
     def take_state(self, state: Mapping[str, Tensor]) -> None:
         self.closed_form.load_state_dict({name: value for name, value in state.items() if name != "held"})
-        self.held = {}
-        for prompt, subject, target in json.loads(bytes(state["held"].tolist())):
-            self.held[_place(Edit(prompt, subject, target, kind="question"))] = (prompt, subject, target)
+        self.held = {
+            _place(edit): edit for edit in (_fact(*f) for f in json.loads(bytes(state["held"].tolist())))
+        }
         for layer, delta in self.closed_form.deltas().items():
             self.weights.write_(layer, delta)
+
+
+def _fact(prompt: str, subject: str, target_new: str) -> Edit:
+    """What its target is searched by again, and nothing else of an edit."""
+    return Edit(prompt, subject, target_new, kind="question")
 
 
 def _place(edit: Edit) -> tuple[str, int]:
