@@ -44,7 +44,7 @@ def target(
     optimiser = torch.optim.Adam([delta], lr=config.learning_rate)
     before: Tensor | None = None
     with frozen(model):  # they too take no gradient of the weights
-        for _ in range(config.steps):
+        for look in range(config.steps):
             handle = anatomy.blocks[layer].register_forward_hook(add)
             output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
             handle.remove()
@@ -58,9 +58,9 @@ def target(
             picked = log_p.gather(2, labels.clamp_min(0).unsqueeze(2)).squeeze(2)
             nll = (-(picked * wanted).sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
             assert start is not None
-            loss = nll + config.kl_factor * (before.exp() * (before - extra_log_p)).sum()
+            loss = nll + config.kl_factor * (extra_log_p.exp() * (extra_log_p - before)).sum()
             loss = loss + config.weight_decay * delta.norm() / start.norm() ** 2
-            if loss.item() < config.stop_loss:
+            if loss.item() < config.stop_loss or look == config.steps - 1:
                 break
             optimiser.zero_grad()
             loss.backward()

@@ -20,14 +20,14 @@ from d4s.architectures import Anatomy, Architecture
 from d4s.errors import CovarianceError, DataError
 from d4s.files import whole
 from d4s.progress import progress_bar
-from d4s.prompts import pad_id, padded
+from d4s.prompts import pad_id, padded, start_ids, text_ids
 from d4s.trace import Trace, stopping
 
 logger = logging.getLogger("d4s.covariance")
 
 KEYS_A_DIMENSION = 10  # key vectors per d_in: within .3 % of the full statistics (arXiv 2506.04226)
-LONGEST_TEXT = 128  # tokens; longer texts are cut into pieces
-FORMAT = "d4s-covariance-1"
+LONGEST_TEXT = 128  # tokens, the tokenizer's start token among them; longer texts are cut into pieces
+FORMAT = "d4s-covariance-2"
 
 
 class Covariance:
@@ -35,7 +35,7 @@ class Covariance:
 
     moments: layer -> [d_in, d_in] symmetric, float32 | float64
     count: key vectors behind each sum
-    fingerprint: of the model's weights; "" matches every model
+    fingerprint: of the model's weights, in float32 or bfloat16; "" matches every model
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class Covariance:
                 raise CovarianceError(f"layer {layer}: moment is {moment.dtype}, must be float32 or float64")
             if not torch.isfinite(moment).all():
                 raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
+            largest = float(moment.diagonal().abs().max()) if len(moment) else 0.0
+            if len(moment) and float(moment.diagonal().min()) < 0:
+                raise CovarianceError(f"layer {layer}: a sum of squares in the key statistics is negative")
+            if float((moment - moment.T).abs().max() if len(moment) else 0) > 1e-5 * largest:
+                raise CovarianceError(f"layer {layer}: the key statistics are not symmetric")
         if count < 1:
             raise CovarianceError("key statistics of no key vector; the corpus has no text")
         self.moments, self.count = dict(moments), count
@@ -77,7 +82,7 @@ class Covariance:
                     f"layer {layer}: the key statistics are {found} × {found}, the model's keys have {wanted} "
                     "dimensions; they belong to another model"
                 )
-        if self.fingerprint and self.fingerprint != (mine := fingerprint_of(anatomy.model)):
+        if self.fingerprint and self.fingerprint != (mine := fingerprint_of(anatomy.model, exact=False)):
             raise CovarianceError(
                 f"the key statistics were taken on another model (weights {self.fingerprint[:12]}, "
                 f"this one {mine[:12]}), or on this one before it was changed; estimate them on the unedited model"
@@ -103,6 +108,7 @@ class Covariance:
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
         }
+        metadata["digest"] = _digest(tensors, metadata)
         with whole(path) as beside:
             save_file(tensors, beside, metadata=metadata)
 
@@ -114,13 +120,15 @@ class Covariance:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise CovarianceError(
-                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r} (made by d4s covariance)"
+                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r}; take the statistics again "
+                        "(d4s covariance)"
                     )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CovarianceError(f"{path}: not a readable safetensors file ({error})") from None
+        digest = metadata.pop("digest", None)
         try:
-            return Covariance(
+            found = Covariance(
                 {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()},
                 int(metadata["count"]),
                 fingerprint=metadata["fingerprint"],
@@ -128,23 +136,44 @@ class Covariance:
             )
         except (KeyError, ValueError) as error:  # CovarianceError among them
             raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
+        if digest != _digest(tensors, metadata):
+            raise CovarianceError(
+                f"{path}: damaged: what it holds is not what was written (its digest differs)"
+            )
+        return found
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """Hex digest of the parameters' names, shapes, types, a few hundred values and the sums of all: one read.
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hex digest of all that a file of statistics holds."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
-    The sums are of 64 bits at a time as whole numbers: exact in any order, so the same on every device.
+
+def fingerprint_of(model: nn.Module, *, exact: bool = True) -> str:
+    """Hex digest of the parameters' names, shapes, a few hundred values and the sums of all: one read.
+
+    exact: of types and values as they are. Otherwise of the values rounded to bfloat16, so that a model has the same
+        one in float32 and in bfloat16; its float16 weights, rounded otherwise, have one of their own.
+
+    The sums are of 64 bits at a time as whole numbers: exact in any order, so the same on every device; compiled or
+    not makes no difference.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
+        if not exact and flat.is_floating_point():
+            flat = flat.to(torch.bfloat16)
         some = flat[:: max(1, flat.numel() // 256)][:256].double().tolist()
         rest = flat.numel() % (8 // flat.element_size())
         if flat.storage_offset() * flat.element_size() % 8:
             flat = flat.clone()
         total = int(flat[: flat.numel() - rest].view(torch.int64).sum())
         some += flat[flat.numel() - rest :].double().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {total} {some}".encode())
+        plain = name.replace("_orig_mod.", "")  # what torch.compile puts in front
+        digest.update(f"{plain} {tuple(parameter.shape)} {flat.dtype} {total} {some}".encode())
     return digest.hexdigest()
 
 
@@ -166,7 +195,7 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
 
 def _longest(model: Any) -> int:
     """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
-    return min(LONGEST_TEXT, getattr(model.config, "max_position_embeddings", LONGEST_TEXT))
+    return min(LONGEST_TEXT, getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_TEXT))
 
 
 @torch.no_grad()
@@ -225,7 +254,9 @@ def estimate_covariance(
     dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
     on_batch: called with the number of key vectors after each batch.
 
-    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut into pieces.
+    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut into pieces, each of which
+    starts as the tokenizer starts a text: a model's first positions are like no others, and what stands there without
+    the start token is no key that it ever sees.
     """
     if dtype not in (torch.float32, torch.float64):
         raise CovarianceError(f"dtype={dtype}: sums are float32 or float64, never half precision")
@@ -242,10 +273,13 @@ def estimate_covariance(
         if corpus is None:
             yield from _sampled_ids(model, tokenizer, wanted, seed)
             return
+        start = start_ids(tokenizer)
         for text in _texts_of(corpus):
-            ids = tokenizer(text)["input_ids"]
-            for at in range(0, len(ids), longest):
-                yield ids[at : at + longest]
+            (ids,) = text_ids(tokenizer, (text,))
+            body = ids[len(start) :]
+            step = max(1, longest - len(start))
+            for at in range(0, len(body), step):
+                yield start + body[at : at + step]
 
     moments = {
         i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen
@@ -278,7 +312,9 @@ def estimate_covariance(
         model.train(training)
     for moment in moments.values():
         ops.symmetrize_(moment)
-    return Covariance(moments, total, fingerprint=fingerprint_of(model), corpus=print_digest.hexdigest())
+    return Covariance(
+        moments, total, fingerprint=fingerprint_of(model, exact=False), corpus=print_digest.hexdigest()
+    )
 
 
 @torch.no_grad()
@@ -313,7 +349,8 @@ def cached_covariance(
     root = (
         os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
     )
-    identity = f"{fingerprint_of(model)} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
+    weights = fingerprint_of(model, exact=False)
+    identity = f"{FORMAT} {weights} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     if path.exists():
         try:

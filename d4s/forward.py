@@ -8,10 +8,11 @@ mask), so the second way is tried once a model on a few random rows and used onl
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,8 +24,56 @@ from d4s.errors import ModelError
 from d4s.prompts import padded
 from d4s.trace import head_reads
 
+logger = logging.getLogger("d4s.forward")
+
+# What a forward may call its keys and values of the tokens so far: transformers from 5.20 or so on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 # Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
 _CACHED_WAY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Calling:
+    """What a model's forward takes beside ids and a mask, as its signature says.
+
+    cache: its name for the keys and values of earlier tokens; None: it takes none
+    use_cache, positions: whether it takes `use_cache` and `position_ids`
+    """
+
+    cache: str | None
+    use_cache: bool
+    positions: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Calling:
+        accepted = signature(model.forward).parameters
+        rest = any(one.kind is Parameter.VAR_KEYWORD for one in accepted.values())
+        cache = next((name for name in CACHE_NAMES if name in accepted), None)
+        return cls(cache, "use_cache" in accepted or (rest and cache is not None), "position_ids" in accepted)
+
+    def without_cache(self) -> dict[str, Any]:
+        """Arguments with which no cache is made."""
+        return {"use_cache": False} if self.use_cache else {}
+
+    def with_cache(self, cache: Any = None) -> dict[str, Any]:
+        """Arguments with which `cache` is read and grows; None: a new one is made.
+
+        Raises ModelError for a model that takes none.
+        """
+        if self.cache is None or not self.use_cache:
+            raise ModelError(
+                f"the model's forward takes neither {' nor '.join(CACHE_NAMES)}, so that nothing it has read can be "
+                "kept; its rows have to run whole"
+            )
+        return {"use_cache": True} | ({} if cache is None else {self.cache: cache})
+
+    def at(self, positions: Tensor) -> dict[str, Any]:
+        """Arguments that say where in their rows the tokens stand."""
+        return {"position_ids": positions} if self.positions else {}
+
+    def cache_of(self, output: Any) -> Any:
+        """What a forward with a cache gave back; None without one."""
+        return None if self.cache is None else getattr(output, self.cache, None)
 
 
 @dataclass
@@ -50,27 +99,26 @@ class Forward:
 
     def __init__(self, model: nn.Module, fill: int) -> None:
         self.model, self.fill = model, fill
-        accepted = signature(model.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        self.takes_cache = "use_cache" in accepted and "past_key_values" in accepted
+        self.calling = Calling.of(model)
         self.device = next(model.parameters()).device
         config: Any = getattr(model, "config", None)
-        self.most_positions: int | None = getattr(config, "max_position_embeddings", None)
+        own = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.most_positions: int | None = getattr(own, "max_position_embeddings", None)
 
     def whole(self, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
         """Logits at `reads[r]` of each row r. [all reads, vocabulary], row after row, the model's dtype."""
         self._check_length(max(len(row) for row in rows))
         ids, mask = padded(rows, self.fill)
-        arguments = {"use_cache": False} if self.takes_cache else {}
-        return self._run(ids.to(self.device), reads, attention_mask=mask.to(self.device), **arguments)[0]
+        mask = mask.to(self.device)
+        return self._run(ids.to(self.device), reads, attention_mask=mask, **self.calling.without_cache())[0]
 
     def prompts(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Prefix]:
         """Logits after each prompt's last token, [rows, vocabulary], and what further tokens need."""
         self._check_length(max(len(row) for row in rows))
         ids, mask = (t.to(self.device) for t in padded(rows, self.fill, left=True))
         last = [(ids.shape[1] - 1,)] * len(rows)
-        arguments = {"position_ids": _positions(mask)} if self.takes_positions else {}
-        logits, cache = self._run(ids, last, attention_mask=mask, use_cache=True, **arguments)
+        arguments = self.calling.at(positions_of(mask)) | self.calling.with_cache()
+        logits, cache = self._run(ids, last, attention_mask=mask, **arguments)
         return logits, Prefix(cache, mask)
 
     def further(
@@ -83,24 +131,21 @@ class Forward:
         ids, mask = (t.to(self.device) for t in padded(rows, self.fill))
         prefix.mask = torch.cat([prefix.mask, mask], 1)
         self._check_length(int(prefix.mask.sum(1).max()))  # padding takes no position
-        arguments = (
-            {"position_ids": _positions(prefix.mask)[:, -ids.shape[1] :]} if self.takes_positions else {}
-        )
-        logits, prefix.cache = self._run(
-            ids,
-            reads,
-            attention_mask=prefix.mask,
-            past_key_values=prefix.cache,
-            use_cache=True,
-            **arguments,
-        )
+        positions = positions_of(prefix.mask)[:, -ids.shape[1] :]
+        arguments = self.calling.at(positions) | self.calling.with_cache(prefix.cache)
+        logits, prefix.cache = self._run(ids, reads, attention_mask=prefix.mask, **arguments)
         return logits
 
     @property
     def cached_way(self) -> bool:
         """Whether `prompts` and `further` give this model's logits of whole rows."""
         if self.model not in _CACHED_WAY:
-            _CACHED_WAY[self.model] = self.takes_cache and self._cached_way_agrees()
+            _CACHED_WAY[self.model] = self._cached_way_agrees()
+            if not _CACHED_WAY[self.model]:
+                logger.warning(
+                    "%s: with a KV cache its answers are not those of whole rows; rows run whole, which takes longer",
+                    type(self.model).__name__,
+                )
         return _CACHED_WAY[self.model]
 
     def _run(self, ids: Tensor, reads: Sequence[Sequence[int]], **arguments: Any) -> tuple[Tensor, Any]:
@@ -111,7 +156,7 @@ class Forward:
             output = self.model(input_ids=ids, **arguments)
         logits = output.logits
         read = logits[0] if gathered else logits[rows.to(logits.device), positions.to(logits.device)]
-        return read, getattr(output, "past_key_values", None)
+        return read, self.calling.cache_of(output)
 
     def _check_length(self, length: int) -> None:
         if self.most_positions is not None and length > self.most_positions:
@@ -126,12 +171,14 @@ class Forward:
         The relative difference is 1e-6 or so where only rounding differs (1e-2 in half precision), and near 1
         where the padding is seen or positions are wrong.
         """
+        if self.calling.cache is None or not self.calling.use_cache:
+            return False
         config: Any = self.model.config
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(config.get_text_config().vocab_size, (2, 17), generator=generator).tolist()
         prompts, tails = [rows[0][:8], rows[1][:13]], [rows[0][8:12], rows[1][13:15]]
         reads = [range(len(p) - 1, len(p) + len(t)) for p, t in zip(prompts, tails, strict=True)]
-        whole = self.whole([p + t for p, t in zip(prompts, tails, strict=True)], reads).float()
+        whole = self.whole([p + t for p, t in zip(prompts, tails, strict=True)], reads)
         try:
             first, prefix = self.prompts(prompts)
             if not hasattr(prefix.cache, "reorder_cache"):
@@ -142,14 +189,20 @@ class Forward:
             raise
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False  # the model has a cache of another kind
-        cached = torch.cat([first[:1], rest[2:], first[1:], rest[:2]]).float()
-        exact = self.device.type == "cpu" and next(self.model.parameters()).dtype == torch.float32
-        centred = whole - whole.mean(1, keepdim=True)
-        difference = cached - cached.mean(1, keepdim=True) - centred
-        return bool(difference.norm() <= (1e-4 if exact else 0.1) * centred.norm())
+        cached = torch.cat([first[:1], rest[2:], first[1:], rest[:2]])
+        return same_logits(self.model, cached, whole)
 
 
-def _positions(mask: Tensor) -> Tensor:
+def same_logits(model: nn.Module, found: Tensor, right: Tensor) -> bool:
+    """Whether two ways of a model to the same logits [reads, vocabulary] differ by rounding alone."""
+    weight = next(model.parameters())
+    exact = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    centred = right.float() - right.float().mean(1, keepdim=True)
+    difference = found.float() - found.float().mean(1, keepdim=True) - centred
+    return bool(difference.norm() <= (1e-4 if exact else 0.1) * centred.norm())
+
+
+def positions_of(mask: Tensor) -> Tensor:
     """Each real token's place in its row; 0 at padding. [rows, width] int64."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
 

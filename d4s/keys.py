@@ -42,7 +42,7 @@ def subject_rows(
             row = subject_row(tokenizer, edit.prompt, edit.subject, prefix=prefix)
             ids.append(row.ids[: row.subject_last + 1])
     bare = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
-    shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes])
+    shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes], dtype=torch.float32)
     return SubjectRows(tuple(ids), shares, pad_id(tokenizer))
 
 

@@ -32,6 +32,12 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids[: len(ids) - behind]) for ids in tokenizer(list(texts))["input_ids"]] if texts else []
 
 
+def start_ids(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer puts in front of any text: <s>, [CLS], or nothing."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return whole[: len(whole) - len(plain) - _ids_behind(tokenizer)]
+
+
 def _ids_behind(tokenizer: Any) -> int:
     """How many ids the tokenizer puts behind any text."""
     whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))

@@ -6,18 +6,23 @@ cache, and what all requests have in common at its beginning (a context) runs on
 the changed one run once and are then replaced by what they put out; MLPs see no padding, and the last one, like the
 head, only the positions whose logits are read. All of this happens through hooks around the model's own forward,
 whose masks, rotary positions, soft-caps and norms stay its own business.
+
+Not every model can be cut up like that (recurrent states, caches and positions of its own kind). So `spares` tries it
+once a model and place, on a few random rows, against whole rows with nothing left out; where they differ, whole rows it
+is.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from inspect import signature
 from itertools import takewhile
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +31,16 @@ from transformers import DynamicCache
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
+from d4s.errors import ModelError
+from d4s.forward import Calling, positions_of, same_logits
 from d4s.prompts import padded, subject_row
 from d4s.trace import Trace, first_tensor, head_reads, replaced_forward, stopping
 
+logger = logging.getLogger("d4s.request_rows")
+
 Place = Literal["block", "mlp", "attention"]
+# Whether the sparing way agrees with whole rows, by layer and places; found on first use, gone with the model.
+_SPARES: WeakKeyDictionary[nn.Module, dict[tuple[int, tuple[Place, ...]], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -75,16 +86,25 @@ class RequestRows:
     count: requests left; owner: the request of each row [rows]; start: v0 of each place, [requests, d_model] float32
     row, read, wanted: of each logit that is read, its row, its position in it, and the token expected [reads]
     weight: of its −log p in the loss; is_extra: whether it is the extra row's, whose indices are `extra`
+    whole: run every row from its first token through every module, and leave nothing out
     """
 
     def __init__(
-        self, anatomy: Anatomy, fill: int, requests: Sequence[Request], layer: int, places: tuple[Place, ...]
+        self,
+        anatomy: Anatomy,
+        fill: int,
+        requests: Sequence[Request],
+        layer: int,
+        places: tuple[Place, ...],
+        *,
+        whole: bool = False,
     ) -> None:
         self.anatomy, self.device = anatomy, anatomy.device
         self.model: Any = anatomy.model
-        self.layer, self.places = layer, places
+        self.calling = Calling.of(self.model)
+        self.layer, self.places, self.whole = layer, places, whole
         # Blocks 0 … skipped − 1 put out the same whatever δ is.
-        self.skipped = layer + 1 if places == ("block",) else layer
+        self.skipped = 0 if whole else layer + 1 if places == ("block",) else layer
         self.count = len(requests)
         rows_of = [len(r.after) for r in requests]
         self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(
@@ -94,10 +114,16 @@ class RequestRows:
 
         before = [ids for r in requests for ids in r.before]
         after = [ids for r in requests for ids in r.after]
+        # Where in a row the subject's last token stands, [rows]: it is the first of `after`.
+        starts = [len(ids) if whole else 0 for ids in before]
+        self.at = torch.as_tensor(starts, device=self.device)
+        if whole:
+            after = [(*b, *a) for b, a in zip(before, after, strict=True)]
+            before = [()] * len(before)
         self.ids, after_mask = (t.to(self.device) for t in padded(after, fill))
         kinds = [a for r in requests for a in range(len(r.before))]
         self.cache, self.mask = self._run_before(before, kinds, after_mask, fill)
-        self.positions = (self.mask.cumsum(-1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
+        self.positions = positions_of(self.mask)[:, -self.ids.shape[1] :]
 
         row, read, wanted, weight, extra = [], [], [], [], []
         number = 0
@@ -106,14 +132,14 @@ class RequestRows:
                 is_extra = a == len(r.after) - 1
                 for position, token in zip(r.read[a], r.target[a], strict=True):
                     row.append(number)
-                    read.append(position)
+                    read.append(starts[number] + position)
                     wanted.append(token)
                     extra.append(is_extra)
                     weight.append(0.0 if is_extra else 1 / ((len(r.after) - 1) * len(r.target[a])))
                 number += 1
         self.row, self.read = torch.as_tensor(row).to(self.device), torch.as_tensor(read).to(self.device)
         self.wanted = torch.as_tensor(wanted).to(self.device)
-        self.weight = torch.as_tensor(weight).to(self.device)
+        self.weight = torch.as_tensor(weight, dtype=torch.float32).to(self.device)
         self.is_extra = torch.as_tensor(extra).to(self.device)
         self._find_needed()
         self._keep_fixed_part()
@@ -125,13 +151,6 @@ class RequestRows:
         width = self.ids.shape[1]
         self.present = self.mask[:, -width:].reshape(-1).nonzero().squeeze(1)
         self.read_out = self.row * width + self.read
-
-    def _arguments(self, mask: Tensor, positions: Tensor) -> dict[str, Any]:
-        accepted = signature(self.model.forward).parameters
-        arguments: dict[str, Any] = {"attention_mask": mask}
-        if "position_ids" in accepted:
-            arguments["position_ids"] = positions
-        return arguments
 
     def _run_before(
         self, before: Sequence[Sequence[int]], kinds: Sequence[int], after_mask: Tensor, fill: int
@@ -172,17 +191,16 @@ class RequestRows:
         nothing = torch.zeros(0, dtype=torch.long, device=self.device)
         spared = self._sparing(0, added.reshape(-1).nonzero().squeeze(1), nothing, ids.numel())
         unread = torch.zeros(1, dtype=torch.long)
+        arguments = self.calling.at(positions_of(mask)[:, -width:]) | self.calling.with_cache(cache)
         with replaced_forward(spared), head_reads(self.model, unread, unread):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -width:]
-            self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, **self._arguments(mask, positions)
-            )
+            self.model(input_ids=ids, attention_mask=mask, **arguments)
         return cache, mask
 
     def _window(self) -> float:
         """How far back every block sees, in positions."""
         names = ("sliding_window", "window_size", "attention_chunk_size")
-        sizes = (getattr(self.model.config, name, None) for name in names)
+        config = self.model.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in names)
         return min((size for size in sizes if isinstance(size, int)), default=math.inf)
 
     def _sparing(
@@ -194,6 +212,8 @@ class RequestRows:
         positions: how many there are
         """
         spared: dict[nn.Module, Callable[..., Any]] = {}
+        if self.whole:
+            return spared
         for i in range(first, len(self.anatomy)):
             here = needed_last if i == len(self.anatomy) - 1 else needed
             if (mlp := self.anatomy.mlp(i)) is not None and len(here) < 0.9 * positions:
@@ -201,12 +221,10 @@ class RequestRows:
         return spared
 
     def _forward(self) -> Any:
-        return self.model(
-            input_ids=self.ids,
-            past_key_values=_copied(self.cache),
-            use_cache=self.cache is not None,
-            **self._arguments(self.mask, self.positions),
-        )
+        calling, cache = self.calling, _copied(self.cache)
+        arguments = calling.at(self.positions)
+        arguments |= calling.without_cache() if cache is None else calling.with_cache(cache)
+        return self.model(input_ids=self.ids, attention_mask=self.mask, **arguments)
 
     def _module(self, place: Place) -> nn.Module:
         if place == "mlp":
@@ -228,7 +246,8 @@ class RequestRows:
             stack.enter_context(Trace(self.anatomy.blocks[self.layer], stop=True))
             self._forward()
         self.start = [
-            t.output.reshape(rows, self.ids.shape[1], -1)[self.first_row, 0].float() for t in traces
+            t.output.reshape(rows, self.ids.shape[1], -1)[self.first_row, self.at[self.first_row]].float()
+            for t in traces
         ]
         self.kept = None if kept is None else kept.returned
 
@@ -240,12 +259,16 @@ class RequestRows:
         def plus(place_delta: Tensor) -> Callable[[Tensor], Tensor]:
             def edit(output: Tensor) -> Tensor:
                 shaped = output.reshape(rows, self.ids.shape[1], -1)
+                if self.whole:
+                    added = place_delta[self.owner].to(shaped.dtype)
+                    row = torch.arange(rows, device=self.device)
+                    return shaped.index_put((row, self.at), added, accumulate=True).view(output.shape)
                 first = shaped[:, :1] + place_delta[self.owner].unsqueeze(1).to(shaped.dtype)
                 return torch.cat([first, shaped[:, 1:]], 1).view(output.shape)
 
             return edit
 
-        if self.places == ("block",):
+        if self.places == ("block",) and not self.whole:
             hidden = plus(deltas[0])(first_tensor(self.kept))
             returned: Any = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
         else:
@@ -278,7 +301,7 @@ class RequestRows:
         self.read, self.wanted = self.read[reads], self.wanted[reads]
         self.weight, self.is_extra = self.weight[reads], self.is_extra[reads]
         self.owner, self.ids = number[self.owner[rows]], self.ids[rows]
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.mask, self.positions, self.at = self.mask[rows], self.positions[rows], self.at[rows]
         if self.cache is not None:
             self.cache = _copied(self.cache)
             self.cache.batch_select_indices(rows)  # type: ignore[union-attr]
@@ -288,6 +311,55 @@ class RequestRows:
             self.kept = (self.kept[0][rows], *self.kept[1:])
         self.count = len(left)
         self._find_needed()
+
+
+def spares(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> bool:
+    """Whether what `RequestRows` leaves out makes no difference for this model, layer and places.
+
+    Two random requests of different lengths, with a random δ as long as v0, are run both ways.
+    """
+    known = _SPARES.setdefault(anatomy.model, {})
+    if (layer, places) not in known:
+        known[layer, places] = _sparing_agrees(anatomy, layer, places)
+        if not known[layer, places]:
+            logger.warning(
+                "%s: its rows cannot be cut at the subject's last token; targets are searched on whole rows, which "
+                "takes longer",
+                type(anatomy.model).__name__,
+            )
+    return known[layer, places]
+
+
+@torch.no_grad()
+def _sparing_agrees(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    config: Any = anatomy.model.config
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, 12), generator=generator).tolist()
+    context = ids[0][:3]
+    requests = []
+    for own, length in zip(ids, (2, 4), strict=True):
+        head, tail = tuple(own[4 : 4 + length]), tuple(own[9 - length : 12])
+        before: list[tuple[int, ...]] = [head, (*context, *head), (own[0],)]
+        end = (len(tail) - 2, len(tail) - 1)
+        target = (own[0], own[1])
+        requests.append(Request(before, [tail, tail, tail[:1]], [end, end, (0,)], [target, target, (0,)]))
+
+    plain = RequestRows(anatomy, 0, requests, layer, places, whole=True)
+    noise = [torch.randn(start.shape, generator=generator).to(start) for start in plain.start]
+    deltas = [
+        start.norm(dim=1, keepdim=True) * one / one.norm(dim=1, keepdim=True)
+        for one, start in zip(noise, plain.start, strict=True)
+    ]
+    right = plain.log_probabilities(deltas)
+    try:
+        found = RequestRows(anatomy, 0, requests, layer, places).log_probabilities(deltas)
+    except torch.OutOfMemoryError:
+        raise
+    # The model keeps something else than keys and values, or its modules are not called as others are.
+    except (AttributeError, IndexError, ModelError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return same_logits(anatomy.model, found, right)
 
 
 def width_of(rows: Sequence[Sequence[int]]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d4s.errors import ConfigError, TokenizerError
 from d4s.forward import Forward, evaluating, most_tokens, run_in_batches
-from d4s.prompts import pad_id, prompt_and_target_ids, text_ids
+from d4s.prompts import pad_id, prompt_and_target_ids, start_ids, text_ids
 
 Ids = tuple[int, ...]
 
@@ -210,25 +210,33 @@ def perplexity(
 
     window: tokens the model sees at a time (at most as many as it has positions)
     overlap: of these, tokens of the window before, which are read but not scored again; None: a quarter
+
+    Every window starts as the tokenizer starts a text (<s>), also in the middle of one.
     Raises ConfigError if the numbers do not fit together, or the texts hold fewer than two tokens each.
     """
     forward = Forward(model, pad_id(tokenizer))
+    start = start_ids(tokenizer)
     window = min(window, forward.most_positions or window)
     overlap = window // 4 if overlap is None else overlap
-    if not 0 <= overlap < window - 1:
-        raise ConfigError(f"overlap={overlap}: must be from 0 to window − 2, which is {window - 2}")
+    if not 0 <= overlap < window - 1 - len(start):
+        raise ConfigError(
+            f"overlap={overlap}: must be from 0 to {window - 2 - len(start)}, the window less "
+            f"{2 + len(start)}, so that each window scores a token"
+        )
     rows: list[list[int]] = []
     reads: list[range] = []
     tokens: list[list[int]] = []
     for ids in text_ids(tokenizer, texts):
-        scored = 1  # the first token has nothing before it
+        scored = max(1, len(start))  # the first token of a text without a start token has nothing before it
+        begin = 0
         while scored < len(ids):
-            begin = max(0, scored - overlap - 1) if scored > 1 else 0
-            stop = min(len(ids), begin + window + 1)
-            rows.append(ids[begin : stop - 1])
-            reads.append(range(scored - 1 - begin, stop - 1 - begin))
+            head = start if begin else []
+            stop = min(len(ids), begin + window + 1 - len(head))
+            rows.append([*head, *ids[begin : stop - 1]])
+            reads.append(range(len(head) + scored - 1 - begin, len(head) + stop - 1 - begin))
             tokens.append(ids[scored:stop])
             scored = stop
+            begin = scored - overlap - 1 if scored - overlap - 1 > len(start) else 0
     if not rows:
         raise ConfigError("perplexity needs a text of two tokens or more")
     nll = [math.nan] * len(rows)

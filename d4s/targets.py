@@ -4,11 +4,12 @@ For each request a vector δ, from 0, is added to one place at the subject's las
 context + prompt + target, and one extra row "{subject} is a"). Minimised is
 
     mean over rows and target tokens of −log p(target)
-    + kl_factor · KL(p_before ‖ p_δ) at the subject's last token of the extra row
+    + kl_factor · KL(p_δ ‖ p_before) at the subject's last token of the extra row
     + weight_decay · ‖δ‖ / ‖v0‖²
 
 by Adam, projected to ‖δ‖ ≤ clamp · ‖v0‖ after each step, where v0 is the unchanged value on the bare prompt
-and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229).
+and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229). As in the released code the loss is looked at `steps`
+times, and the last look is followed by no step.
 
 How little of the model has to run for that: `d4s.request_rows`.
 """
@@ -29,20 +30,22 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.forward import evaluating, run_in_batches
 from d4s.prompts import pad_id
-from d4s.request_rows import Place, RequestRows, request_of, width_of
+from d4s.request_rows import Place, RequestRows, request_of, spares, width_of
 
 
 @dataclass(frozen=True)
 class TargetConfig(Configuration):
-    steps: int = 25
+    steps: int = 25  # looks at the loss; Adam moves δ between them, at most steps − 1 times
     learning_rate: float = 0.5
     weight_decay: float = 0.5
     clamp: float = 0.75  # ‖δ‖ ≤ clamp · ‖v0‖
     kl_factor: float = 0.0625
     stop_loss: float = 0.05
-    # ENCORE: end this many steps after the target is the argmax everywhere. None: no such rule.
+    # ENCORE: end this many steps after the target is the argmax everywhere; looks at which it is not do not count, and
+    # do not begin the count anew. None: no such rule.
     stop_after_argmax: int | None = None
-    # PMET: factor on the NLL once the target is the argmax everywhere, and the KL that then ends the search.
+    # PMET: factor on the NLL at the next look once the target is the argmax everywhere, and the weighted KL
+    # (kl_factor · KL) at which the search then ends.
     settled_nll_factor: float = 1.0
     settled_kl: float | None = None
 
@@ -107,7 +110,8 @@ def optimise_targets(
     if batch_tokens is None:
         batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
     requests = [request_of(tokenizer, edit, prefixes) for edit in edits]
-    most = getattr(anatomy.model.config, "max_position_embeddings", None)
+    model_config: Any = anatomy.model.config
+    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
         length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
         if most is not None and length > most:
@@ -121,14 +125,17 @@ def optimise_targets(
 
     def run(chosen: list[int]) -> None:
         batch = [requests[order[i]] for i in chosen]
-        targets = _optimise(RequestRows(anatomy, pad_id(tokenizer), batch, layer, places), config)
+        rows = RequestRows(anatomy, pad_id(tokenizer), batch, layer, places, whole=whole)
+        targets = _optimise(rows, config)
         found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
 
-    after = [requests[i].after for i in order]
     with frozen(anatomy.model):
-        run_in_batches(
-            [width_of(rows) for rows in after], run, batch_tokens, copies=[len(rows) for rows in after]
-        )
+        whole = not spares(anatomy, layer, places)
+        after = [requests[i].after for i in order]
+        widths = [width_of(rows) for rows in after]
+        if whole:
+            widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
+        run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after])
     return Targets.concatenate([found[i] for i in range(len(edits))])
 
 
@@ -153,44 +160,43 @@ def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
     bound = [config.clamp * s.norm(dim=1) for s in start]
     square = [s.square().sum(1) for s in start]
     result = [torch.zeros_like(s) for s in start]
-    first = torch.zeros(count, device=device)
-    last = torch.zeros(count, device=device)
+    first = torch.zeros(count, dtype=torch.float32, device=device)
+    last = torch.zeros_like(first)
     alive = torch.arange(count, device=device)  # requests still in the batch, by their first number
     deltas = [torch.zeros_like(s) for s in start]
     mean = [torch.zeros_like(s) for s in start]
     variance = [torch.zeros_like(s) for s in start]
     done = torch.zeros(count, dtype=torch.bool, device=device)
-    since_argmax = torch.zeros(count, device=device)
+    looks_as_argmax = torch.zeros(count, dtype=torch.long, device=device)
+    nll_factor = torch.ones_like(first)
     reference: Tensor | None = None
 
-    for step in range(config.steps + 1):
-        deltas = [d.detach().requires_grad_(step < config.steps) for d in deltas]
-        with torch.set_grad_enabled(step < config.steps):
+    for look in range(config.steps):
+        moves = look < config.steps - 1
+        deltas = [d.detach().requires_grad_(moves) for d in deltas]
+        with torch.set_grad_enabled(moves):
             log_p = rows.log_probabilities(deltas)
-            chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
-            owner = rows.owner[rows.row]
-            nll = torch.zeros(rows.count, device=device).index_add(0, owner, -chosen * rows.weight)
             extra = log_p[rows.extra]
             if reference is None:
                 reference = extra.detach()
-            kl = (reference.exp() * (reference - extra)).sum(1)
-            decay = sum(d.norm(dim=1) / s for d, s in zip(deltas, (q[alive] for q in square), strict=True))
-            settled = _settled(rows, log_p, owner)
-            factor = torch.where(settled, config.settled_nll_factor, 1.0)
-            loss = factor * nll + config.kl_factor * kl + config.weight_decay * decay
+            norms = [q[alive] for q in square]
+            nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
+            loss = nll_factor * nll + weighted_kl + decay
+        settled = _settled(rows, log_p)
         probability = torch.exp(-nll.detach())
-        if step == 0:
+        if look == 0:
             first[alive] = probability
         last[alive] = torch.where(done, last[alive], probability)
         done = done | (loss.detach() < config.stop_loss)
         if config.stop_after_argmax is not None:
-            since_argmax = torch.where(settled, since_argmax + 1, 0.0)
-            done = done | (since_argmax > config.stop_after_argmax)
+            looks_as_argmax = looks_as_argmax + settled
+            done = done | (looks_as_argmax > config.stop_after_argmax)
         if config.settled_kl is not None:
-            done = done | (settled & (kl.detach() <= config.settled_kl))
+            done = done | (settled & (weighted_kl.detach() <= config.settled_kl))
+        nll_factor = torch.where(settled, config.settled_nll_factor, 1.0).to(first.dtype)
         for total, delta in zip(result, deltas, strict=True):
             total[alive] = delta.detach()
-        if step == config.steps:
+        if not moves:
             break
         gradients = torch.autograd.grad(loss.sum(), deltas)
         with torch.no_grad():
@@ -199,26 +205,53 @@ def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
                 # At δ = 0 the norm has no gradient; torch gives 0 there, as wanted.
                 mean[p] = 0.9 * mean[p] + 0.1 * gradient
                 variance[p] = 0.999 * variance[p] + 0.001 * gradient.square()
-                root = (variance[p] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-                moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (step + 1)) / root
+                root = (variance[p] / (1 - 0.999 ** (look + 1))).sqrt() + 1e-8
+                moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (look + 1)) / root
                 limit = bound[p][alive]
                 moved = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
                 deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
         # The only look at the device, every fourth step: are enough requests done to shrink the batch?
-        if step % 4 == 3:
+        if look % 4 == 3:
             left = (~done).nonzero().squeeze(1)
             if len(left) == 0:
                 break
             if len(left) <= 0.75 * rows.count:
                 deltas = [d.detach()[left] for d in deltas]
                 mean, variance = [m[left] for m in mean], [v[left] for v in variance]
-                since_argmax, reference = since_argmax[left], reference[left]
-                alive, done = alive[left], done[left]
+                looks_as_argmax, nll_factor = looks_as_argmax[left], nll_factor[left]
+                reference, alive, done = reference[left], alive[left], done[left]
                 rows.keep_requests(left)
     return Targets(start[0], result[0], first, last)
 
 
-def _settled(rows: RequestRows, log_p: Tensor, owner: Tensor) -> Tensor:
+def loss_terms(
+    rows: RequestRows,
+    log_p: Tensor,
+    deltas: Sequence[Tensor],
+    before: Tensor,
+    square: Sequence[Tensor],
+    config: TargetConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean −log p of the target, kl_factor · KL(p_δ ‖ p_before), weight_decay · Σ ‖δ‖ / ‖v0‖²), [requests] each.
+
+    log_p: at the reads of `rows`, [reads, vocabulary]; before: of the extra rows at δ = 0, [requests, vocabulary]
+    deltas, square: δ [requests, d_model] and ‖v0‖² [requests] of each place
+    """
+    chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
+    nothing = torch.zeros(rows.count, dtype=log_p.dtype, device=rows.device)
+    nll = nothing.index_add(0, rows.owner[rows.row], -chosen * rows.weight)
+    extra = log_p[rows.extra]
+    kl = (extra.exp() * (extra - before)).sum(1)
+    decay = torch.stack([d.norm(dim=1) / s for d, s in zip(deltas, square, strict=True)]).sum(0)
+    return nll, config.kl_factor * kl, config.weight_decay * decay
+
+
+def _settled(rows: RequestRows, log_p: Tensor) -> Tensor:
     """Requests whose target tokens are all the argmax. [requests] bool."""
-    wrong = ((log_p.detach().argmax(1) != rows.wanted) & ~rows.is_extra).float()
-    return torch.zeros(rows.count, device=rows.device).index_add(0, owner, wrong) == 0
+    wrong = ((log_p.detach().argmax(1) != rows.wanted) & ~rows.is_extra).long()
+    return (
+        torch.zeros(rows.count, dtype=torch.long, device=rows.device).index_add(
+            0, rows.owner[rows.row], wrong
+        )
+        == 0
+    )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import random
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
+from workbench import relative_error
 
 import d4s.covariance
 from d4s.architectures import Anatomy
@@ -25,6 +29,27 @@ def sums_by_hand(model, rows, layer):
     handle.remove()
     joined = torch.cat(keys)
     return joined.T @ joined, len(joined)
+
+
+def test_joined_and_separate_lines_give_the_same_statistics(seed):
+    """Lines as long as the pieces that a joined text is cut into: the same tokens but at the seams."""
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    with torch.no_grad():  # what begins a row is then unlike all else, as in models that park attention there
+        model.get_input_embeddings().weight[tokenizer.bos_token_id] *= 30
+    line = ""
+    for word in (" ".join(TEXTS) * 2).split():
+        if len(tokenizer(f"{line} {word}")["input_ids"]) > LONGEST_TEXT:
+            break
+        line = f"{line} {word}".strip()
+    apart, joined = (
+        estimate(model, [line] * 12, tokens=10**6),
+        estimate(model, [" ".join([line] * 12)], tokens=10**6),
+    )
+    for layer in (1, 2):
+        assert relative_error(joined.mean(layer), apart.mean(layer)) < 0.1
+        rows = [ids[1:] for ids in ids_of([line])]  # without the start token it would be far off
+        total, count = sums_by_hand(model, rows, layer)
+        assert relative_error(total / count, apart.mean(layer)) > 0.3
 
 
 def ids_of(texts):
@@ -129,8 +154,10 @@ def test_a_long_text_is_cut_into_pieces_that_fit_and_none_is_lost(positions, see
     ids = tiny_tokenizer()(text)["input_ids"]
     assert len(ids) > 2 * positions
     found = estimate(model, [text], tokens=10**6)
-    total, count = sums_by_hand(model, [ids[i : i + positions] for i in range(0, len(ids), positions)], 1)
-    assert found.count == count == len(ids)
+    start, body, step = ids[:1], ids[1:], positions - 1  # each piece starts as a text does
+    pieces = [start + body[i : i + step] for i in range(0, len(body), step)]
+    total, count = sums_by_hand(model, pieces, 1)
+    assert found.count == count == len(body) + len(pieces)
     close(found.mean(1), total / count)
 
 
@@ -254,7 +281,7 @@ def test_a_file_gives_the_same_statistics_back(tmp_path, seed):
     loaded.check(Anatomy(model), (0, 1, 2))
     assert [p.name for p in path.parent.iterdir()] == ["c.safetensors"], "nothing is left beside it"
     with safe_open(path, "pt") as file:
-        assert file.metadata()["format"] == "d4s-covariance-1"
+        assert file.metadata()["format"] == "d4s-covariance-2"
 
 
 def test_saving_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, seed):
@@ -329,7 +356,7 @@ def test_files_that_save_did_not_write_are_refused(tmp_path, seed):
     with safe_open(good, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, bad)
-    refused("format None, must be 'd4s-covariance-1'")
+    refused("format None, must be 'd4s-covariance-2'")
     save_file(tensors, bad, metadata=metadata | {"format": "d4s-covariance-9"})
     refused("format 'd4s-covariance-9'")
     for changes in ({"count": "many"}, {"count": ""}, {"count": "0"}):
@@ -405,3 +432,49 @@ def test_the_cache_is_in_the_users_cache_folder_unless_told(tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     cached(tiny_model("gpt2", seed))
     assert len(list((tmp_path / "xdg" / "d4s").iterdir())) == 1
+
+
+def test_one_model_in_two_precisions_and_compiled_has_one_fingerprint(seed):
+    model = tiny_model("llama", seed)
+    half = copy.deepcopy(model).bfloat16()
+    assert fingerprint_of(half, exact=False) == fingerprint_of(model, exact=False)
+    assert fingerprint_of(model) == fingerprint_of(torch.compile(model))
+    found = estimate(model, TEXTS, layers=[1])
+    found.check(Anatomy(half), (1,))
+    with torch.no_grad():
+        half.model.layers[1].mlp.down_proj.weight[0, 0] += 0.5
+    with pytest.raises(CovarianceError, match="another model"):
+        found.check(Anatomy(half), (1,))
+
+
+def test_a_file_with_one_flipped_bit_is_refused(seed, tmp_path):
+    path = tmp_path / "c.safetensors"
+    estimate(tiny_model("llama", seed), TEXTS, layers=[0, 1]).save(path)
+    whole = path.read_bytes()
+    assert Covariance.load(path).layers == (0, 1)
+    generator = random.Random(seed)
+    for _ in range(60):
+        at = generator.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(CovarianceError):
+            Covariance.load(path)
+
+
+def test_sums_that_cannot_be_sums_of_squares_are_refused():
+    right = torch.eye(3)
+    with pytest.raises(CovarianceError, match="negative"):
+        Covariance({0: -right}, 3)
+    with pytest.raises(CovarianceError, match="symmetric"):
+        Covariance({0: right + torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])}, 3)
+
+
+def test_float64_as_the_default_type_changes_nothing(seed):
+    model = tiny_model("llama", seed)
+    expected = estimate(model, TEXTS, layers=[1]).moments[1]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(estimate(model, TEXTS, layers=[1]).moments[1], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d4s.errors import ConfigError, ModelError, TokenizerError
-from d4s.forward import _CACHED_WAY, Forward, run_in_batches
+from d4s.forward import _CACHED_WAY, Calling, Forward, run_in_batches
 from d4s.prompts import prompt_and_target_ids
 from d4s.scoring import _tokenised, perplexity, score
 
@@ -76,8 +77,12 @@ def test_a_model_that_ignores_the_mask_is_scored_without_the_cache(seed: int) ->
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
     forward = model.forward
 
-    def unmasked(input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-        return forward(input_ids=input_ids, past_key_values=past_key_values, use_cache=use_cache)
+    calling = Calling.of(model)
+
+    def unmasked(input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
+        kept = calling.with_cache(cache) if use_cache else calling.without_cache()
+        output = forward(input_ids=input_ids, **kept)
+        return SimpleNamespace(logits=output.logits, cache=calling.cache_of(output))
 
     model.forward = unmasked
     assert not Forward(model, 0).cached_way
@@ -230,13 +235,14 @@ def test_windows_score_each_token_once_behind_their_overlap(seed: int) -> None:
         with torch.no_grad():
             scored = 1
             while scored < len(ids):
-                begin = 0 if scored == 1 else scored - 1 - overlap
-                part = ids[begin : begin + window + 1]
+                # Every window begins with the start token, as the text does.
+                begin = 1 if scored == 1 else scored - 1 - overlap
+                part = torch.cat([ids[:1], ids[begin : begin + window]])
                 log_p = model(part[None, :-1]).logits[0].log_softmax(-1)
                 each = -log_p.gather(1, part[1:, None]).squeeze(1)
-                nll += each[scored - 1 - begin :].tolist()
-                scored = begin + len(part)
-    assert len(nll) == sum(len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS[:2])
+                nll += each[scored - begin :].tolist()
+                scored = begin + len(part) - 1
+    assert len(nll) == sum(len(tokenizer(text)["input_ids"]) - 1 for text in TEXTS[:2]) > 2 * window
     found = perplexity(model, tokenizer, TEXTS[:2], window=window, overlap=overlap, batch_tokens=200)
     assert found == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
 

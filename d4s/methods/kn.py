@@ -27,11 +27,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
+from d4s.forward import Calling, Forward
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.presets import kn_preset
 from d4s.prompts import prompt_and_target_ids, text_ids
@@ -125,26 +125,23 @@ class KNEditor(Editor):
         last: the forward of the layer's projection at the last token alone, on [rows, 1, d_in]; None: its own
         """
         model: Any = self.anatomy.model
-        cache = DynamicCache(config=model.config)
+        calling, projection = Calling.of(model), self.anatomy.projection(layer)
         mask = torch.ones(rows, len(ids), dtype=torch.long, device=self.anatomy.device)
-        tokens = torch.as_tensor([list(ids)], device=self.anatomy.device)
-        unread = torch.zeros(1, dtype=torch.long)
-        if len(ids) > 1:
+        tokens = torch.as_tensor([list(ids)], device=self.anatomy.device).expand(rows, -1)
+        arguments = calling.without_cache()
+        replaced = {} if last is None else {projection: last}
+        if Forward(model, 0).cached_way and len(ids) > 1:
+            unread = torch.zeros(1, dtype=torch.long)
             with torch.no_grad(), head_reads(model, unread, unread):
-                model(
-                    input_ids=tokens[:, :-1],
-                    attention_mask=mask[:1, :-1],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+                kept = model(input_ids=tokens[:1, :-1], attention_mask=mask[:1, :-1], **calling.with_cache())
+            cache = calling.cache_of(kept)
             cache.batch_repeat_interleave(rows)
-        with replaced_forward({self.anatomy.projection(layer): last} if last is not None else {}):
-            output = model(
-                input_ids=tokens[:, -1:].expand(rows, 1),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            tokens, arguments = tokens[:, -1:], calling.with_cache(cache)
+        elif last is not None:
+            own = projection.forward
+            replaced = {projection: lambda inputs: torch.cat([own(inputs[:, :-1]), last(inputs[:, -1:])], 1)}
+        with replaced_forward(replaced):
+            output = model(input_ids=tokens, attention_mask=mask, **arguments)
         return output.logits[:, -1].float().softmax(-1)
 
     def neurons(self, ids: Sequence[int], layer: int) -> Tensor:
