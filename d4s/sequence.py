@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # What a history row carries of an evaluation, where the edits have it.
 HEADLINES = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
 FORMAT = "d4s-result-1"
+NAMED = 10  # edits that a summary names at most
 
 
 @dataclass
@@ -47,8 +48,10 @@ class Record:
         delta_norm.<layer>: ‖W − W0‖_F
         seconds: wall-clock time since the start, evaluation included; edit_seconds: without it
         and what `measure` gave
-    edits_table: one row an edit: id, step, first_probability and last_probability of its target's optimisation
+    edits_table: one row an edit: id, step, first_probability and last_probability of its target's optimisation, and
+        written_probability: p(target) on the edit prompt right after the step
     evaluations: the full evaluation behind each history row
+    chosen: fields of the configuration that were left open (None), as they were decided by the edits
     failure: why the sequence ended before its last edit; None: it did not
     """
 
@@ -58,6 +61,7 @@ class Record:
     edits_table: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     failure: str | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[str]:
@@ -82,7 +86,26 @@ class Record:
             )
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
             lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
+        lines += [f"{name}={value:g}, chosen by the first edits" for name, value in self.chosen.items()]
+        if missing := self.not_arrived():
+            named = ", ".join(missing[:NAMED]) + (" …" if len(missing) > NAMED else "")
+            lines.append(
+                f"{len(missing)} of {len(self.edits_table)} edits: the target was found, but half of its probability "
+                f"or more was lost on the way into the weights: {named}"
+            )
         return "\n".join(lines)
+
+    def not_arrived(self) -> list[str]:
+        """Ids of edits whose optimised target did not arrive: p(target) was ½ or more at the end of its optimisation,
+        and right after the step, on the edit prompt, less than half of that."""
+        return [
+            row["id"]
+            for row in self.edits_table
+            if row.get("written_probability") is not None
+            and row.get("last_probability") is not None
+            and row["last_probability"] >= 0.5
+            and row["written_probability"] < 0.5 * row["last_probability"]
+        ]
 
     def forgetting(self, metric: str = "efficacy") -> DataFrame:
         """How edits made in one stretch fare later: rows: made up to step i, columns: tested at step t.
@@ -115,6 +138,7 @@ class Record:
             "config": self.config,
             "edits": len(self.edits_table),
             "failure": self.failure,
+            "chosen": self.chosen,
             "history": finite_or_none(self.history),
             "edits_table": finite_or_none(self.edits_table),
             "evaluations": [e.to_dict() for e in self.evaluations],
@@ -144,6 +168,7 @@ class Record:
                 [_with_nan(row) for row in stored["edits_table"]],
                 evaluations,
                 stored.get("failure"),
+                stored.get("chosen", {}),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -178,7 +203,13 @@ class Result(Record):
     def record(self) -> Record:
         """The measurements alone, which hold no weight."""
         return Record(
-            self.method, self.config, self.history, self.edits_table, self.evaluations, self.failure
+            self.method,
+            self.config,
+            self.history,
+            self.edits_table,
+            self.evaluations,
+            self.failure,
+            self.chosen,
         )
 
 
@@ -253,10 +284,18 @@ def edit_sequence(
         for edit in edits:
             subject_row(tokenizer, edit.prompt, edit.subject)
     with evaluating(model):
-        editor = configured.editor(bench)
+        settled = configured.settled(bench, edits)
+        editor = settled.editor(bench)
         taken = baseline if baseline is not None else take_baseline(model, tokenizer, edits)
+        fields, decided = asdict(configured), asdict(settled)
         result = Result(
-            configured.name, asdict(configured), model=model, edits=edits, editor=editor, baseline=taken
+            configured.name,
+            fields,
+            chosen={name: value for name, value in decided.items() if value != fields[name]},
+            model=model,
+            edits=edits,
+            editor=editor,
+            baseline=taken,
         )
         run = _Run(result, neighborhood_limit, generate, measure, seed)
         run.point(0, last=False)
@@ -343,6 +382,8 @@ class _Run:
             result.edits_table.append(row)
         if original:
             now = self._evaluate(batch, limit=0, only_edited=True)
+            for table_row, found in zip(result.edits_table[-len(batch) :], now.rows, strict=True):
+                table_row["written_probability"] = found["target_probability"]
             for name, values in self.right_after.items():
                 values += [row[name] for row in now.rows if row.get(name) is not None]
 

@@ -15,6 +15,7 @@ from d4s.covariance import Covariance
 from d4s.edits import Edit
 from d4s.errors import ConfigError, CovarianceError, D4SError, EditError, ModelError
 from d4s.methods import METHODS, Workbench, method_for
+from d4s.methods.locate import ARRIVES, arriving
 from d4s.methods.presets import model_key
 from d4s.scoring import score
 
@@ -415,3 +416,48 @@ def test_a_target_without_a_token_is_refused(seed):
     editor = editor_of("ft-m", Workbench(bench.model, Silent()))
     with pytest.raises(EditError, match="Nowhere"):
         editor.edit([Edit(prompt="{} is in", subject="Lyon", target_new="Nowhere")])
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("memit", (1,)), ("memit", (0, 1, 2)), ("emmet", (1,)), ("d4s", (1,)), ("d4s", (0, 1, 2))],
+)
+def test_lambda_left_open_lets_the_stated_share_of_an_edit_arrive(name, layers, seed):
+    """For each edit alone, at its own key in each layer: Δ k over what was asked, on the changes as written."""
+    bench = bench_of("llama", seed)
+    settled = method_for(name, bench.anatomy, _weak(name, layers)).settled(bench, EDITS)
+    assert settled.prior_weight > 0
+    editor = settled.editor(bench)
+    rows = [editor.rows([edit]) for edit in EDITS]
+    keys = {layer: [editor.keys(row, layer)[0] for row in rows] for layer in layers}
+    arrived = []
+    for i, edit in enumerate(EDITS):
+        targets = editor.targets([edit])
+        asked, moved = targets.delta[0].double(), torch.zeros(len(targets.delta[0]), dtype=torch.float64)
+        for place, layer in enumerate(layers):
+            # What the equations do with keys that the layers below do not move.
+            part = (asked - moved if settled.measures_again else asked) / (len(layers) - place)
+            weight = settled.prior_weight * (settled.epsilon if name == "emmet" else 1.0)
+            c = editor.second_moments()[layer]
+            prior = weight * (c + settled.ridge * c.diagonal().mean() * torch.eye(len(c)))
+            k = keys[layer][i]
+            moved = moved + part.outer(k) @ torch.linalg.solve(prior + k.outer(k), k)
+        arrived.append(float(moved @ asked / (asked @ asked)))
+    assert sorted(arrived)[(len(arrived) - 1) // 2] == pytest.approx(ARRIVES, abs=0.02)
+
+
+def _weak(name, layers):
+    return dict(layers=layers, prior_weight=None, ridge=0.05, contexts=1, steps=2)
+
+
+def test_the_share_that_arrives_is_that_of_the_written_change_in_one_layer(seed):
+    bench = bench_of("gpt2", seed)
+    editor = editor_of("memit", bench, layers=(1,), prior_weight=3.0, ridge=0.2, steps=3)
+    c = editor.second_moments()[1]
+    k = editor.keys(editor.rows(EDITS[:1]), 1)[0]
+    q = k @ torch.linalg.solve(c + 0.2 * c.diagonal().mean() * torch.eye(len(c)), k)
+    delta = editor.targets(EDITS[:1]).delta[0].double()
+    editor.edit(EDITS[:1])
+    moved = editor.weights.delta(1) @ k
+    expected = float(arriving(q.view(1, 1), 3.0, True))
+    assert float(moved @ delta / (delta @ delta)) == pytest.approx(expected, rel=1e-3)

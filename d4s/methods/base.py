@@ -91,6 +91,10 @@ class Method(Configuration, ABC):
     def editor(self, bench: Workbench) -> Editor:
         """The running method, on the unedited model."""
 
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """With what is left open decided, on the unedited model, by the edits that are to be made."""
+        return self
+
     def changed(self, overrides: Mapping[str, Any]) -> Method:
         """A copy with single fields replaced; fields of the target optimiser go by their own names.
 

@@ -42,6 +42,10 @@ class D4S(LocateMethod):
 
     anchor: Literal["base", "current"] = "base"
 
+    @property
+    def measures_again(self) -> bool:
+        return self.anchor == "current"
+
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, anchor=self.anchor)
 

@@ -8,7 +8,7 @@ by the push-through identity: MEMIT with the prior weight ελ, which is how it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from d4s.architectures import Anatomy
@@ -37,6 +37,9 @@ class EMMET(LocateMethod):
     @classmethod
     def preset(cls, anatomy: Anatomy) -> EMMET:
         return cls(**emmet_preset(anatomy))
+
+    def weighed(self, weight: float) -> EMMET:
+        return replace(self, prior_weight=weight / self.epsilon)
 
     def editor(self, bench: Workbench) -> EMMETEditor:
         return EMMETEditor(self, bench)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from d4s.request_rows import Place
 from d4s.targets import TargetConfig, Targets, optimise_targets
 
 EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
+PROBES = 16  # edits whose keys choose λ; a key costs about a sixtieth of a target's search
+ARRIVES = 0.9  # share of a probe's residual that is to arrive over all edited layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +40,21 @@ class TargetMethod(Method):
                 "1 or more each"
             )
 
+    def prefixes(self, bench: Workbench) -> tuple[str, ...]:
+        """The generated contexts."""
+        return tuple(p for length in self.context_lengths for p in bench.contexts(self.contexts, length))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocateMethod(TargetMethod):
     """And with the prior λC."""
 
-    prior_weight: float = 15_000.0  # λ
+    prior_weight: float | None = 15_000.0  # λ; None: chosen by the share of an edit that arrives
     ridge: float = 0.0  # added to C, relative to mean(diag C), where a small corpus leaves C nearly singular
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prior_weight <= 0:
+        if self.prior_weight is not None and self.prior_weight <= 0:
             raise ConfigError(f"prior_weight (λ) is {self.prior_weight}, must be positive")
         if self.ridge < 0:
             raise ConfigError(f"ridge is {self.ridge}, must be 0 or more")
@@ -56,6 +62,55 @@ class LocateMethod(TargetMethod):
     @classmethod
     def preset(cls, anatomy: Anatomy) -> Method:
         return cls(**spread_preset(anatomy))
+
+    @property
+    def measures_again(self) -> bool:
+        """Whether a layer's residual is measured behind the layers edited before it."""
+        return True
+
+    def weighed(self, weight: float) -> LocateMethod:
+        """With λC weighing as much as `weight` does in ΔW = R Kᵀ (λC + …)⁻¹."""
+        return replace(self, prior_weight=weight)
+
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them).
+
+        A single edit with key k moves its layer by the share q / (λ + q) of what is asked, q = kᵀ C⁻¹ k.
+        """
+        if self.prior_weight is not None:
+            return self
+        anatomy, covariance = bench.anatomy, bench.covariance(self.layers)
+        rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
+        squares = []
+        for layer in self.layers:
+            prior = Prior(covariance.mean(layer).to(anatomy.device), 1.0, self.ridge)
+            keys = prior.rows(keys_at(anatomy, rows, layer)).T
+            squares.append((keys * prior.solve(keys)).sum(0))
+        return self.weighed(weight_at_which(torch.stack(squares, 1).cpu(), ARRIVES, self.measures_again))
+
+
+def arriving(squares: Tensor, weight: float, measured: bool) -> Tensor:
+    """Share of a residual that arrives over n layers, each of which is asked for 1 / (n − i) of it.
+
+    squares: q = kᵀ C⁻¹ k of the layers, ascending, [edits, layers]; weight: λ
+    measured: layer i is asked for its part of what the layers below have left; else of the whole
+    Returns [edits].
+    """
+    shares = squares / (weight + squares) / torch.arange(squares.shape[1], 0, -1)
+    return 1 - (1 - shares).prod(1) if measured else shares.sum(1)
+
+
+def weight_at_which(squares: Tensor, share: float, measured: bool) -> float:
+    """λ at which the median over edits of `arriving` is `share`, to two digits."""
+    low, high = 1e-9, 1e9  # times the mean square: what arrives falls with λ
+    scale = float(squares.mean())
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        if float(arriving(squares, middle * scale, measured).median()) > share:
+            low = middle
+        else:
+            high = middle
+    return float(f"{low * scale:.2g}")
 
 
 class LocateEditor(Editor):
@@ -67,10 +122,12 @@ class LocateEditor(Editor):
     places: tuple[Place, ...] = ("block",)
 
     def __init__(self, method: TargetMethod, bench: Workbench) -> None:
+        if isinstance(method, LocateMethod) and method.prior_weight is None:
+            # No edits to choose by: E[kᵀ C⁻¹ k] = d_in, of which half arrives in each of several layers.
+            d_in = bench.anatomy.shape(method.layers[-1])[1]
+            method = method.weighed(d_in if len(method.layers) > 1 else d_in / 10)
         super().__init__(method, bench, method.layers)
-        self.prefixes = tuple(
-            prefix for length in method.context_lengths for prefix in bench.contexts(method.contexts, length)
-        )
+        self.prefixes = method.prefixes(bench)
         if self.anatomy.architecture.normed_mlp_output and self.places == ("block",):
             self.places = ("mlp",)
 

@@ -77,8 +77,7 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     """Layers, prior weight and target optimiser of the MEMIT family.
 
     Without a published row: up to five layers that end at 26 % of the depth, where the published ones do (8
-    of 32); one layer where a norm follows the MLP; λ = d_in, since E[kᵀ C⁻¹ k] = d_in puts prior and one edit
-    on the same footing.
+    of 32); one layer where a norm follows the MLP; λ by the share of an edit that arrives (`LocateMethod.settled`).
     """
     key = model_key(anatomy)
     if key is not None:
@@ -88,7 +87,7 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     first = last if anatomy.architecture.normed_mlp_output else max(0, last - 4)
     return dict(
         layers=tuple(range(first, last + 1)),
-        prior_weight=float(anatomy.shape(last)[1]),
+        prior_weight=None,
         target=TargetConfig(),
     )
 
@@ -140,7 +139,9 @@ def emmet_preset(anatomy: Anatomy) -> dict[str, Any]:
     """One layer, targets as MEMIT's. λ without a row: MEMIT's over ε, so that both weigh the prior alike."""
     spread = spread_preset(anatomy)
     known = {"gpt2-xl": 10_000.0, "gpt-j-6b": 100_000.0, "llama-2-7b": 100_000.0, "llama-3-8b": 100_000.0}
-    weight = known.get(model_key(anatomy) or "", 10 * spread["prior_weight"])
+    weight = known.get(model_key(anatomy) or "")
+    if weight is None and spread["prior_weight"] is not None:
+        weight = 10 * spread["prior_weight"]
     return spread | dict(layers=(one_layer(anatomy),), prior_weight=weight)
 
 
