@@ -15,6 +15,8 @@ from d4s.errors import (
     NotPositiveDefiniteError,
     TokenizerError,
 )
+from d4s.kept_targets import KeptTargets
+from d4s.loading import load_model
 from d4s.methods import METHODS, Method
 from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.questions import question_forms
@@ -43,6 +45,7 @@ __all__ = [
     "EditError",
     "Evaluation",
     "ExtensionError",
+    "KeptTargets",
     "Method",
     "ModelError",
     "NotPositiveDefiniteError",
@@ -54,6 +57,7 @@ __all__ = [
     "estimate_covariance",
     "evaluate",
     "load_edits",
+    "load_model",
     "methods",
     "question_forms",
     "save_edits",

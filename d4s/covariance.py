@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d4s import ops
 from d4s.architectures import Anatomy, Architecture
 from d4s.errors import CovarianceError, DataError
-from d4s.files import whole
 from d4s.progress import progress_bar
 from d4s.prompts import pad_id, padded, start_ids, text_ids
+from d4s.tensor_files import load_tensors, save_tensors
 from d4s.trace import Trace, stopping
 
 logger = logging.getLogger("d4s.covariance")
@@ -101,55 +99,32 @@ class Covariance:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
-        tensors = {f"layer.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
-        metadata = {
+        facts = {
             "format": FORMAT,
             "count": str(self.count),
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
         }
-        metadata["digest"] = _digest(tensors, metadata)
-        with whole(path) as beside:
-            save_file(tensors, beside, metadata=metadata)
+        save_tensors(path, {f"layer.{layer}": moment for layer, moment in self.moments.items()}, facts)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Covariance:
-        """Raises CovarianceError for a file that is not one that `save` wrote."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CovarianceError(
-                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r}; take the statistics again "
-                        "(d4s covariance)"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CovarianceError(f"{path}: not a readable safetensors file ({error})") from None
-        digest = metadata.pop("digest", None)
+        """Raises CovarianceError for a file that is not one that `save` wrote, or damaged."""
+        file = load_tensors(path, FORMAT, "d4s covariance", CovarianceError)
         try:
             found = Covariance(
-                {int(name.removeprefix("layer.")): tensor for name, tensor in tensors.items()},
-                int(metadata["count"]),
-                fingerprint=metadata["fingerprint"],
-                corpus=metadata["corpus"],
+                {int(name.removeprefix("layer.")): tensor for name, tensor in file.tensors.items()},
+                int(file.facts["count"]),
+                fingerprint=file.facts["fingerprint"],
+                corpus=file.facts["corpus"],
             )
         except (KeyError, ValueError) as error:  # CovarianceError among them
             raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
-        if digest != _digest(tensors, metadata):
+        if not file.intact:
             raise CovarianceError(
                 f"{path}: damaged: what it holds is not what was written (its digest differs)"
             )
         return found
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Hex digest of all that a file of statistics holds."""
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def fingerprint_of(model: nn.Module, *, exact: bool = True) -> str:

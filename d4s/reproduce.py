@@ -125,7 +125,8 @@ class Setting:
             self.model,
             self.tokenizer,
             edits[: self.most],
-            self.methods,
+            # The paper's own rule of the residual; d4s measures it again by itself.
+            {name: {"residual": "once"} if name == "d4s" else {} for name in self.methods},
             covariance=self.covariance,
             evaluate_every=self.counts,
             seeds=self.seed,

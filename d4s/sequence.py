@@ -18,6 +18,7 @@ from d4s.edits import Edit, check_batch, check_sequence
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
 from d4s.files import whole
 from d4s.forward import evaluating
+from d4s.kept_targets import KeptTargets
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import THREE, Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
@@ -221,6 +222,7 @@ def edit_sequence(
     method: str | Method = "d4s",
     config: Mapping[str, Any] | Method | None = None,
     covariance: Covariance | str | os.PathLike[str] | None = None,
+    targets: KeptTargets | str | os.PathLike[str] | None = None,
     batch_size: int = 1,
     evaluate_every: int | Collection[int] | None = None,
     neighborhood_limit: int | None = None,
@@ -241,6 +243,8 @@ def edit_sequence(
     config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration
     covariance: key statistics of the unedited model, or their file; None: estimated on text that the model
         samples, and cached
+    targets: of the unedited model, found before (d4s targets), or their file; those of edits that are not among them
+        are searched, and added to a `KeptTargets`. For methods that search on the unedited model: d4s, anchor="base"
     evaluate_every: edits between evaluations, or the numbers of edits after which to evaluate, as {100, 500};
         each scores ALL edits made so far. None: only at the end
     neighborhood_limit: neighbourhood prompts an edit that are scored at the points between the first and the
@@ -275,10 +279,23 @@ def edit_sequence(
         check_batch(batch)
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
+    if isinstance(targets, (str, os.PathLike)):
+        targets = KeptTargets.load(targets)
     bench = Workbench(
-        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
+        model,
+        tokenizer,
+        covariance=covariance,
+        targets=targets,
+        architecture=architecture,
+        seed=seed,
+        progress=progress,
     )
     configured = method_for(method, bench.anatomy, config)
+    if targets is not None and not configured.searches_ahead:
+        raise ConfigError(
+            f"targets: {configured.name} searches its targets on the weights as they are, so none of the unedited "
+            "model can be given; d4s with anchor='base' takes them"
+        )
     _check_finite(model)
     if isinstance(configured, TargetMethod):
         for edit in edits:

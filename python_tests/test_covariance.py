@@ -13,6 +13,7 @@ from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
 from workbench import relative_error
 
 import d4s.covariance
+import d4s.tensor_files
 from d4s.architectures import Anatomy
 from d4s.covariance import LONGEST_TEXT, Covariance, cached_covariance, estimate_covariance, fingerprint_of
 from d4s.errors import CovarianceError, DataError
@@ -294,7 +295,7 @@ def test_saving_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, seed
         beside.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(d4s.covariance, "save_file", half)
+    monkeypatch.setattr(d4s.tensor_files, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         saved.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -15,6 +15,7 @@ from d4s.configuration import Configuration
 from d4s.covariance import Covariance, cached_covariance
 from d4s.edits import Edit, check_batch
 from d4s.errors import ConfigError, D4SError, EditError, unknown_name
+from d4s.kept_targets import KeptTargets
 from d4s.prompts import generate_contexts, prompt_and_target_ids
 from d4s.targets import TargetConfig, frozen
 from d4s.weights import EditedWeights
@@ -24,6 +25,8 @@ class Workbench:
     """A model ready to be edited: anatomy, tokenizer, key statistics, and contexts from the unedited model.
 
     covariance: None: estimated when a method first needs it, from text the model samples, and cached on disk.
+    targets: those of the unedited model that are there already; others are added as they are found. None: none are
+        kept
     seed: of everything random.
     """
 
@@ -33,11 +36,12 @@ class Workbench:
         tokenizer: Any,
         *,
         covariance: Covariance | None = None,
+        targets: KeptTargets | None = None,
         architecture: Architecture | None = None,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.targets = model, tokenizer, targets
         self.anatomy = Anatomy(model, architecture)
         self.anatomy.check_placement()
         self.seed, self.progress = seed, progress
@@ -90,6 +94,11 @@ class Method(Configuration, ABC):
     @abstractmethod
     def editor(self, bench: Workbench) -> Editor:
         """The running method, on the unedited model."""
+
+    @property
+    def searches_ahead(self) -> bool:
+        """Whether its targets are those of the unedited model, and can be kept."""
+        return False
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """With what is left open decided, on the unedited model, by the edits that are to be made."""

@@ -2,17 +2,21 @@
 
     A = Σ d kᵀ   [d_model, d_in]        B = Σ k kᵀ   [d_in, d_in]        W = W0 + A (B + λC)⁻¹
 
-anchor="base", the paper's: d = (z − h_L) / (n − i), z and h_L from the unedited weights W0, measured once;
-k at each layer with the layers below already holding their new weights. Targets then do not depend on earlier
-edits and are optimised ahead, in batches.
+anchor="base", the paper's: z from the unedited weights W0. Targets then do not depend on earlier edits and are
+optimised ahead, in batches. k at each layer with the layers below already holding their new weights. The residual d is
 
-anchor="current": z and h_L from the current weights; the residual r = (z − h_L) / (n − i) is measured again
-before each layer and put back on the base, d = r + (W − W0) k. W0 + A (B + λC)⁻¹ is then the recursive
-least-squares step W + r kᵀ (B + λC)⁻¹, and the method is MEMIT with cached keys.
+    residual="once", the paper's:  d = (z − h_L) / (n − i), h_L from W0, measured once
+    residual="measured":           d = r + (W − W0) k, r = (z − h_L) / (n − i), h_L measured on W before each layer
+
+The second is a least-squares step from the weights as they are, W + r kᵀ (B + λC)⁻¹, put back on the base. With
+several layers the first asks all of them for parts of one residual, whatever those below have brought already, and
+together they overshoot; with one layer and no contexts both are the same.
+
+anchor="current": z, too, from the current weights, and the residual measured: MEMIT with cached keys.
 
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
-(base; d_old is found again, from the prompt and its old answer) or by r kᵀ (current). Above it keys move with the
+(once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
 layers below: the old key is in B, the new one is not, and is added as any other.
 """
 
@@ -41,13 +45,18 @@ class D4S(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
     anchor: Literal["base", "current"] = "base"
+    residual: Literal["once", "measured"] = "measured"  # with anchor="current" it is always measured
 
     @property
     def measures_again(self) -> bool:
-        return self.anchor == "current"
+        return self.anchor == "current" or self.residual == "measured"
+
+    @property
+    def searches_ahead(self) -> bool:
+        return self.anchor == "base"
 
     def editor(self, bench: Workbench) -> D4SEditor:
-        return D4SEditor(self, bench, anchor=self.anchor)
+        return D4SEditor(self, bench, anchor=self.anchor, measured=self.measures_again)
 
 
 class D4SEditor(LocateEditor):
@@ -61,10 +70,11 @@ class D4SEditor(LocateEditor):
         bench: Workbench,
         *,
         anchor: Literal["base", "current"],
+        measured: bool = True,
         replaces: bool = True,
     ) -> None:
         super().__init__(method, bench)
-        self.anchor, self.replaces = anchor, replaces
+        self.anchor, self.measured, self.replaces = anchor, measured, replaces
         self._priors = self.priors()
         self.ahead = Ahead(self)
         self.reset()
@@ -82,15 +92,16 @@ class D4SEditor(LocateEditor):
         self.ahead.announce(edits)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
-        if self.replaces and len(once := {_place(edit): edit for edit in batch}) < len(batch):
+        if self.replaces and len(distinct := {_place(edit): edit for edit in batch}) < len(batch):
             # Multi-hop cases share facts; in the sums a fact stands once.
-            step = self.apply(list(once.values()))
-            order = {place: i for i, place in enumerate(once)}
+            step = self.apply(list(distinct.values()))
+            order = {place: i for i, place in enumerate(distinct)}
             return step.select([order[_place(edit)] for edit in batch])
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
         again = [i for i, edit in enumerate(batch) if _place(edit) in self.held]
-        old = self.base_residuals([self.held[_place(batch[i])] for i in again]) if base and again else None
+        once = not self.measured
+        old = self.base_residuals([self.held[_place(batch[i])] for i in again]) if once and again else None
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         used: dict[int, Tensor] = {}
@@ -98,7 +109,7 @@ class D4SEditor(LocateEditor):
             share = len(layers) - i  # n − i
             keys = lowest if i == 0 and lowest is not None else self.keys(rows, layer)
             used[layer] = keys
-            if base:
+            if once:
                 residuals = targets.delta.double() / share
             else:
                 already = keys @ self.closed_form.delta(layer).T
@@ -115,7 +126,7 @@ class D4SEditor(LocateEditor):
     def base_residuals(self, edits: Sequence[Edit]) -> Tensor:
         """z − h_L of earlier edits, found again on the unedited weights. [edits, d_model] float64"""
         with self.weights.at_base():
-            return self.targets(edits).delta.double()
+            return self.ahead.targets(edits).delta.double()
 
     def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
         """After the last layer is written; `used` are the keys that went in. Nothing is left to do here."""

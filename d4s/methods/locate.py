@@ -12,6 +12,7 @@ from d4s.architectures import Anatomy
 from d4s.closed_form import Prior
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.kept_targets import target_identity
 from d4s.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.presets import spread_preset
@@ -178,12 +179,13 @@ class LocateEditor(Editor):
 
 class Ahead:
     """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and the keys of
-    the lowest edited layer, whose input no edit changes."""
+    the lowest edited layer, whose input no edit changes. Targets that the workbench keeps are not searched again."""
 
     def __init__(self, editor: LocateEditor) -> None:
         self.editor = editor
         self._coming: list[Edit] = []
         self._ready: dict[str, tuple[Edit, Targets, Tensor]] = {}
+        self._checked = False
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self._coming = list(edits)
@@ -198,13 +200,34 @@ class Ahead:
                 window = self._coming[at : at + max(EDITS_AHEAD, len(batch))]
                 window += [edit for edit in batch if edit not in window]
             with self.editor.weights.at_base():
-                targets = self.editor.targets(window)
+                targets = self.targets(window)
                 keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
             self._ready = {
                 edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
             }
         ready = [self._ready[edit.id] for edit in batch]
         return Targets.concatenate([t for _, t, _ in ready]), torch.cat([k for _, _, k in ready])
+
+    def targets(self, edits: Sequence[Edit]) -> Targets:
+        """Those kept, and those of other edits searched on the unedited weights, which the model has to hold now."""
+        editor, kept = self.editor, self.editor.bench.targets
+        if kept is None:
+            return editor.targets(edits)
+        if not self._checked:
+            kept.check(
+                target_identity(
+                    editor.anatomy,
+                    editor.tokenizer,
+                    editor.prefixes,
+                    editor.last,
+                    editor.places,
+                    editor.method.target,
+                )
+            )
+            self._checked = True
+        if new := [edit for edit in edits if edit not in kept]:
+            kept.add(new, editor.targets(new))
+        return kept.take(edits, editor.anatomy.device)
 
 
 def step_of(targets: Targets) -> Step:

@@ -1,0 +1,67 @@
+"""Files of tensors: safetensors with a format, facts as text, and a digest over all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d4s.errors import D4SError
+from d4s.files import whole
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What such a file holds.
+
+    facts: its metadata, without the digest
+    intact: whether all of it is what was written; to be looked at once its shapes and types are known to be right
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+    intact: bool
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str]
+) -> None:
+    """One file, written beside its place and then renamed. facts: "format" among them"""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as beside:
+        save_file(on_cpu, beside, metadata={**facts, "digest": _digest(on_cpu, facts)})
+
+
+def load_tensors(
+    path: str | os.PathLike[str], wanted: str, made_by: str, error: type[D4SError]
+) -> TensorFile:
+    """Raises `error` for a file that is no safetensors file, or whose format is not the wanted one.
+
+    made_by: the command that makes such files, for the text of the error
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != wanted:
+                raise error(
+                    f"{path}: format {facts.get('format')!r}, must be {wanted!r}; make it again ({made_by})"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise error(f"{path}: not a readable safetensors file ({problem})") from None
+    digest = facts.pop("digest", None)
+    return TensorFile(tensors, facts, digest == _digest(tensors, facts))
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().contiguous().view(dtype=torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""Targets that are kept: the same edits with and without them, and nothing taken that was found for something else."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tiny import TEXTS, tiny_model, tiny_tokenizer
+from workbench import EDITS
+
+from d4s.covariance import estimate_covariance
+from d4s.errors import ConfigError, DataError
+from d4s.kept_targets import KeptTargets
+from d4s.methods import locate
+from d4s.sequence import edit_sequence
+
+FIELDS = dict(layers=[0, 1], steps=4, clamp=8.0, weight_decay=0.0, prior_weight=1e-2, ridge=0.1, contexts=1)
+
+
+def made(seed, targets=None, model=None, method="d4s", edits=EDITS, **fields):
+    model = tiny_model("llama", seed) if model is None else model
+    covariance = estimate_covariance(model, tiny_tokenizer(), TEXTS * 6, dtype=torch.float64, progress=False)
+    edit_sequence(
+        model,
+        tiny_tokenizer(),
+        edits,
+        method=method,
+        config=FIELDS | fields,
+        covariance=covariance,
+        targets=targets,
+        progress=False,
+    )
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def searches(monkeypatch):
+    """The edits whose targets are searched from here on."""
+    found = []
+    own = locate.optimise_targets
+
+    def counted(anatomy, tokenizer, edits, *arguments, **named):
+        found.extend(edits)
+        return own(anatomy, tokenizer, edits, *arguments, **named)
+
+    monkeypatch.setattr(locate, "optimise_targets", counted)
+    return found
+
+
+def test_kept_targets_are_not_searched_again_and_give_the_same_weights(seed, tmp_path, monkeypatch):
+    searched = searches(monkeypatch)
+    expected = made(seed)
+    kept = KeptTargets()
+    assert all(map(torch.equal, made(seed, kept), expected)) and len(kept) == len(EDITS)
+    kept.save(tmp_path / "t.safetensors")
+    searched.clear()
+    assert all(map(torch.equal, made(seed, tmp_path / "t.safetensors"), expected))
+    # λ, the layers below the last and the rule of the residual are not what a target hangs on.
+    made(seed, tmp_path / "t.safetensors", prior_weight=3.0, layers=[1], residual="once")
+    assert searched == []
+
+
+def test_what_is_not_among_them_is_searched_and_added(seed, monkeypatch):
+    kept = KeptTargets()
+    made(seed, kept, edits=EDITS[:2])
+    searched = searches(monkeypatch)
+    found = made(seed, kept)
+    assert searched == list(EDITS[2:]) and len(kept) == len(EDITS)
+    for one, other in zip(found, made(seed), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("layer 1 there, 2 here", dict(layers=[1, 2])),
+        ("target configuration", dict(steps=5)),
+        ("contexts", dict(contexts=0)),
+        ("model", dict(model="other")),
+    ],
+)
+def test_targets_found_for_something_else_are_refused_and_what_differs_is_named(named, change, seed):
+    kept = KeptTargets()
+    made(seed, kept)
+    model = tiny_model("llama", seed)
+    before = [p.clone() for p in model.parameters()]
+    if change.pop("model", None):
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight[0, 0] += 1e-3
+        before = [p.clone() for p in model.parameters()]
+    with pytest.raises(DataError, match=named):
+        made(seed, kept, model=model, **change)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_method_that_searches_on_edited_weights_takes_none(seed):
+    with pytest.raises(ConfigError, match="memit searches its targets on the weights as they are"):
+        made(seed, KeptTargets(), method="memit")
+    with pytest.raises(ConfigError, match="anchor='base'"):
+        made(seed, KeptTargets(), anchor="current")
+
+
+def test_a_damaged_file_is_refused(seed, tmp_path):
+    kept, path = KeptTargets(), tmp_path / "t.safetensors"
+    made(seed, kept)
+    kept.save(path)
+    whole = path.read_bytes()
+    generator = random.Random(seed)
+    for _ in range(40):
+        flipped = bytearray(whole)
+        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(DataError, match=r"t\.safetensors"):
+            KeptTargets.load(path)
+    with pytest.raises(DataError, match="no targets"):
+        KeptTargets().save(path)
