@@ -9,12 +9,12 @@ projected keys Q = P K,
     ΔW = R Qᵀ (L2·I + P C_p P + Q Qᵀ)⁻¹
 
 which is MEMIT with cached keys, Q for K and L2·I for λC: the sums of `ClosedForm` do it in O(d²) an edit.
-Exchanging a key for the one taken again leaves Δ as it is: with residual Δ k a row changes nothing but B.
+A layer is written after those below it and its own write does not reach its keys, so the keys that went in are
+the ones on the edited weights: none is taken again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,12 +76,6 @@ class AlphaEditEditor(D4SEditor):
         """Q = P K."""
         keys, protected = super().keys(rows, layer), self.protected[layer]
         return keys - keys @ protected @ protected.T
-
-    def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
-        for layer in self.weights.layers[1:]:  # below the first nothing is edited: its keys stay
-            delta, before, now = self.closed_form.delta(layer), used[layer], self.keys(rows, layer)
-            self.closed_form.add_(now @ delta.T, now, layer)
-            self.closed_form.subtract_(before @ delta.T, before, layer)
 
 
 def protected_directions(covariance: Tensor, threshold: float, relative: bool, layer: int) -> Tensor:
