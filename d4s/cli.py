@@ -256,6 +256,7 @@ def _print_notes(records: Sequence[Any]) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from d4s.metrics import evaluate as evaluate_edits
+    from d4s.metrics import spelled
 
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
@@ -275,7 +276,9 @@ def evaluate(options: argparse.Namespace) -> None:
         _print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
     else:
         print(
-            "\n".join([found.summary(), *(f"{name}: {100 * value:.2f} %" for name, value in tasks.items())])
+            "\n".join(
+                [found.summary(), *(f"{name}: {spelled(name, value, 2)}" for name, value in tasks.items())]
+            )
         )
 
 

@@ -245,6 +245,17 @@ def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp
     assert "efficacy" in done(capsys, "evaluate", "m", "edits.json", "--limit", "1")
 
 
+def test_scores_of_tasks_are_in_percent_where_they_are_shares(monkeypatch, capsys):
+    scores = {"arc acc_norm": 0.25, "wikitext word_perplexity": 31.5, "gsm8k exact_match (strict-match)": 0.5}
+    monkeypatch.setattr("d4s.cli._measure", lambda *_: lambda: scores)
+    lines = done(capsys, "evaluate", "m", "edits.json", "--limit", "1").splitlines()
+    assert lines[-3:] == [
+        "arc acc_norm: 25.00 %",
+        "wikitext word_perplexity: 31.5",
+        "gsm8k exact_match (strict-match): 50.00 %",
+    ]
+
+
 def test_with_json_only_figures_are_on_standard_output(tmp_path, capsys):
     out = str(tmp_path / "run")
     row = json.loads(

@@ -294,6 +294,30 @@ def test_a_table_may_be_of_the_points_on_the_way(seed):
     assert set(table["extra"]) == {0.25} and "l1_norm.0" not in table
 
 
+def test_only_figures_known_to_be_shares_are_shown_in_percent(seed):
+    model, covariance = ready(seed)
+    measured = {
+        "weight": 3.0,
+        "loss": 0.0345,
+        "text_perplexity": 12.5,
+        "arc acc_norm": 0.3,
+        "wiki bits_per_byte": 0.9,
+    }
+    found = compared(model, covariance, edits=EDITS[:2], seeds=(0, 1), measure=lambda: measured)
+    head, *rows, said = found.summary().splitlines()
+    assert len(rows) == 2 and "weight, loss, text perplexity, wiki bits per byte: as measured" in said
+    for row in rows:
+        for name, text in (
+            ("weight", "3"),
+            ("loss", "0.0345"),
+            ("text perplexity", "12.5"),
+            ("arc acc norm", "30.0"),
+            ("wiki bits per byte", "0.9"),
+        ):
+            end = head.index(name) + len(name)
+            assert row[:end].endswith(f" {text} [{text}, {text}]"), name
+
+
 def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path, seed):
     failing(monkeypatch, D4SEditor, 6)
     model, covariance = ready(seed)
