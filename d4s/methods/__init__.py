@@ -17,7 +17,7 @@ from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.d4s import D4S
 from d4s.methods.emmet import EMMET
 from d4s.methods.encore import ENCORE
-from d4s.methods.ft import FTL, FTM
+from d4s.methods.ft import FTL, FTLW0, FTM
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
 from d4s.methods.memit import MEMIT
@@ -38,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "encore": ENCORE,
     "ultraedit": UltraEdit,
     "ft-l": FTL,
+    "ft-l-w0": FTLW0,
     "ft-m": FTM,
     "grace": GRACE,
     "kn": KN,
