@@ -16,7 +16,7 @@ the ones on the edited weights: none is taken again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ class AlphaEdit(TargetMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
 
-    l2: float = 10.0
-    null_space_threshold: float = 2e-2  # on the eigenvalues of C
-    threshold_is_relative: bool = False  # to their mean. The release's is not, and depends on a model's scale
+    l2: Annotated[float, "weight of the identity in the solve"] = 10.0
+    null_space_threshold: Annotated[float, "eigenvalues of C under it may be changed"] = 2e-2
+    threshold_is_relative: Annotated[
+        bool, "to their mean; the release's is absolute, and depends on a model's scale"
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -81,6 +81,8 @@ class Method(Configuration, ABC):
     paper: ClassVar[str]
     changes: ClassVar[str]  # what in the model is changed
     needs: ClassVar[tuple[str, ...]] = ()  # "covariance", "null space"
+    # How edits are taken back. `Editor.restore` puts W0 back bit for bit; no method takes out a single edit.
+    undo: ClassVar[str] = "all at once"
 
     @classmethod
     @abstractmethod

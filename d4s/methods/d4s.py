@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,10 @@ class D4S(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
-    anchor: Literal["base", "current"] = "base"
+    anchor: Annotated[
+        Literal["base", "current"],
+        "weights that targets and residuals are measured on: W0, or the current ones",
+    ] = "base"
 
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, anchor=self.anchor)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ class FTM(Method):
     changes: ClassVar[str] = "MLP output projections"
     from_last: ClassVar[bool] = False  # score every target token from the prompt's last position
 
-    layers: tuple[int, ...]
-    learning_rate: float = 5e-4
-    steps: int = 25
-    stop_loss: float = 1e-2
+    layers: Annotated[tuple[int, ...], "whose W is changed"]
+    learning_rate: Annotated[float, "of Adam"] = 5e-4
+    steps: Annotated[int, "of Adam, at most"] = 25
+    stop_loss: Annotated[float, "an edit below it is not trained on"] = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +63,7 @@ class FTL(FTM):
     paper: ClassVar[str] = "arXiv 2012.00363"
     from_last: ClassVar[bool] = True
 
-    epsilon: float = 5e-4  # ε
+    epsilon: Annotated[float, "ε, by how much each weight may move"] = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

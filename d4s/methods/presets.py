@@ -93,6 +93,19 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     )
 
 
+# Models of the literature for which a method's own preset is not published: theirs follows the method's rule.
+_ONLY_BY_RULE: dict[str, tuple[str, ...]] = {
+    "pmet": ("gpt2-xl", "llama-3-8b"),
+    "encore": ("gpt-j-6b",),
+    "ultraedit": ("gpt2-xl", "llama-2-7b"),
+    "ft-l": ("llama-2-7b", "llama-3-8b"),
+    "ft-l-w0": tuple(_KNOWN.values()),
+    "ft-m": ("llama-2-7b", "llama-3-8b"),
+    "grace": ("llama-3-8b",),
+    "kn": tuple(_KNOWN.values()),
+}
+
+
 class _Published:
     """What presets look at in a model of the literature, without the model."""
 
@@ -105,11 +118,14 @@ class _Published:
 
 
 def describe(method: Any) -> dict[str, Any]:
-    """What `d4s methods` prints of a method class: paper, what it changes and needs, presets a model."""
+    """What `d4s methods --json` prints of a method class: paper, what it changes and needs, how it is undone,
+    presets a model, and for which of these nothing of its own is published."""
     return {
         "paper": method.paper,
         "changes": method.changes,
         "needs": list(method.needs),
+        "undo": method.undo,
+        "not_published": list(_ONLY_BY_RULE.get(method.name, ())),
         "presets": {name: asdict(method.preset(_Published(*row))) for row, name in _KNOWN.items()},
     }
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,9 +37,11 @@ class UltraEdit(Method):
     paper: ClassVar[str] = "arXiv 2505.14679"
     changes: ClassVar[str] = "projections of the MLP"
 
-    layers: tuple[int, ...]
-    modules: tuple[str, ...] = ()  # path of W within each layer's block; empty: the MLP's output projection
-    learning_rate: float = 1e-6
+    layers: Annotated[tuple[int, ...], "whose W is changed"]
+    modules: Annotated[
+        tuple[str, ...], "path of W within each layer's block; empty: the MLP's output projection"
+    ] = ()
+    learning_rate: Annotated[float, "factor on the step"] = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
