@@ -179,7 +179,7 @@ def test_a_label_may_name_another_configuration_of_a_method(seed):
 
 def test_seeds_give_means_with_students_intervals(seed):
     model, covariance = ready(seed)
-    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [3]}}
+    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [7]}}
     found = compared(model, covariance, config, edits=EDITS[:3], seeds=(0, 1, 2), evaluate_every=1)
     rows = [found.results["d4s"][s].history[-1] for s in (0, 1, 2)]
     growths = [row["l1_growth"] for row in rows]
