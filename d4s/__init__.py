@@ -1,5 +1,6 @@
 """d4s: edits facts in large language models, one after another, thousands of times, without breaking the model."""
 
+from d4s import methods
 from d4s.architectures import ARCHITECTURES, Architecture
 from d4s.covariance import Covariance, estimate_covariance
 from d4s.datasets import load_edits, save_edits
@@ -24,11 +25,6 @@ from d4s.sequence import Result, edit_sequence
 from d4s.targets import TargetConfig
 
 __version__ = "0.1.0"
-
-
-def methods() -> tuple[str, ...]:
-    """The names that `edit_sequence(method=…)` takes."""
-    return tuple(METHODS)
 
 
 __all__ = [

@@ -6,6 +6,8 @@ of that type and checks it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,6 +101,30 @@ class Anatomy:
         self.model = model
         self.architecture = architecture_of(model, architecture)
         self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        self._places: dict[int, str] = {}  # layers whose W is another projection, and its path
+
+    def at(self, places: Mapping[int, str]) -> Anatomy:
+        """The same model with another projection for W in some layers.
+
+        places: layer → its path within the block, as "mlp.up_proj"
+        Raises ConfigError where the path does not lead to a projection of the block.
+        """
+        other = copy.copy(self)
+        other._places = dict(places)
+        for layer, path in places.items():
+            self.check_layers((layer,))
+            try:
+                module = other.projection(layer)
+            except AttributeError:
+                module = None
+            if not isinstance(module, nn.Linear | Conv1D):
+                linear = (
+                    n for n, m in self.blocks[layer].named_modules() if isinstance(m, nn.Linear | Conv1D)
+                )
+                raise ConfigError(
+                    unknown_name(f"projection of {self.architecture.blocks}.{layer}", path, linear)
+                )
+        return other
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -111,8 +137,11 @@ class Anatomy:
             )
 
     def projection(self, layer: int) -> nn.Module:
-        """The MLP's output projection of a block; its `weight` is W."""
-        return self.blocks[layer].get_submodule(self.architecture.mlp_output)
+        """The MLP's output projection of a block, or what `at` put in its place; its `weight` is W."""
+        return self.blocks[layer].get_submodule(self._path(layer))
+
+    def _path(self, layer: int) -> str:
+        return self._places.get(layer, self.architecture.mlp_output)
 
     def mlp_input(self, layer: int) -> nn.Module:
         return self.blocks[layer].get_submodule(self.architecture.mlp_input)
@@ -137,7 +166,7 @@ class Anatomy:
 
     def weight_name(self, layer: int) -> str:
         """Name of W in the model's state dict."""
-        return f"{self.architecture.blocks}.{layer}.{self.architecture.mlp_output}.weight"
+        return f"{self.architecture.blocks}.{layer}.{self._path(layer)}.weight"
 
     def shape(self, layer: int) -> tuple[int, int]:
         """(d_out, d_in) of W, whichever way it is stored."""

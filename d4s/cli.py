@@ -256,6 +256,7 @@ def _print_notes(records: Sequence[Any]) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from d4s.metrics import evaluate as evaluate_edits
+    from d4s.metrics import spelled
 
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
@@ -275,7 +276,9 @@ def evaluate(options: argparse.Namespace) -> None:
         _print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
     else:
         print(
-            "\n".join([found.summary(), *(f"{name}: {100 * value:.2f} %" for name, value in tasks.items())])
+            "\n".join(
+                [found.summary(), *(f"{name}: {spelled(name, value, 2)}" for name, value in tasks.items())]
+            )
         )
 
 
@@ -482,18 +485,16 @@ def models(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    from d4s.methods import METHODS, presets
+    from d4s.methods import METHODS, presets, tables
 
+    told = tables.overview() if options.name is None else tables.about(options.name)
     if options.json:
-        _print_json({name: presets.describe(cls) for name, cls in METHODS.items()})
-        return
-    for name, cls in METHODS.items():
-        about = presets.describe(cls)
-        print(
-            f"{name}\n    {about['paper']}; changes {about['changes']}; needs {', '.join(about['needs']) or 'nothing'}"
-        )
-        for key, fields in about["presets"].items():
-            print(f"    {key}: " + ", ".join(f"{k}={v}" for k, v in fields.items()))
+        names = METHODS if options.name is None else (options.name,)
+        _print_json({name: presets.describe(METHODS[name]) for name in names})
+    else:
+        print(told)
+        if options.name is None:
+            print("d4s methods NAME: a method's fields and presets")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -643,7 +644,11 @@ def parser() -> argparse.ArgumentParser:
     tasks(made)  # for table4 and fig6
 
     verb(models, "model types that can be edited")
-    verb(methods, "methods, what they need, and their presets")
+    verb(
+        methods,
+        "methods and what they need; of one its fields and presets",
+        first={"dest": "name", "metavar": "NAME", "nargs": "?", "help": "a method; default: all of them"},
+    )
     return top
 
 

@@ -20,7 +20,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, ModelError
 from d4s.files import write_table, write_text
 from d4s.methods import Method, method_for
-from d4s.metrics import Baseline, finite_or_none, is_share, take_baseline
+from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence import HEADLINES, Record, edit_sequence
 
@@ -133,21 +133,24 @@ class Comparison:
         return tables
 
     def summary(self, points: Sequence[int] | None = None) -> str:
-        """The table as text: shares and growth in percent, intervals in brackets."""
+        """The table as text: growth and what is known to be a share in percent, other figures as they are; intervals
+        in brackets."""
         table = self.table(points)
         measured = dict.fromkeys(n for r in self.results.values() for one in r.values() for n in one.measured)
         names = [n for n in HEADLINES if n in table] + [
             n for n in table.columns if n.endswith("_argmax") or n in measured
         ]
-        shown = [_spelled(table, name, 1.0 if "perplexity" in name else 100.0) for name in names]
+        shown = [_spelled(table, name) for name in names]
         columns = [("method", list(table["method"])), ("edits", [str(n) for n in table["edits"]])]
         columns += list(zip([n.replace("_", " ") for n in names], shown, strict=True))
         if "l1_growth" in table:
             columns.append(("mean |w|", [f"{100 * g:+.2f} %" if g == g else "" for g in table["l1_growth"]]))
             columns.append(("s/edit", [f"{s:.3f}" if s == s else "" for s in table["seconds_an_edit"]]))
         lines = aligned(columns)
+        others = [name.replace("_", " ") for name in names if not is_share(name)]
+        plain = f" ({', '.join(others)}: as measured)" if others else ""
         lines.append(
-            f"Shares in percent, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
+            f"Shares in percent{plain}, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
         )
         lines += [f"{label} broke off: {why}" for label, why in self.collapsed.items()]
         return "\n".join(lines)
@@ -467,12 +470,15 @@ def _row_at(record: Record, point: int) -> dict[str, Any] | None:
     return next((row for row in record.history if row["step"] == point), None)
 
 
-def _spelled(table: DataFrame, name: str, unit: float) -> list[str]:
+def _spelled(table: DataFrame, name: str) -> list[str]:
+    def number(value: float) -> str:
+        return spelled(name, value).removesuffix(" %")  # said once, below the table
+
     cells = []
     for _, row in table.iterrows():
         value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
-        text = "" if value != value else f"{unit * value:.1f}"
-        cells.append(text if low != low or not text else f"{text} [{unit * low:.1f}, {unit * high:.1f}]")
+        text = "" if value != value else number(value)
+        cells.append(text if low != low or not text else f"{text} [{number(low)}, {number(high)}]")
     return cells
 
 

@@ -56,14 +56,30 @@ METRICS: dict[str, str] = {
 }
 UNITS = {"fluency": "bits", "target_probability": "", "consistency": ""}
 THREE = ("efficacy", "paraphrase", "specificity")
+# Scores of lm-evaluation-harness that are shares. Others may be perplexities, bits, or in percent already.
+TASK_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match", "em"})
 
 _TRUTH = {"True": "False", "False": "True"}
 
 
 def is_share(name: str) -> bool:
-    """Whether the figure of this name lies between 0 and 1."""
+    """Whether the figure of this name is known to lie between 0 and 1: d4s's own metrics, and a task's accuracy.
+
+    A task's score is called "<task> <metric>", as by `TaskScores`. Any other name, as of a `measure`, may be of
+    anything.
+    """
     plain = name.removeprefix("original_").partition(".")[0]
-    return plain == "retained" or (plain in METRICS and plain not in UNITS)
+    if plain == "retained" or (plain in METRICS and plain not in UNITS):
+        return True
+    metric = name.partition(" ")[2].partition(" (")[0]  # a filter's name may follow
+    for end in (".low", ".high", ".unedited"):
+        metric = metric.removesuffix(end)
+    return metric in TASK_SHARES
+
+
+def spelled(name: str, value: float, digits: int = 1) -> str:
+    """A figure as text: a share in percent with these decimals, any other one as it is."""
+    return f"{100 * value:.{digits}f} %" if is_share(name) else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ class Evaluation:
         width = max(map(len, self.metrics), default=0)
         lines = [f"{'':{width}}  {'mean':>7}  {'95 % interval':^15}  {'edits':>6}"]
         for name, metric in self.metrics.items():
-            unit = UNITS.get(name, "%")
+            unit = "%" if is_share(name) else UNITS.get(name, "")
             factor, digits = (100, 2) if unit == "%" else (1, 3)
             mean, low, high = (f"{factor * v:.{digits}f}" for v in (metric.mean, metric.low, metric.high))
             lines.append(

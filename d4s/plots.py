@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from d4s.errors import ConfigError
 from d4s.files import whole
+from d4s.metrics import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,15 +116,22 @@ def plot_target_probability(tables: Mapping[str, DataFrame], path: str | os.Path
 
 
 def plot_forgetting(matrix: DataFrame, path: str | os.PathLike[str], *, metric: str = "efficacy") -> None:
-    """Heat map of `Result.forgetting()`: a row for when edits were made, a column for when they were tested."""
+    """Heat map of `Result.forgetting()`: a row for when edits were made, a column for when they were tested.
+
+    metric: what the matrix holds; shares are drawn in percent, on a scale from 0 to 100
+    """
     if not len(matrix):
         raise ConfigError("plot_forgetting needs a matrix with a row for each evaluation point")
-    values = 100 * matrix.to_numpy(dtype=float)
+    share = is_share(metric)
+    values = (100 if share else 1) * matrix.to_numpy(dtype=float)
     rows, columns = values.shape
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        image = axes.imshow(
+            values, cmap="cividis", vmin=0 if share else None, vmax=100 if share else None, aspect="auto"
+        )
+        darkest, lightest = image.get_clim()
         for axis, labels in ((axes.xaxis, matrix.columns), (axes.yaxis, matrix.index)):
             places = range(0, len(labels), -(-len(labels) // _MOST_TICKS))
             axis.set_ticks(list(places), [str(labels[place]) for place in places])
@@ -134,11 +142,11 @@ def plot_forgetting(matrix: DataFrame, path: str | os.PathLike[str], *, metric: 
                 for c in range(columns):
                     if not math.isnan(values[r, c]):
                         # Cividis is dark below the middle of its range.
-                        colour = "white" if values[r, c] < 55 else "black"
-                        axes.text(
-                            c, r, f"{values[r, c]:.0f}", ha="center", va="center", color=colour, fontsize=8
-                        )
-        figure.colorbar(image, label=f"{metric} (%)")
+                        middle = darkest + 0.55 * (lightest - darkest)
+                        colour = "white" if values[r, c] < middle else "black"
+                        shown = f"{values[r, c]:.0f}" if share else f"{values[r, c]:.3g}"
+                        axes.text(c, r, shown, ha="center", va="center", color=colour, fontsize=8)
+        figure.colorbar(image, label=f"{metric} (%)" if share else metric)
 
     size = (min(7.0, 2.4 + 0.42 * columns), min(6.0, 1.6 + 0.36 * rows))
     _write(draw, size, matrix.to_csv, path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from d4s.errors import EditError, TokenizerError
 
@@ -96,13 +97,47 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", p
     return Row((*prompt_ids, *target_ids), last, len(prompt_ids))
 
 
+def sampling_config(tokenizer: Any, **settings: Any) -> GenerationConfig:
+    """Settings of `model.generate`: these, the tokenizer's start, end and padding ids, and the library's defaults."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id(tokenizer),
+        **settings,
+    )
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, ids: Tensor, **settings: Any) -> Tensor:
+    """What the model writes behind rows of ids, drawn from its own probabilities unless settings say otherwise.
+
+    ids: [rows, width] int64, without padding
+    settings: as `GenerationConfig` names them (max_new_tokens, top_k, …)
+    Returns [rows, longer width] int64, ids included; after an end token there is padding.
+
+    Whatever the model's own generation_config says has no part in it. Passing another one to `generate` is not
+    enough: transformers fills what that one leaves open from the model's.
+    """
+    unset = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    config = sampling_config(tokenizer, **unset | settings)
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def generate_contexts(
     model: Any, tokenizer: Any, *, per_seed: int = 1, length: int = 10, seed: int = 0
 ) -> tuple[str, ...]:
     """Short texts that the model itself continues the five seeds with, as prefixes "… . " of a prompt.
 
-    Sampled with top-k 5; the result depends on the model and the seed alone.
+    length: tokens of a text, with its seed word and a start token counted in, as in the releases of ROME and
+        MEMIT; a seed word that is as long already stays alone
+
+    Sampled with top-k 5; the result depends on the model's weights and the seed alone.
     """
     prefixes = []
     device = next(model.parameters()).device
@@ -114,17 +149,10 @@ def generate_contexts(
             torch.manual_seed(seed)
             for word in CONTEXT_SEEDS:
                 ids = torch.tensor(text_ids(tokenizer, (word,)), device=device).repeat(per_seed, 1)
-                made = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    top_k=5,
-                    top_p=1.0,
-                    temperature=1.0,
-                    min_new_tokens=length,
-                    max_new_tokens=length,
-                    pad_token_id=pad_id(tokenizer),
-                )
+                new = length - ids.shape[1]
+                made = ids
+                if new > 0:
+                    made = sample(model, tokenizer, ids, top_k=5, min_new_tokens=new, max_new_tokens=new)
                 for row in made:
                     text = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
                     prefixes.append(f"{text}. ")

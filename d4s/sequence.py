@@ -251,7 +251,8 @@ def edit_sequence(
         last; None: all
     original: also test each edit right after its own step
     generate: also score free generation
-    measure: called at each evaluation point while the model holds the edits; its figures join the history row
+    measure: called at each evaluation point while the model holds the edits; its figures join the history row.
+        Those named "<task> acc" or as another accuracy (`metrics.is_share`) are shown in percent, others as they are
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before

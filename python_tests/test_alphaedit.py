@@ -8,7 +8,7 @@ from workbench import EDITS, bench_of, editor_of, relative_error
 
 from d4s.closed_form import ClosedForm, Prior
 from d4s.errors import ConfigError
-from d4s.methods.alphaedit import protected_directions
+from d4s.methods.alphaedit import AlphaEditEditor, protected_directions
 
 D_IN, D_OUT, L2 = 24, 10, 3.0
 
@@ -90,6 +90,60 @@ def test_the_editor_follows_the_papers_equation(layers, seed):
         editor.edit(batch)
     for layer in layers:
         assert relative_error(editor.weights.delta(layer), truth[layer]) <= 1e-3
+
+
+class Exchanging(AlphaEditEditor):
+    """C_p as the paper words it: after each step its keys are exchanged for those taken again on the edited weights."""
+
+    def apply(self, batch):
+        taken, self.exchanged = [], []
+        plain = self.closed_form.add_
+        self.closed_form.add_ = lambda residuals, keys, layer: (
+            taken.append((layer, keys)),
+            plain(residuals, keys, layer),
+        )
+        step = super().apply(batch)
+        del self.closed_form.add_
+        rows = self.rows(batch)
+        for layer, before in taken:
+            delta, now = self.closed_form.delta(layer).clone(), self.keys(rows, layer)
+            self.exchanged.append(relative_error(now, before))
+            self.closed_form.add_(now @ delta.T, now, layer)
+            self.closed_form.subtract_(before @ delta.T, before, layer)
+        return step
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gptj"])
+def test_keys_taken_again_after_the_write_change_nothing(model_type, seed):
+    bench = bench_of(model_type, seed)
+    config = dict(layers=(0, 1, 2), learning_rate=0.1, steps=4, contexts=1)
+    editor = editor_of("alphaedit", bench, **config)
+    deltas = []
+    for run in (editor, Exchanging(editor.method, bench)):
+        for batch in (EDITS[:1], EDITS[1:3], EDITS[3:]):
+            run.edit(batch)
+        deltas.append({layer: delta.clone() for layer, delta in run.closed_form.deltas().items()})
+        if isinstance(run, Exchanging):
+            assert len(run.exchanged) == 3 and max(run.exchanged) <= 1e-5
+        run.restore()
+    for layer, delta in deltas[0].items():
+        assert delta.norm() > 0 and relative_error(deltas[1][layer], delta) <= 1e-5
+
+
+def test_it_runs_the_model_as_often_as_cached_memit(seed):
+    """Both take targets, keys and states; nothing is left to run once the last layer is written."""
+    runs = []
+    for name in ("memit-seq", "alphaedit"):
+        bench, count = bench_of("llama", seed), [0]
+        editor = editor_of(name, bench, layers=(0, 1, 2), learning_rate=0.1, steps=3)
+
+        def counted(*_, count=count):
+            count[0] += 1
+
+        bench.anatomy.blocks[0].register_forward_pre_hook(counted)
+        editor.edit(EDITS[:2])
+        runs.append(count[0])
+    assert runs[1] == runs[0] > 0
 
 
 def test_without_a_projection_it_is_cached_memit_with_an_identity_prior(seed):

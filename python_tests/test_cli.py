@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -27,6 +28,7 @@ from d4s.methods.ft import FTEditor
 from d4s.metrics import evaluate
 from d4s.progress import progress_bar
 from d4s.sequence import edit_sequence
+from d4s.targets import TargetConfig
 
 VERBS = ("demo", "edit", "evaluate", "covariance", "models", "methods")
 RECORDS = [
@@ -150,11 +152,19 @@ def test_models_lists_every_type(capsys):
     assert set(listed) == set(ARCHITECTURES) and listed["gpt2"]["mlp_output"] == "mlp.c_proj"
 
 
-def test_methods_lists_every_method_with_what_is_published(capsys):
-    text = done(capsys, "methods")
-    for name, method in METHODS.items():
-        at = text.splitlines().index(name)
-        assert method.paper in text.splitlines()[at + 1] and method.changes in text.splitlines()[at + 1]
+def test_methods_lists_every_method_in_a_line(capsys):
+    head, *lines = done(capsys, "methods").splitlines()
+    columns = [head.index(word) for word in ("method", "paper", "changes", "needs", "undone")]
+    for line, (name, method) in zip(lines, METHODS.items(), strict=False):
+        cells = [line[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)]
+        assert cells == [
+            name,
+            method.paper,
+            method.changes,
+            ", ".join(method.needs) or "nothing",
+            method.undo,
+        ]
+    assert all(len(line) <= 120 for line in lines)
     listed = json.loads(done(capsys, "methods", "--json"))
     assert set(listed) == set(METHODS)
     for model, layers, weight in (
@@ -165,6 +175,41 @@ def test_methods_lists_every_method_with_what_is_published(capsys):
         preset = listed["d4s"]["presets"][model]
         assert preset["layers"] == layers and preset["prior_weight"] == weight
         assert listed["d4s"]["needs"] == ["covariance"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_with_its_fields_and_presets(name, capsys):
+    about, preset = (part.splitlines() for part in done(capsys, "methods", name).split("\n\n")[1:])
+    method = METHODS[name]
+    own = {f.name for f in dataclasses.fields(method)}
+    if "target" in own:
+        own = own - {"target"} | {f.name for f in dataclasses.fields(TargetConfig)}
+    meaning = about[0].index("meaning")
+    assert {line.split()[0] for line in about[1:]} == own
+    assert all(line[meaning:] for line in about[1:]), "every field has a meaning"
+    models = [model.rstrip("*") for model in preset[0].split()[1:]]
+    assert models == ["gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b"]
+    columns = [preset[0].index(model) for model in models]
+    listed = json.loads(done(capsys, "methods", name, "--json"))
+    assert set(listed) == {name}
+    rows = {line.split()[0]: line for line in preset[1:] if line.split()[0] in own}
+    assert set(rows) == own
+    for model, begin, end in zip(models, columns, [*columns[1:], None], strict=True):
+        fields = listed[name]["presets"][model]
+        for field, value in (fields | fields.get("target", {})).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert float(rows[field][begin:end]) == pytest.approx(value)
+
+
+def test_layers_and_modules_are_shown_in_short(capsys):
+    text = done(capsys, "methods", "ultraedit")
+    assert "18–26" in text and "11–15, 18–24" in text and "mlp.gate_proj ×5, mlp.up_proj ×7" in text
+    assert "gpt2-xl*" in text and "llama-3-8b*" not in text and "* not published" in text
+
+
+def test_a_method_that_does_not_exist_is_not_shown(capsys):
+    line = failed(capsys, "methods", "alphaedti")
+    assert line.startswith("d4s: unknown method 'alphaedti'. Did you mean 'alphaedit'? Known: alphaedit, d4s")
 
 
 def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path, capsys):
@@ -243,6 +288,17 @@ def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp
     found = figures["metrics"]["target_probability"]
     assert found["mean"] == pytest.approx(direct["target_probability"], rel=1e-5) and found["count"] == 3
     assert "efficacy" in done(capsys, "evaluate", "m", "edits.json", "--limit", "1")
+
+
+def test_scores_of_tasks_are_in_percent_where_they_are_shares(monkeypatch, capsys):
+    scores = {"arc acc_norm": 0.25, "wikitext word_perplexity": 31.5, "gsm8k exact_match (strict-match)": 0.5}
+    monkeypatch.setattr("d4s.cli._measure", lambda *_: lambda: scores)
+    lines = done(capsys, "evaluate", "m", "edits.json", "--limit", "1").splitlines()
+    assert lines[-3:] == [
+        "arc acc_norm: 25.00 %",
+        "wikitext word_perplexity: 31.5",
+        "gsm8k exact_match (strict-match): 50.00 %",
+    ]
 
 
 def test_with_json_only_figures_are_on_standard_output(tmp_path, capsys):

@@ -179,7 +179,7 @@ def test_a_label_may_name_another_configuration_of_a_method(seed):
 
 def test_seeds_give_means_with_students_intervals(seed):
     model, covariance = ready(seed)
-    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [3]}}
+    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [7]}}
     found = compared(model, covariance, config, edits=EDITS[:3], seeds=(0, 1, 2), evaluate_every=1)
     rows = [found.results["d4s"][s].history[-1] for s in (0, 1, 2)]
     growths = [row["l1_growth"] for row in rows]
@@ -292,6 +292,30 @@ def test_a_table_may_be_of_the_points_on_the_way(seed):
     assert list(table["efficacy"][:2]) == [history[1]["efficacy"], history[2]["efficacy"]]
     assert table["seconds_an_edit"][1] == history[2]["edit_seconds"] / 5
     assert set(table["extra"]) == {0.25} and "l1_norm.0" not in table
+
+
+def test_only_figures_known_to_be_shares_are_shown_in_percent(seed):
+    model, covariance = ready(seed)
+    measured = {
+        "weight": 3.0,
+        "loss": 0.0345,
+        "text_perplexity": 12.5,
+        "arc acc_norm": 0.3,
+        "wiki bits_per_byte": 0.9,
+    }
+    found = compared(model, covariance, edits=EDITS[:2], seeds=(0, 1), measure=lambda: measured)
+    head, *rows, said = found.summary().splitlines()
+    assert len(rows) == 2 and "weight, loss, text perplexity, wiki bits per byte: as measured" in said
+    for row in rows:
+        for name, text in (
+            ("weight", "3"),
+            ("loss", "0.0345"),
+            ("text perplexity", "12.5"),
+            ("arc acc norm", "30.0"),
+            ("wiki bits per byte", "0.9"),
+        ):
+            end = head.index(name) + len(name)
+            assert row[:end].endswith(f" {text} [{text}, {text}]"), name
 
 
 def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path, seed):

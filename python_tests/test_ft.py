@@ -53,13 +53,35 @@ def test_it_is_adam_on_the_projection(model_type, seed):
         assert relative_error(bench.anatomy.weight(layer).detach() - base, weight.detach() - base) <= 0.02
 
 
-def test_ft_l_stays_within_epsilon_of_the_unedited_weights(seed):
+def test_ft_l_stays_within_epsilon_of_where_each_step_began(seed):
     bench = bench_of("llama", seed)
-    editor = editor_of("ft-l", bench, layers=1, epsilon=2e-3, learning_rate=1e-3)
-    for edit in EDITS:  # the bound is on the whole run, not on each edit
+    editor = editor_of("ft-l", bench, layers=(0, 1), epsilon=2e-3, learning_rate=1e-3)
+    for count in range(1, 4):
+        before = {layer: editor.weights.delta(layer) for layer in (0, 1)}
+        editor.edit(EDITS[count : count + 1])
+        for layer, start in before.items():
+            moved = float((editor.weights.delta(layer) - start).abs().max())
+            assert 1.9e-3 < moved <= 2e-3 * (1 + 1e-3)
+    drift = float(editor.weights.delta(1).abs().max())
+    assert 2.1e-3 < drift <= 3 * 2e-3 * (1 + 1e-3), "over a sequence the bound is on each step alone"
+
+
+def test_ft_l_w0_stays_within_epsilon_of_the_unedited_weights(seed):
+    bench = bench_of("llama", seed)
+    editor = editor_of("ft-l-w0", bench, layers=1, epsilon=2e-3, learning_rate=1e-3)
+    for edit in EDITS:
         editor.edit([edit])
     largest = float(editor.weights.delta(1).abs().max())
     assert 1.9e-3 < largest <= 2e-3 * (1 + 1e-3)
+
+
+def test_the_first_step_of_both_bounds_is_the_same(seed):
+    found = []
+    for name in ("ft-l", "ft-l-w0"):
+        editor = editor_of(name, bench_of("gpt2", seed), layers=1, epsilon=1e-3, learning_rate=1e-3)
+        editor.edit(EDITS)
+        found.append(editor.deltas[1])
+    assert torch.equal(*found)
 
 
 def test_an_edit_that_is_known_is_skipped(seed):

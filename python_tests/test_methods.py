@@ -219,20 +219,43 @@ def test_presets_are_those_of_the_literature(model):
     of = {name: method_for(name, anatomy) for name in METHODS}
     gptj, xl, llama2 = model == "gpt-j-6b", model == "gpt2-xl", model == "llama-2-7b"
     spread = (13, 14, 15, 16, 17) if xl else (3, 4, 5, 6, 7, 8) if gptj else (4, 5, 6, 7, 8)
-    for name in ("d4s", "memit", "memit-seq", "alphaedit", "encore", "pmet", "ultraedit"):
+    for name in ("d4s", "memit", "memit-seq", "alphaedit", "encore", "pmet"):
         assert of[name].layers == spread
     for name in ("rome", "r-rome", "emmet"):
         assert of[name].layers == ((17,) if xl else (5,))
     assert of["d4s"].prior_weight == (20_000 if xl else 15_000)
     assert of["emmet"].prior_weight == (10_000 if xl else 100_000)
-    assert of["pmet"].prior_weight == (6_000 if gptj or llama2 else of["d4s"].prior_weight)
+    assert of["pmet"].prior_weight == (20_000 if xl else 6_000 if gptj else 15_000)
+    if llama2:
+        target = of["pmet"].target
+        assert (target.steps, target.learning_rate, target.clamp) == (20, 0.5, 1.0)
+        assert (target.weight_decay, target.kl_factor) == (0.5, 0.0625)
+    stop = of["encore"].target.stop_after_argmax
+    assert (stop, of["encore"].norm_weight) == ((3, 10) if xl or gptj else (2, 10) if llama2 else (1, 20))
+    assert of["encore"].target.steps == (20 if xl else 25)
+    for name in ("learning_rate", "weight_decay"):
+        assert getattr(of["encore"].target, name) == 0.5
+    assert of["encore"].target.clamp == 0.75
+    late = dict(zip(of["ultraedit"].layers, of["ultraedit"].modules or [None] * 99, strict=False))
+    if gptj:
+        assert late == dict.fromkeys(range(18, 27))
+    elif not xl and not llama2:
+        gates, ups = (
+            dict.fromkeys(range(11, 16), "mlp.gate_proj"),
+            dict.fromkeys(range(18, 25), "mlp.up_proj"),
+        )
+        assert late == gates | ups
+        with torch.device("meta"):
+            places = anatomy.at(late)
+        assert places.shape(11) == places.shape(24) == (14336, 4096)
+    assert of["ultraedit"].learning_rate == 1e-6
     assert of["rome"].identity_covariance == (not xl and not gptj)
     assert of["rome"].target.clamp == 4.0
     assert of["rome"].target.weight_decay == (0.5 if xl or gptj else 1e-3)
     assert of["alphaedit"].l2 == 10
     assert not of["alphaedit"].threshold_is_relative
     assert of["alphaedit"].target.learning_rate == (0.5 if xl or gptj else 0.1)
-    assert of["ft-l"].epsilon == (5e-5 if gptj else 5e-4)
+    assert of["ft-l"].epsilon == of["ft-l-w0"].epsilon == (5e-5 if gptj else 5e-4)
     assert of["ft-l"].layers == (0,)
     assert of["grace"].module == ("mlp_input" if xl else "mlp_output")
     assert of["grace"].layers == ((35,) if xl else (25,) if gptj else (27,))

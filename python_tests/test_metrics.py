@@ -17,6 +17,8 @@ from d4s.metrics import (
     Baseline,
     _resampled_means,
     evaluate,
+    is_share,
+    spelled,
     take_baseline,
 )
 
@@ -24,6 +26,29 @@ from d4s.metrics import (
 def edit(prompt: str, new: str, true: str | None = None, **fields) -> Edit:
     """An edit whose prompt ends in `prompt`: all that a bigram model sees of it."""
     return Edit(f"{{}} {prompt}", fields.pop("subject", "x"), new, true, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        *(
+            (name, True)
+            for name in ("efficacy", "paraphrase_argmax", "original_efficacy", "efficacy.unedited")
+        ),
+        *(
+            (name, True)
+            for name in ("locality.Relation", "specificity.low", "retained", "multi_hop_generated")
+        ),
+        *((name, False) for name in ("fluency", "target_probability", "consistency", "nll_new", "l1_norm.3")),
+        *((name, True) for name in ("mmlu acc", "arc_challenge acc_norm", "arc acc_norm.low", "v1.1 acc")),
+        ("gsm8k exact_match (strict-match)", True),
+        *((name, False) for name in ("wikitext word_perplexity", "squadv2 f1", "wmt bleu", "cola mcc")),
+        *((name, False) for name in ("score", "accuracy", "acc", "text_perplexity", "my weight", "loss.low")),
+    ],
+)
+def test_only_names_that_are_known_are_shares(name, share):
+    assert is_share(name) == share
+    assert spelled(name, 0.5) == ("50.0 %" if share else "0.5")
 
 
 def test_success_compares_mean_token_nll_of_new_and_true() -> None:

@@ -179,6 +179,15 @@ def test_forgetting_is_a_heat_map_of_the_matrix(tmp_path, drawn, points: int) ->
     numpy.testing.assert_allclose(read.to_numpy(), values)
 
 
+def test_forgetting_of_what_is_no_share_has_its_own_scale(tmp_path, drawn) -> None:
+    matrix = pandas.DataFrame([[3.0, 7.5], [math.nan, 2.25]], index=[10, 20], columns=[10, 20])
+    plot_forgetting(matrix, tmp_path / "forgetting.png", metric="nll_new")
+    axes, bar = drawn[0].axes
+    assert bar.get_ylabel() == "nll_new" and axes.images[0].get_clim() == (2.25, 7.5)
+    assert [text.get_text() for text in axes.texts] == ["3", "7.5", "2.25"]
+    assert [text.get_color() for text in axes.texts] == ["white", "black", "white"]
+
+
 def test_errors_say_what_is_missing(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"l1_norm\.<layer>"):
         plot_norms({"d4s": pandas.DataFrame({"step": [0, 1]})}, tmp_path / "norms.png")

@@ -17,6 +17,7 @@ from d4s.prompts import (
     pad_id,
     padded,
     prompt_and_target_ids,
+    sample,
     subject_row,
     text_ids,
 )
@@ -206,19 +207,94 @@ def test_contexts_take_one_of_the_five_likeliest_tokens_each_time(monkeypatch, s
         return made[-1]
 
     monkeypatch.setattr(model, "generate", spy)
-    model.generation_config.top_p, model.generation_config.temperature = 0.01, 1e-3  # the model's own wishes
     generate_contexts(model, tokenizer, per_seed=8, length=7, seed=seed)
     ranks = []
     for rows, word in zip(made, CONTEXT_SEEDS, strict=True):
         prompt = tokenizer(word)["input_ids"]
-        assert rows.shape == (8, len(prompt) + 7) and (rows[:, : len(prompt)] == torch.tensor(prompt)).all()
+        assert rows.shape == (8, 7) and (rows[:, : len(prompt)] == torch.tensor(prompt)).all()
         with torch.no_grad():
             logits = model(rows).logits[:, len(prompt) - 1 : -1]
         logits[..., tokenizer.eos_token_id] = -torch.inf  # no text ends early
         chosen = rows[:, len(prompt) :].unsqueeze(-1)
-        ranks.append((logits > logits.gather(-1, chosen)).sum(-1))
+        ranks.append((logits > logits.gather(-1, chosen)).sum(-1).flatten())
     ranks = torch.cat(ranks)
     assert ranks.max() <= 4 and (ranks > 0).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_a_context_counts_its_seed_word_and_a_start_token(monkeypatch, start, seed):
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer(start)
+    plain, widths = model.generate, []
+    monkeypatch.setattr(model, "generate", lambda **a: widths.append((r := plain(**a)).shape[1]) or r)
+    words = [len(tokenizer(word)["input_ids"]) for word in CONTEXT_SEEDS]
+    assert min(words) == 1 + start and max(words) == 5 + start
+    generate_contexts(model, tokenizer, length=10)
+    assert widths == [10] * 5
+    for length in (1, 4, 5 + start):
+        widths.clear()
+        found = generate_contexts(model, tokenizer, length=length)
+        assert widths == [length] * sum(word < length for word in words)
+        for text, seed_word, word in zip(found, CONTEXT_SEEDS, words, strict=True):
+            assert (text == f"{seed_word}. ") or word < length  # without room for more it stays alone
+
+
+WISHES = dict(
+    top_p=0.01,
+    temperature=1e-3,
+    num_beams=4,
+    repetition_penalty=9.0,
+    no_repeat_ngram_size=1,
+    return_dict_in_generate=True,
+    output_scores=True,
+    num_return_sequences=3,
+    min_length=40,
+    max_time=1e-9,
+    forced_eos_token_id=1,
+    bad_words_ids=[[7], [8], [9]],
+    suppress_tokens=[10, 11, 12],
+    begin_suppress_tokens=[13, 14],
+    sequence_bias=[[[15], 50.0]],
+    eos_token_id=[1, 20, 21, 22],
+    use_cache=False,
+)
+
+
+@pytest.mark.parametrize(
+    "wish", [*([name] for name in WISHES), ["num_beams", "num_return_sequences"]], ids="-".join
+)
+def test_contexts_do_not_depend_on_the_models_generation_settings(wish, seed):
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    expected = generate_contexts(model, tokenizer, per_seed=2, seed=seed)
+    for name in wish:
+        setattr(model.generation_config, name, WISHES[name])
+    wishes = model.generation_config.to_dict()
+    assert generate_contexts(model, tokenizer, per_seed=2, seed=seed) == expected
+    assert model.generation_config.to_dict() == wishes
+    ids, drawn = torch.full((3, 1), tokenizer.bos_token_id), []
+    for one in (model, tiny_model("llama", seed)):
+        torch.manual_seed(seed)
+        drawn.append(sample(one, tokenizer, ids, max_new_tokens=20))
+    assert torch.equal(*drawn)
+
+
+def test_settings_of_the_model_come_back_after_a_failure(monkeypatch, seed):
+    model = tiny_model("gpt2", seed)
+    own = model.generation_config
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(model, tiny_tokenizer(), torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1)
+    assert model.generation_config is own
+
+
+def test_samples_follow_the_models_probabilities(seed):
+    """Of 4,000 draws of one token each id's share is near its probability (5 standard errors)."""
+    model, tokenizer = tiny_model("gpt2", seed), tiny_tokenizer()
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        p = model(ids).logits[0, -1].softmax(-1)
+    drawn = sample(model, tokenizer, ids.repeat(4_000, 1), max_new_tokens=1)[:, 1]
+    shares = torch.bincount(drawn, minlength=len(p)) / 4_000
+    assert ((shares - p).abs() <= 5 * (p * (1 - p) / 4_000).sqrt() + 1e-3).all()
 
 
 def test_contexts_leave_random_state_and_training_flag_as_they_were(seed):

@@ -142,6 +142,27 @@ def test_table4_asks_the_harness_for_the_tasks_that_are_named(monkeypatch, tmp_p
     assert list(found.table["after"]) == [1 / 2, 1 / 4]
 
 
+def test_table4_judges_by_shares_alone(monkeypatch, tmp_path, seed):
+    from d4s.downstream import TaskMetric
+
+    told = iter([0.5, 0.5, 0.5, 0.25])
+
+    def run_tasks(*_, **__):
+        return {
+            "arc": {"acc": TaskMetric(next(told), None, 4)},
+            "wiki": {"word_perplexity": TaskMetric(31, None, 4)},
+        }
+
+    monkeypatch.setattr("d4s.downstream.run_tasks", run_tasks)
+    found = run(
+        "table4", tmp_path, seed, {"facts": FACTS[:2]}, counts=(2,), tasks=["arc", "wiki"], task_limit=4
+    )
+    assert "largest fall: memit 0.0 points, d4s 25.0 points" in found.verdict.measured
+    drawn = pandas.read_csv(tmp_path / "table4.csv")
+    assert set(drawn[drawn["panel"] == "wiki word_perplexity"]["y"]) == {31}
+    assert set(drawn[drawn["panel"] == "arc acc"]["y"]) == {0.5, 0.25}  # one axis with the perplexity
+
+
 def test_fig2_compares_data_sets(tmp_path, seed):
     data = {"completions": FACTS, "statements": statements_of(FACTS)}
     found = run("fig2", tmp_path, seed, data, methods=("d4s",))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_tokenizer
-from workbench import EDITS, bench_of, editor_of, relative_error
+from workbench import EDITS, bench_of, editor_of, relative_error, same_bits, state_of
 
+from d4s.errors import ConfigError
 from d4s.methods.ultraedit import Moments
 from d4s.prompts import prompt_and_target_ids
 
@@ -29,7 +30,7 @@ def test_one_row_alone_is_its_own_mean(seed):
     assert not moments.normalised(row).any()
 
 
-def plainly(bench, edit, layer):
+def plainly(bench, edit, layer, path=None):
     """(h, g) of one edit by a pass over it alone, with a gradient to the projection's output."""
     prompt, target = prompt_and_target_ids(tiny_tokenizer(), edit.text, edit.target_new)
     seen = {}
@@ -39,7 +40,10 @@ def plainly(bench, edit, layer):
         seen["out"] = output
         output.retain_grad()
 
-    handle = bench.anatomy.projection(layer).register_forward_hook(hook)
+    module = bench.anatomy.projection(layer)
+    if path is not None:
+        module = bench.anatomy.blocks[layer].get_submodule(path)
+    handle = module.register_forward_hook(hook)
     logits = bench.model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
     handle.remove()
     torch.nn.functional.cross_entropy(logits, torch.tensor(target)).backward()
@@ -47,11 +51,22 @@ def plainly(bench, edit, layer):
     return seen["h"].reshape(-1, seen["h"].shape[-1])[places], seen["out"].grad[0, places]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_inputs_and_gradients_are_those_at_the_answer(model_type, seed):
+PLACES = [
+    ("gpt2", {0: None, 2: None}),
+    ("llama", {0: None, 2: None}),
+    ("llama", {0: "mlp.gate_proj", 1: "mlp.up_proj", 2: "mlp.down_proj"}),
+    ("gpt2", {1: "mlp.c_fc", 2: "attn.c_proj"}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "places"), PLACES)
+def test_inputs_and_gradients_are_those_at_the_answer(model_type, places, seed):
     bench = bench_of(model_type, seed)
-    editor = editor_of("ultraedit", bench, layers=(0, 2))
-    expected = {layer: [plainly(bench, edit, layer) for edit in EDITS] for layer in (0, 2)}
+    paths = tuple(path for path in places.values() if path is not None)
+    editor = editor_of("ultraedit", bench, layers=tuple(places), modules=paths)
+    expected = {
+        layer: [plainly(bench, edit, layer, path) for edit in EDITS] for layer, path in places.items()
+    }
     bench.model.requires_grad_(False)
     _, inputs, gradients = editor.answers(EDITS)
     for layer, parts in expected.items():
@@ -63,6 +78,49 @@ def test_inputs_and_gradients_are_those_at_the_answer(model_type, seed):
             assert found.shape == want.shape
             torch.testing.assert_close(found.T @ found, want.T @ want, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(found.sum(0), want.sum(0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "places"), PLACES[2:])
+def test_the_modules_that_are_named_are_changed_and_no_others(model_type, places, seed):
+    bench = bench_of(model_type, seed)
+    before = state_of(bench)
+    editor = editor_of(
+        "ultraedit", bench, layers=list(places), modules=list(places.values()), learning_rate=1e-2
+    )
+    editor.edit(EDITS)
+    after = state_of(bench)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    blocks = bench.anatomy.architecture.blocks
+    assert changed == {f"{blocks}.{layer}.{path}.weight" for layer, path in places.items()}
+    for layer in places:
+        name = editor.anatomy.weight_name(layer)
+        stored = (after[name] - before[name]).double()
+        stored = stored.T if editor.anatomy.transposed(layer) else stored
+        assert relative_error(editor.deltas[layer], stored) <= 1e-4
+        assert editor.weights.delta_norm()[layer] == pytest.approx(float(stored.norm()), rel=1e-4)
+    state = editor.state_dict()
+    editor.restore()
+    assert same_bits(before, state_of(bench))
+    editor.load_state_dict(state)
+    assert same_bits(after, state_of(bench))
+
+
+def test_modules_that_do_not_fit_are_refused(seed):
+    bench = bench_of("llama", seed)
+    before = state_of(bench)
+    for config, text in (
+        (dict(layers=(0, 1), modules=["mlp.up_proj"]), r"one for each of layers=\[0, 1\]"),
+        (
+            dict(layers=1, modules="mlp.up_porj"),
+            r"model\.layers\.1 'mlp.up_porj'.*Did you mean 'mlp.up_proj'",
+        ),
+        (dict(layers=1, modules="mlp"), r"unknown projection of model\.layers\.1 'mlp'"),
+        (dict(layers=7, modules="mlp.up_proj"), r"layers=\[7\]"),
+        (dict(layers=1, modules=[3]), "modules is"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            editor_of("ultraedit", bench, **config)
+    assert same_bits(before, state_of(bench))
 
 
 def test_statistics_of_a_run_do_not_depend_on_its_steps(seed):

@@ -43,6 +43,7 @@ STRONG: dict[str, dict[str, Any]] = {
     "encore": _TARGET | _PRIOR | dict(norm_weight=1e-2),
     "ultraedit": dict(learning_rate=3e-3),
     "ft-l": dict(learning_rate=1e-2, epsilon=0.1),
+    "ft-l-w0": dict(learning_rate=1e-2, epsilon=0.1),
     "ft-m": dict(learning_rate=1e-2),
     "grace": dict(steps=25),
     "kn": {},

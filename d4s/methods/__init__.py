@@ -1,8 +1,13 @@
-"""The methods by the names that users type; one file each."""
+"""The methods by the names that users type; one file each.
+
+`d4s.methods()` names them, and `d4s.methods` is this package: `import d4s.methods.alphaedit` works beside it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from d4s.architectures import Anatomy
@@ -12,7 +17,7 @@ from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.d4s import D4S
 from d4s.methods.emmet import EMMET
 from d4s.methods.encore import ENCORE
-from d4s.methods.ft import FTL, FTM
+from d4s.methods.ft import FTL, FTLW0, FTM
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
 from d4s.methods.memit import MEMIT
@@ -33,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "encore": ENCORE,
     "ultraedit": UltraEdit,
     "ft-l": FTL,
+    "ft-l-w0": FTLW0,
     "ft-m": FTM,
     "grace": GRACE,
     "kn": KN,
@@ -58,5 +64,15 @@ def method_for(
         method = METHODS[method].preset(anatomy)
     return method.changed(config) if config else method
 
+
+class _Methods(ModuleType):
+    """This package, which can be called: a function of its name in `d4s` would hide its modules."""
+
+    def __call__(self) -> tuple[str, ...]:
+        """The names that `edit_sequence(method=…)` takes."""
+        return tuple(METHODS)
+
+
+sys.modules[__name__].__class__ = _Methods
 
 __all__ = ["METHODS", "Editor", "Method", "Step", "Workbench", "method_for"]

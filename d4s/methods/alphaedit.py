@@ -9,14 +9,14 @@ projected keys Q = P K,
     ΔW = R Qᵀ (L2·I + P C_p P + Q Qᵀ)⁻¹
 
 which is MEMIT with cached keys, Q for K and L2·I for λC: the sums of `ClosedForm` do it in O(d²) an edit.
-Exchanging a key for the one taken again leaves Δ as it is: with residual Δ k a row changes nothing but B.
+A layer is written after those below it and its own write does not reach its keys, so the keys that went in are
+the ones on the edited weights: none is taken again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ class AlphaEdit(TargetMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
 
-    l2: float = 10.0
-    null_space_threshold: float = 2e-2  # on the eigenvalues of C
-    threshold_is_relative: bool = False  # to their mean. The release's is not, and depends on a model's scale
+    l2: Annotated[float, "weight of the identity in the solve"] = 10.0
+    null_space_threshold: Annotated[float, "eigenvalues of C under it may be changed"] = 2e-2
+    threshold_is_relative: Annotated[
+        bool, "to their mean; the release's is absolute, and depends on a model's scale"
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,12 +78,6 @@ class AlphaEditEditor(D4SEditor):
         """Q = P K."""
         keys, protected = super().keys(rows, layer), self.protected[layer]
         return keys - keys @ protected @ protected.T
-
-    def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
-        for layer in self.weights.layers[1:]:  # below the first nothing is edited: its keys stay
-            delta, before, now = self.closed_form.delta(layer), used[layer], self.keys(rows, layer)
-            self.closed_form.add_(now @ delta.T, now, layer)
-            self.closed_form.subtract_(before @ delta.T, before, layer)
 
 
 def protected_directions(covariance: Tensor, threshold: float, relative: bool, layer: int) -> Tensor:

@@ -85,6 +85,8 @@ class Method(Configuration, ABC):
     paper: ClassVar[str]
     changes: ClassVar[str]  # what in the model is changed
     needs: ClassVar[tuple[str, ...]] = ()  # "covariance", "null space"
+    # How edits are taken back. `Editor.restore` puts W0 back bit for bit; no method takes out a single edit.
+    undo: ClassVar[str] = "all at once"
 
     @classmethod
     @abstractmethod
@@ -115,9 +117,9 @@ class Method(Configuration, ABC):
             if name not in own | inner:
                 raise ConfigError(unknown_name(f"field of {self.name}", name, own | inner))
         direct = {k: v for k, v in overrides.items() if k in own}
-        for name in ("layers", "context_lengths"):
+        for name in ("layers", "context_lengths", "modules"):
             if name in direct:
-                value = [direct[name]] if isinstance(direct[name], int) else direct[name]
+                value = [direct[name]] if isinstance(direct[name], int | str) else direct[name]
                 direct[name] = tuple(value) if isinstance(value, list | range) else value
         if isinstance(direct.get("target"), Mapping):
             for name in direct["target"]:
@@ -151,10 +153,20 @@ class Editor(ABC):
     weights: EditedWeights
     growing: ClassVar[frozenset[str]] = frozenset()  # parts of the state whose size is not fixed
 
-    def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        method: Any,
+        bench: Workbench,
+        layers: Sequence[int],
+        modules: Mapping[int, str] | None = None,
+    ) -> None:
+        """modules: layer → path within its block of the projection that is W there; others: the MLP's output's."""
         self.method, self.bench = method, bench
         self.anatomy, self.tokenizer = bench.anatomy, bench.tokenizer
-        self.weights = EditedWeights(bench.anatomy, layers)
+        if modules:
+            self.anatomy.check_layers(tuple(layers))
+            self.anatomy = self.anatomy.at(modules)
+        self.weights = EditedWeights(self.anatomy, layers)
         self._torn = False  # a step failed between its start and its end
 
     def announce(self, edits: Sequence[Edit]) -> None:  # noqa: B027
@@ -228,8 +240,14 @@ class MasterEditor(Editor):
     """An editor that keeps Δ itself, in float32: steps smaller than the last bit of a half-precision weight
     add up."""
 
-    def __init__(self, method: Any, bench: Workbench, layers: Sequence[int]) -> None:
-        super().__init__(method, bench, layers)
+    def __init__(
+        self,
+        method: Any,
+        bench: Workbench,
+        layers: Sequence[int],
+        modules: Mapping[int, str] | None = None,
+    ) -> None:
+        super().__init__(method, bench, layers, modules)
         self.reset()
 
     def reset(self) -> None:

@@ -25,14 +25,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from d4s.closed_form import ClosedForm
 from d4s.edits import Edit, check_batch
-from d4s.keys import SubjectRows
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
 
@@ -44,8 +43,14 @@ class D4S(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
-    anchor: Literal["base", "current"] = "base"
-    residual: Literal["once", "measured"] = "measured"  # with anchor="current" it is always measured
+    anchor: Annotated[
+        Literal["base", "current"],
+        "weights that targets are found on: W0, or the current ones",
+    ] = "base"
+    residual: Annotated[
+        Literal["once", "measured"],
+        "the paper's rule, or measured again before each layer, as always with anchor=current",
+    ] = "measured"
 
     @property
     def measures_again(self) -> bool:
@@ -104,11 +109,9 @@ class D4SEditor(LocateEditor):
         old = self.base_residuals([self.held[_place(batch[i])] for i in again]) if once and again else None
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
-        used: dict[int, Tensor] = {}
         for i, layer in enumerate(layers):
             share = len(layers) - i  # n − i
             keys = lowest if i == 0 and lowest is not None else self.keys(rows, layer)
-            used[layer] = keys
             if once:
                 residuals = targets.delta.double() / share
             else:
@@ -118,7 +121,6 @@ class D4SEditor(LocateEditor):
             if again and i == 0:  # above the lowest layer, this key is not what went into B
                 self.closed_form.subtract_(already[again] if old is None else old / share, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
-        self.settle(rows, used)
         if self.replaces:
             self.held |= {_place(edit): _fact(edit.prompt, edit.subject, edit.target_new) for edit in batch}
         return step_of(targets)
@@ -127,9 +129,6 @@ class D4SEditor(LocateEditor):
         """z − h_L of earlier edits, found again on the unedited weights. [edits, d_model] float64"""
         with self.weights.at_base():
             return self.ahead.targets(edits).delta.double()
-
-    def settle(self, rows: SubjectRows, used: Mapping[int, Tensor]) -> None:
-        """After the last layer is written; `used` are the keys that went in. Nothing is left to do here."""
 
     def consolidate(self, edits: Sequence[Edit]) -> None:
         """Takes keys and targets of all given edits again and solves once: one batch edit from W0.

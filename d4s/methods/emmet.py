@@ -9,7 +9,7 @@ by the push-through identity: MEMIT with the prior weight ελ, which is how it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from d4s.architectures import Anatomy
 from d4s.closed_form import Prior
@@ -27,7 +27,7 @@ class EMMET(LocateMethod):
     changes: ClassVar[str] = "one MLP output projection"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
-    epsilon: float = 0.1  # ε
+    epsilon: Annotated[float, "ε, the slack of the equality: the prior weighs ελ"] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from d4s.architectures import Anatomy
 from d4s.closed_form import Prior
@@ -26,7 +26,7 @@ class ENCORE(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
-    norm_weight: float = 10.0  # λ_n
+    norm_weight: Annotated[float, "λ_n, the weight of the identity beside the prior"] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,11 @@
 """Fine-tuning of the projection W of given layers: Adam, a fixed number of steps an edit, a step skipped for
 an edit whose loss is below `stop_loss` already.
 
-FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W0| ≤ ε, element by element. All target tokens are
-scored from the prompt's last position, as if each came first: a weakness of the released code, kept since the
-published figures have it. FT-M: ordinary cross-entropy on the target's tokens, no bound.
+FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W_s| ≤ ε, element by element, where W_s is W at the start of
+the step, as released: over a sequence W drifts from W0 by up to ε a step. All target tokens are scored from the
+prompt's last position, as if each came first: a weakness of the released code, kept since the published figures
+have it. FT-L-W0 is no published method: FT-L with |W − W0| ≤ ε over the whole sequence.
+FT-M: ordinary cross-entropy on the target's tokens, no bound.
 
 Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +34,10 @@ class FTM(Method):
     changes: ClassVar[str] = "MLP output projections"
     from_last: ClassVar[bool] = False  # score every target token from the prompt's last position
 
-    layers: tuple[int, ...]
-    learning_rate: float = 5e-4
-    steps: int = 25
-    stop_loss: float = 1e-2
+    layers: Annotated[tuple[int, ...], "whose W is changed"]
+    learning_rate: Annotated[float, "of Adam"] = 5e-4
+    steps: Annotated[int, "of Adam, at most"] = 25
+    stop_loss: Annotated[float, "an edit below it is not trained on"] = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +53,8 @@ class FTM(Method):
     def editor(self, bench: Workbench) -> FTEditor:
         return FTEditor(self, bench, self.layers)
 
-    def bounded_(self, delta: Tensor) -> None:
-        """What Δ may be, in place: anything."""
+    def bounded_(self, delta: Tensor, start: Tensor) -> None:
+        """What Δ may be, in place, where the step started from `start`: anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class FTL(FTM):
     paper: ClassVar[str] = "arXiv 2012.00363"
     from_last: ClassVar[bool] = True
 
-    epsilon: float = 5e-4  # ε
+    epsilon: Annotated[float, "ε, by how much each weight may move"] = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,20 +74,33 @@ class FTL(FTM):
     def preset(cls, anatomy: Anatomy) -> FTL:
         return cls(**ft_preset(anatomy))
 
-    def bounded_(self, delta: Tensor) -> None:
+    def bounded_(self, delta: Tensor, start: Tensor) -> None:
+        torch.clamp(delta, start - self.epsilon, start + self.epsilon, out=delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTLW0(FTL):
+    name: ClassVar[str] = "ft-l-w0"
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> FTLW0:
+        return cls(**ft_preset(anatomy, whole=True))
+
+    def bounded_(self, delta: Tensor, start: Tensor) -> None:
         delta.clamp_(-self.epsilon, self.epsilon)
 
 
 class FTEditor(MasterEditor):
     def apply(self, batch: Sequence[Edit]) -> Step:
         optimiser = torch.optim.Adam(self.deltas.values(), lr=self.method.learning_rate)
+        start = {layer: delta.clone() for layer, delta in self.deltas.items()}
         first = losses = self.gradients(batch)
         for _ in range(self.method.steps):
             if bool((losses < self.method.stop_loss).all()):
                 break
             optimiser.step()
-            for delta in self.deltas.values():
-                self.method.bounded_(delta)
+            for layer, delta in self.deltas.items():
+                self.method.bounded_(delta, start[layer])
             self.write()
             losses = self.gradients(batch)
         for delta in self.deltas.values():

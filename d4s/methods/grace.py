@@ -21,7 +21,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,12 +48,14 @@ class GRACE(Method):
     paper: ClassVar[str] = "arXiv 2211.11031"
     changes: ClassVar[str] = "no weight: a codebook around one layer"
 
-    layers: tuple[int, ...]
-    module: Literal["mlp_input", "mlp_output"] = "mlp_output"  # which projection of the MLP is wrapped
-    epsilon: float = 1.0  # ε_init
-    learning_rate: float = 1.0
-    steps: int = 100
-    stop_loss: float = 1e-2  # a value is good enough below it
+    layers: Annotated[tuple[int, ...], "the one that is wrapped"]
+    module: Annotated[Literal["mlp_input", "mlp_output"], "which projection of the MLP is wrapped"] = (
+        "mlp_output"
+    )
+    epsilon: Annotated[float, "ε_init, the radius of a new entry"] = 1.0
+    learning_rate: Annotated[float, "of Adam, on an entry's value"] = 1.0
+    steps: Annotated[int, "of Adam, at most"] = 100
+    stop_loss: Annotated[float, "a value is good enough below it"] = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

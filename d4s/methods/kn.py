@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,12 +45,12 @@ class KN(Method):
     changes: ClassVar[str] = "columns of MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("paraphrases, where there are any",)
 
-    layers: tuple[int, ...]
-    steps: int = 20  # m
-    threshold: float = 0.2  # of the largest attribution
-    share: float = 0.7  # of the texts that must agree on a neuron
-    # The paraphrases that the edit brings are often those it is tested with; False: the prompt alone.
-    paraphrases: bool = True
+    layers: Annotated[tuple[int, ...], "whose neurons are searched"]
+    steps: Annotated[int, "m, of the integral"] = 20
+    threshold: Annotated[float, "neurons above it are kept, of the largest attribution"] = 0.2
+    share: Annotated[float, "of the texts that must agree on a neuron"] = 0.7
+    # The paraphrases that the edit brings are often those it is tested with.
+    paraphrases: Annotated[bool, "ask them too; false: the prompt alone"] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,10 +29,12 @@ ARRIVES = 0.9  # share of a probe's residual that is to arrive over all edited l
 class TargetMethod(Method):
     """Fields shared by methods that search a target and solve for the weights."""
 
-    layers: tuple[int, ...]
+    layers: Annotated[tuple[int, ...], "whose W is changed; targets are those of the last"]
     target: TargetConfig = field(default_factory=TargetConfig)
-    contexts: int = 1  # of each length, generated contexts a seed word (five words); 0: the bare prompt alone
-    context_lengths: tuple[int, ...] = (10,)  # tokens
+    contexts: Annotated[
+        int, "generated contexts a seed word (five words), of each length; 0: the bare prompt alone"
+    ] = 1
+    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included"] = (10,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +53,12 @@ class TargetMethod(Method):
 class LocateMethod(TargetMethod):
     """And with the prior λC."""
 
-    prior_weight: float | None = 15_000.0  # λ; None: chosen by the share of an edit that arrives
-    ridge: float = 0.0  # added to C, relative to mean(diag C), where a small corpus leaves C nearly singular
+    prior_weight: Annotated[
+        float | None, "λ, the weight of the prior C; None: by the share of an edit that arrives"
+    ] = 15_000.0
+    ridge: Annotated[
+        float, "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular"
+    ] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -92,6 +92,19 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     )
 
 
+# Models of the literature for which a method's own preset is not published: theirs follows the method's rule.
+_ONLY_BY_RULE: dict[str, tuple[str, ...]] = {
+    "pmet": ("gpt2-xl", "llama-3-8b"),
+    "encore": ("gpt-j-6b",),
+    "ultraedit": ("gpt2-xl", "llama-2-7b"),
+    "ft-l": ("llama-2-7b", "llama-3-8b"),
+    "ft-l-w0": tuple(_KNOWN.values()),
+    "ft-m": ("llama-2-7b", "llama-3-8b"),
+    "grace": ("llama-3-8b",),
+    "kn": tuple(_KNOWN.values()),
+}
+
+
 class _Published:
     """What presets look at in a model of the literature, without the model."""
 
@@ -104,11 +117,14 @@ class _Published:
 
 
 def describe(method: Any) -> dict[str, Any]:
-    """What `d4s methods` prints of a method class: paper, what it changes and needs, presets a model."""
+    """What `d4s methods --json` prints of a method class: paper, what it changes and needs, how it is undone,
+    presets a model, and for which of these nothing of its own is published."""
     return {
         "paper": method.paper,
         "changes": method.changes,
         "needs": list(method.needs),
+        "undo": method.undo,
+        "not_published": list(_ONLY_BY_RULE.get(method.name, ())),
         "presets": {name: asdict(method.preset(_Published(*row))) for row, name in _KNOWN.items()},
     }
 
@@ -153,16 +169,24 @@ def pmet_preset(anatomy: Anatomy) -> dict[str, Any]:
     if key == "gpt-j-6b":
         spread = spread | dict(prior_weight=6_000.0)
         target = replace(target, steps=30, learning_rate=0.2, kl_factor=1.0)
-    elif key == "llama-2-7b":
-        spread = spread | dict(prior_weight=6_000.0)
-        target = TargetConfig(steps=20, learning_rate=0.5, clamp=1.0)
+    elif key == "llama-2-7b":  # as in EasyEdit; the authors' own release has no Llama
+        target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=1.0)
     return spread | dict(target=replace(target, settled_nll_factor=0.1, settled_kl=0.01))
 
 
 def encore_preset(anatomy: Anatomy) -> dict[str, Any]:
-    """As MEMIT's; targets end 2 steps (published: 2 to 4) after the new object is the argmax everywhere."""
+    """As MEMIT's, but for Llama's targets; λ_n and the updates made after the new object is the argmax everywhere.
+
+    Published for gpt2-xl, Llama-2 and Llama-3. GPT-J: gpt2-xl's; models without a row: Llama-2's λ_n and updates.
+    """
+    key = model_key(anatomy)
     spread = spread_preset(anatomy)
-    return spread | dict(target=replace(spread["target"], stop_after_argmax=2))
+    target: TargetConfig = spread["target"]
+    if key in ("llama-2-7b", "llama-3-8b"):
+        target = TargetConfig(steps=25, learning_rate=0.5, weight_decay=0.5, clamp=0.75)
+    more = {"gpt2-xl": 3, "gpt-j-6b": 3, "llama-3-8b": 1}.get(key or "", 2)
+    norm_weight = 20.0 if key == "llama-3-8b" else 10.0
+    return spread | dict(target=replace(target, stop_after_argmax=more), norm_weight=norm_weight)
 
 
 def alphaedit_preset(anatomy: Anatomy) -> dict[str, Any]:
@@ -185,9 +209,10 @@ def alphaedit_preset(anatomy: Anatomy) -> dict[str, Any]:
     return preset
 
 
-def ft_preset(anatomy: Anatomy) -> dict[str, Any]:
+def ft_preset(anatomy: Anatomy, *, whole: bool = False) -> dict[str, Any]:
     """Layer 0 with ε 5e-4, GPT-J 5e-5.
 
+    whole: the bound is on all steps together. Nothing is published: the same ε
     The embedded model: the other methods' layer, and the ε at which 50 edits take (5e-2: efficacy 1.0, specificity
     .65; 2e-2: .29 and .97).
     """
@@ -198,9 +223,19 @@ def ft_preset(anatomy: Anatomy) -> dict[str, Any]:
 
 
 def ultraedit_preset(anatomy: Anatomy) -> dict[str, Any]:
-    """MEMIT's layers, learning rate 1e-6; the embedded model, whose keys are short: 2e-3, at which a turn of 100
-    edits takes."""
-    rate = 2e-3 if model_key(anatomy) == "embedded" else 1e-6
+    """Learning rate 1e-6. GPT-J: W of layers 18 to 26. Llama-3: the gate of 11 to 15 and the up projection of 18 to 24.
+
+    Both are those of the release for zsRE and UltraEditBench. For gpt2-xl and Llama-2 nothing is published; they and
+    all others have MEMIT's layers and W. The embedded model, whose keys are short: learning rate 2e-3, at which a
+    turn of 100 edits takes.
+    """
+    key = model_key(anatomy)
+    if key == "gpt-j-6b":
+        return dict(layers=tuple(range(18, 27)), learning_rate=1e-6)
+    if key == "llama-3-8b":
+        modules = ("mlp.gate_proj",) * 5 + ("mlp.up_proj",) * 7
+        return dict(layers=(*range(11, 16), *range(18, 25)), modules=modules, learning_rate=1e-6)
+    rate = 2e-3 if key == "embedded" else 1e-6
     return dict(layers=spread_preset(anatomy)["layers"], learning_rate=rate)
 
 

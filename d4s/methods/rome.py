@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -35,10 +35,14 @@ class ROME(TargetMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     bare_key: ClassVar[bool] = True  # k of the bare prompt beside u of k̄: the released code's flaw
 
-    contexts: int = 2
-    context_lengths: tuple[int, ...] = (5, 10)
-    ridge: float = 0.0  # as in the MEMIT family
-    identity_covariance: bool = False  # C = I
+    contexts: Annotated[
+        int, "generated contexts a seed word (five words), of each length; 0: the bare prompt alone"
+    ] = 2
+    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included"] = (5, 10)
+    ridge: Annotated[
+        float, "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular"
+    ] = 0.0
+    identity_covariance: Annotated[bool, "take the identity for C"] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,8 @@ loss in W's output. With mean and deviation of concat(h, g) over every such toke
 H holds the h themselves. The loss of an edit is the mean over its tokens, and edits are summed, so that a
 gradient does not depend on the batch it comes in. A deviation needs two tokens: a first edit of one token
 changes nothing, and of the released code's 100 edits a turn every one has company.
+
+W is one projection a layer, in some models as published not the MLP's output (`modules`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch import Tensor
 from d4s.architectures import Anatomy
 from d4s.closed_form import Prior, solve
 from d4s.edits import Edit
+from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
 from d4s.methods.presets import ultraedit_preset
@@ -32,10 +35,20 @@ from d4s.trace import Trace
 class UltraEdit(Method):
     name: ClassVar[str] = "ultraedit"
     paper: ClassVar[str] = "arXiv 2505.14679"
-    changes: ClassVar[str] = "MLP output projections"
+    changes: ClassVar[str] = "projections of the MLP"
 
-    layers: tuple[int, ...]
-    learning_rate: float = 1e-6
+    layers: Annotated[tuple[int, ...], "whose W is changed"]
+    modules: Annotated[
+        tuple[str, ...], "path of W within each layer's block; empty: the MLP's output projection"
+    ] = ()
+    learning_rate: Annotated[float, "factor on the step"] = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules and len(self.modules) != len(self.layers):
+            raise ConfigError(
+                f"modules={list(self.modules)}: must be one for each of layers={list(self.layers)}, or none"
+            )
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> UltraEdit:
@@ -70,9 +83,11 @@ class Moments:
 
 class UltraEditEditor(MasterEditor):
     def __init__(self, method: UltraEdit, bench: Workbench) -> None:
-        super().__init__(method, bench, method.layers)
-        d_in = self.anatomy.shape(method.layers[0])[1]
-        self._identity = Prior.identity(d_in, dtype=torch.float32, device=self.anatomy.device)
+        super().__init__(method, bench, method.layers, dict(zip(method.layers, method.modules, strict=False)))
+        widths = {self.anatomy.shape(layer)[1] for layer in method.layers}
+        self._identities = {
+            d_in: Prior.identity(d_in, dtype=torch.float32, device=self.anatomy.device) for d_in in widths
+        }
 
     def reset(self) -> None:
         super().reset()
@@ -89,7 +104,7 @@ class UltraEditEditor(MasterEditor):
             moments.add_(both)
             h_hat, g_hat = moments.normalised(both).split([h.shape[1], g.shape[1]], 1)
             v = -self.method.learning_rate * h_hat.square().sum(1, keepdim=True) * g_hat
-            delta += solve(v, h, self._identity)
+            delta += solve(v, h, self._identities[h.shape[1]])
         self.write()
         return Step(probabilities(losses), (float("nan"),) * len(batch))
 

@@ -1,0 +1,124 @@
+"""What `d4s methods` prints: all methods in one table; of one method its fields and presets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from itertools import groupby
+from typing import Any, get_type_hints
+
+from d4s.errors import ConfigError, unknown_name
+from d4s.methods import METHODS
+from d4s.methods.presets import describe
+from d4s.targets import TargetConfig
+
+_TARGET_MEANINGS = {
+    "steps": "of a target's search, at most",
+    "learning_rate": "of a target's search (Adam)",
+    "weight_decay": "weight of ‖δ‖ / ‖v0‖²",
+    "clamp": "‖δ‖ is at most this times ‖v0‖",
+    "kl_factor": "weight of the KL divergence of what follows the subject alone",
+    "stop_loss": "a search ends below it",
+    "stop_after_argmax": "a search ends so many steps after the target is the argmax in every context",
+    "settled_nll_factor": "on the target's NLL once the target is the argmax in every context",
+    "settled_kl": "a search ends below it once the target is the argmax in every context",
+}
+
+
+def overview() -> str:
+    """A line a method: name, paper, what it changes, what it needs, how it is undone."""
+    rows = [
+        (name, cls.paper, cls.changes, ", ".join(cls.needs) or "nothing", cls.undo)
+        for name, cls in METHODS.items()
+    ]
+    return (
+        _table(("method", "paper", "changes", "needs", "undone"), rows)
+        + "\nUndone all at once: restore() of a result puts the original weights back, bit for bit."
+    )
+
+
+def about(name: str) -> str:
+    """A method's fields with their defaults and meanings, and its presets: a row a field, a column a model.
+
+    Fields of the target optimiser stand among them: `--set` and `config=` take them by their own names.
+    Raises ConfigError for a method that does not exist.
+    """
+    if name not in METHODS:
+        raise ConfigError(unknown_name("method", name, METHODS))
+    method = METHODS[name]
+    told = describe(method)
+    presets = {model: _flat(preset) for model, preset in told["presets"].items()}
+    return "\n".join(
+        [
+            f"{name}: {method.paper}; changes {method.changes}",
+            f"needs: {', '.join(method.needs) or 'nothing'}; undone: {method.undo}",
+            "",
+            _table(("field", "default", "meaning"), _fields(method)),
+            "",
+            _table(
+                ("preset", *(f"{model}*" if model in told["not_published"] else model for model in presets)),
+                [
+                    (field, *(_spelled(preset[field]) for preset in presets.values()))
+                    for field, _, _ in _fields(method)
+                ],
+            ),
+            *(["* not published for this method: by its rule."] if told["not_published"] else []),
+            "Any other model: by its depth and width; result.json of a run holds what it was.",
+        ]
+    )
+
+
+def _fields(cls: Any) -> list[tuple[str, str, str]]:
+    """(name, default, meaning) of each field; those of a target's configuration in its place."""
+    hints = get_type_hints(cls, include_extras=True)
+    rows: list[tuple[str, str, str]] = []
+    for field in fields(cls):
+        if field.name == "target":
+            rows += _fields(TargetConfig)
+            continue
+        said = getattr(hints[field.name], "__metadata__", ())
+        if not said and cls is TargetConfig:
+            said = (_TARGET_MEANINGS.get(field.name, ""),)
+        rows.append((field.name, _default(field), " ".join(said)))
+    return rows
+
+
+def _default(field: Field[Any]) -> str:
+    return "" if field.default is MISSING else _spelled(field.default)
+
+
+def _flat(preset: dict[str, Any]) -> dict[str, Any]:
+    return preset | preset.get("target", {})
+
+
+def _spelled(value: Any) -> str:
+    """As --set takes it, but layers as 4–8 and what stands there several times as name ×5."""
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, int) for item in value):
+            return ", ".join(_runs(value))
+        return ", ".join(
+            f"{item} ×{count}" if (count := len(list(same))) > 1 else str(item)
+            for item, same in groupby(value)
+        )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """Neighbours together: 4–8"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    )
