@@ -1,7 +1,7 @@
 """Architectures as data: where in each model type the blocks, the edited projection and the attention output are.
 
-To add one, add a row to `ARCHITECTURES`; `python_tests/test_architectures.py` then builds a tiny random model
-of that type and checks it.
+To add one, add a row to `ARCHITECTURES` and a tiny configuration to `python_tests/tiny.py`; tests then build a random
+model of that type, check the row, and edit, score, save and restore the model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,14 @@ class Architecture:
     mlp_output: str  # W: the MLP's output projection, whose input is the key
     mlp_input: str  # the first projection of the MLP (the gate where there are two)
     attention_output: str  # the attention's output projection
-    # A norm stands between the MLP's output and the block's (gemma2, olmo2, opt-350m): a residual measured on the
-    # stream is then not a residual of W, so targets are taken at the MLP's output instead.
+    # A norm or a factor stands between the MLP's output and the block's (gemma2, olmo2, opt-350m; granite): a residual
+    # measured on the stream is then not a residual of W, so targets are taken at the MLP's output instead.
     normed_mlp_output: bool = False
+    # Fields of the configuration and their values with which nothing stands there, where that is a model's own choice.
+    # With all of them `architecture_of` gives the row without `normed_mlp_output`.
+    plain_where: tuple[tuple[str, Any], ...] = ()
+    # Which dimension of a block's output counts the rows of the batch (gemma3n's first one counts parallel streams).
+    rows_dimension: int = 0
 
 
 def _llama_like(**changes: object) -> Architecture:
@@ -38,26 +44,89 @@ def _llama_like(**changes: object) -> Architecture:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+_NORMED = _llama_like(normed_mlp_output=True)
+# A model that sees or hears as well: its language part.
+_NORMED_WITHIN = replace(_NORMED, blocks="model.language_model.layers")
+_NO_GATE = _llama_like(mlp_input="mlp.up_proj")
+_FUSED_GATE = _llama_like(mlp_input="mlp.gate_up_proj")
+_SCALED = replace(_NORMED, plain_where=(("residual_multiplier", 1.0),))
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn.c_proj"),
+    "gpt_bigcode": Architecture("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn.c_proj"),
     "gptj": Architecture("transformer.h", "mlp.fc_out", "mlp.fc_in", "attn.out_proj"),
+    "codegen": Architecture("transformer.h", "mlp.fc_out", "mlp.fc_in", "attn.out_proj"),
     "gpt_neo": Architecture("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn.attention.out_proj"),
     "gpt_neox": Architecture("gpt_neox.layers", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "attention.dense"),
-    "opt": Architecture("model.decoder.layers", "fc2", "fc1", "self_attn.out_proj"),
+    "persimmon": Architecture("model.layers", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attn.dense"),
+    "opt": Architecture(
+        "model.decoder.layers",
+        "fc2",
+        "fc1",
+        "self_attn.out_proj",
+        normed_mlp_output=True,  # opt-350m: norms behind the sums
+        plain_where=(("do_layer_norm_before", True),),
+    ),
+    "xglm": Architecture("model.layers", "fc2", "fc1", "self_attn.out_proj"),
+    "biogpt": Architecture("biogpt.layers", "fc2", "fc1", "self_attn.out_proj"),
     "bloom": Architecture("transformer.h", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attention.dense"),
     "falcon": Architecture("transformer.h", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attention.dense"),
     "llama": _llama_like(),
     "mistral": _llama_like(),
+    "ministral": _llama_like(),
+    "ministral3": _llama_like(),
     "qwen2": _llama_like(),
     "qwen3": _llama_like(),
-    "gemma": _llama_like(),
-    "gemma2": _llama_like(normed_mlp_output=True),
-    "gemma3_text": _llama_like(normed_mlp_output=True),
-    "phi": _llama_like(mlp_output="mlp.fc2", mlp_input="mlp.fc1", attention_output="self_attn.dense"),
-    "phi3": _llama_like(mlp_input="mlp.gate_up_proj"),
-    "olmo2": _llama_like(normed_mlp_output=True),
+    "smollm3": _llama_like(),
     "stablelm": _llama_like(),
+    "olmo": _llama_like(),
+    "cohere": _llama_like(),
+    "cohere2": _llama_like(),
+    "ernie4_5": _llama_like(),
+    "exaone": _llama_like(),
+    "hunyuan_v1_dense": _llama_like(),
+    "seed_oss": _llama_like(),
+    "helium": _llama_like(),
+    "internlm3": _llama_like(),
+    "cwm": _llama_like(),
+    "diffllama": _llama_like(),
+    "bitnet": _llama_like(),
+    "youtu": _llama_like(),
+    "gemma": _llama_like(),
+    "vaultgemma": _llama_like(),
+    "gemma2": _NORMED,
+    "gemma3_text": _NORMED,
+    "gemma3": _NORMED_WITHIN,
+    "gemma3n_text": replace(_NORMED, rows_dimension=1),
+    "gemma3n": replace(_NORMED_WITHIN, rows_dimension=1),
+    "gemma4_text": _NORMED,
+    "gemma4": _NORMED_WITHIN,
+    "olmo2": _NORMED,
+    "olmo3": _NORMED,
+    "exaone4": _NORMED,
+    "granite": _SCALED,
+    "granite_swa": _SCALED,
+    "hyperclovax": replace(_SCALED, plain_where=(("residual_multiplier", 1.0), ("use_post_norm", False))),
+    "minicpm3": _NORMED,  # times scale_depth / √blocks
+    "phi": _llama_like(mlp_output="mlp.fc2", mlp_input="mlp.fc1", attention_output="self_attn.dense"),
+    "nanochat": _llama_like(mlp_output="mlp.fc2", mlp_input="mlp.fc1"),
+    "phi3": _FUSED_GATE,
+    "phi4_multimodal": _FUSED_GATE,
+    "glm": _FUSED_GATE,
+    "glm4": replace(_FUSED_GATE, normed_mlp_output=True),
+    "starcoder2": _llama_like(mlp_output="mlp.c_proj", mlp_input="mlp.c_fc"),
+    "nemotron": _NO_GATE,
+    "arcee": _NO_GATE,
+    "apertus": _NO_GATE,
+    "jais2": _NO_GATE,
 }
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's language part: its own, but for a model that sees or hears as well."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def architecture_of(model: nn.Module, architecture: Architecture | None = None) -> Architecture:
@@ -74,8 +143,10 @@ def architecture_of(model: nn.Module, architecture: Architecture | None = None) 
                 " attention_output=…) with the paths of its modules."
             )
         architecture = ARCHITECTURES[model_type]
-        if getattr(model.config, "do_layer_norm_before", True) is False:  # opt-350m: norms behind the sums
-            architecture = replace(architecture, normed_mlp_output=True)
+    if architecture.plain_where:
+        config = text_config(model)
+        plain = all(getattr(config, name, None) == value for name, value in architecture.plain_where)
+        architecture = replace(architecture, normed_mlp_output=not plain, plain_where=())
     try:
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError as error:
@@ -135,6 +206,20 @@ class Anatomy:
             raise ConfigError(
                 f"layers={list(layers)}: must be distinct, ascending and within 0…{len(self) - 1} for this model"
             )
+
+    @property
+    def skippable(self) -> int:
+        """How many of the first blocks need not run again where their output is known.
+
+        All, but where later blocks attend to keys and values that an earlier one has left for them (gemma3n, gemma4).
+        """
+        config = text_config(self.model)
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        if not shared:
+            return len(self)
+        own, taking = config.layer_types[:-shared], config.layer_types[-shared:]
+        # Of each kind, the last block that has keys of its own is the one that leaves them.
+        return min(max((i for i, kind in enumerate(own) if kind == taken), default=0) for taken in taking)
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP's output projection of a block, or what `at` put in its place; its `weight` is W."""

@@ -478,10 +478,10 @@ def models(options: argparse.Namespace) -> None:
     if options.json:
         _print_json({name: dataclasses.asdict(row) for name, row in ARCHITECTURES.items()})
         return
-    width = max(map(len, ARCHITECTURES))
-    print(f"{'model type':{width}}  blocks                edited projection (W)")
+    width, blocks = max(map(len, ARCHITECTURES)), max(len(row.blocks) for row in ARCHITECTURES.values())
+    print(f"{'model type':{width}}  {'blocks':{blocks}}  edited projection (W)")
     for name, row in sorted(ARCHITECTURES.items()):
-        print(f"{name:{width}}  {row.blocks:20}  {row.mlp_output}")
+        print(f"{name:{width}}  {row.blocks:{blocks}}  {row.mlp_output}")
 
 
 def methods(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from d4s import ops
-from d4s.architectures import Anatomy, Architecture
+from d4s.architectures import Anatomy, Architecture, text_config
 from d4s.errors import CovarianceError, DataError
 from d4s.progress import progress_bar
 from d4s.prompts import pad_id, padded, start_ids, text_ids
@@ -170,7 +170,7 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
 
 def _longest(model: Any) -> int:
     """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
-    return min(LONGEST_TEXT, getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_TEXT))
+    return min(LONGEST_TEXT, getattr(text_config(model), "max_position_embeddings", LONGEST_TEXT))
 
 
 @torch.no_grad()

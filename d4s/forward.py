@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from d4s.architectures import text_config
 from d4s.errors import ModelError
 from d4s.prompts import padded
 from d4s.trace import head_reads
@@ -69,7 +70,10 @@ class Calling:
 
     def at(self, positions: Tensor) -> dict[str, Any]:
         """Arguments that say where in their rows the tokens stand."""
-        return {"position_ids": positions} if self.positions else {}
+        # A copy: XGLM (transformers 5.0) adds to its positions where they lie.
+        return (
+            {"position_ids": positions.clone(memory_format=torch.contiguous_format)} if self.positions else {}
+        )
 
     def cache_of(self, output: Any) -> Any:
         """What a forward with a cache gave back; None without one."""
@@ -101,9 +105,8 @@ class Forward:
         self.model, self.fill = model, fill
         self.calling = Calling.of(model)
         self.device = next(model.parameters()).device
-        config: Any = getattr(model, "config", None)
-        own = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.most_positions: int | None = getattr(own, "max_position_embeddings", None)
+        config = text_config(model) if hasattr(model, "config") else None
+        self.most_positions: int | None = getattr(config, "max_position_embeddings", None)
 
     def whole(self, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
         """Logits at `reads[r]` of each row r. [all reads, vocabulary], row after row, the model's dtype."""
@@ -173,9 +176,8 @@ class Forward:
         """
         if self.calling.cache is None or not self.calling.use_cache:
             return False
-        config: Any = self.model.config
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(config.get_text_config().vocab_size, (2, 17), generator=generator).tolist()
+        rows = torch.randint(text_config(self.model).vocab_size, (2, 17), generator=generator).tolist()
         prompts, tails = [rows[0][:8], rows[1][:13]], [rows[0][8:12], rows[1][13:15]]
         reads = [range(len(p) - 1, len(p) + len(t)) for p, t in zip(prompts, tails, strict=True)]
         whole = self.whole([p + t for p, t in zip(prompts, tails, strict=True)], reads)

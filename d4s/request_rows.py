@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from transformers import DynamicCache
 
-from d4s.architectures import Anatomy
+from d4s.architectures import Anatomy, text_config
 from d4s.edits import Edit
 from d4s.errors import ModelError
 from d4s.forward import Calling, positions_of, same_logits
@@ -104,7 +104,8 @@ class RequestRows:
         self.calling = Calling.of(self.model)
         self.layer, self.places, self.whole = layer, places, whole
         # Blocks 0 … skipped − 1 put out the same whatever δ is.
-        self.skipped = 0 if whole else layer + 1 if places == ("block",) else layer
+        first = layer + 1 if places == ("block",) else layer
+        self.skipped = 0 if whole else min(first, anatomy.skippable)
         self.count = len(requests)
         rows_of = [len(r.after) for r in requests]
         self.owner = torch.repeat_interleave(torch.arange(self.count), torch.as_tensor(rows_of)).to(
@@ -199,7 +200,7 @@ class RequestRows:
     def _window(self) -> float:
         """How far back every block sees, in positions."""
         names = ("sliding_window", "window_size", "attention_chunk_size")
-        config = self.model.config.get_text_config()
+        config = text_config(self.model)
         sizes = (getattr(config, name, None) for name in names)
         return min((size for size in sizes if isinstance(size, int)), default=math.inf)
 
@@ -268,7 +269,7 @@ class RequestRows:
 
             return edit
 
-        if self.places == ("block",) and not self.whole:
+        if self.skipped > self.layer:
             hidden = plus(deltas[0])(first_tensor(self.kept))
             returned: Any = (hidden, *self.kept[1:]) if isinstance(self.kept, tuple) else hidden
         else:
@@ -305,10 +306,9 @@ class RequestRows:
         if self.cache is not None:
             self.cache = _copied(self.cache)
             self.cache.batch_select_indices(rows)  # type: ignore[union-attr]
-        if isinstance(self.kept, Tensor):
-            self.kept = self.kept[rows]
-        elif self.kept is not None:
-            self.kept = (self.kept[0][rows], *self.kept[1:])
+        if self.kept is not None:
+            first = first_tensor(self.kept).index_select(self.anatomy.architecture.rows_dimension, rows)
+            self.kept = (first, *self.kept[1:]) if isinstance(self.kept, tuple) else first
         self.count = len(left)
         self._find_needed()
 
@@ -333,8 +333,7 @@ def spares(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> bool:
 @torch.no_grad()
 def _sparing_agrees(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    config: Any = anatomy.model.config
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = text_config(anatomy.model).vocab_size
     ids = torch.randint(vocabulary, (2, 12), generator=generator).tolist()
     context = ids[0][:3]
     requests = []

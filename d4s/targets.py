@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d4s.architectures import Anatomy
+from d4s.architectures import Anatomy, text_config
 from d4s.configuration import Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
@@ -110,8 +110,7 @@ def optimise_targets(
     if batch_tokens is None:
         batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
     requests = [request_of(tokenizer, edit, prefixes) for edit in edits]
-    model_config: Any = anatomy.model.config
-    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
         length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
         if most is not None and length > most:

@@ -13,6 +13,7 @@ from d4s.architectures import ARCHITECTURES, Anatomy, Architecture, architecture
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.keys import keys_at, output_at, subject_rows
+from d4s.trace import Trace
 
 EDIT = Edit(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
 
@@ -43,27 +44,59 @@ def test_the_weight_name_finds_the_weight_in_the_state_dict(model_type):
     assert model.state_dict()[anatomy.weight_name(2)].data_ptr() == anatomy.weight(2).data_ptr()
 
 
-@pytest.mark.parametrize("model_type", [t for t, a in ARCHITECTURES.items() if a.normed_mlp_output])
-def test_a_norm_does_follow_the_mlp_where_the_table_says_so(model_type):
-    """Doubling W's output must not double what the block adds."""
-    assert _added(model_type, 2.0) != pytest.approx(2 * _added(model_type, 1.0), rel=0.2)
-
-
-@pytest.mark.parametrize("model_type", [t for t, a in ARCHITECTURES.items() if not a.normed_mlp_output])
-def test_no_norm_follows_the_mlp_elsewhere(model_type):
-    assert _added(model_type, 2.0) == pytest.approx(2 * _added(model_type, 1.0), rel=1e-3)
-
-
-def _added(model_type: str, factor: float) -> float:
-    """‖what block 1 puts out with its MLP's output scaled − with it zero‖ at the subject."""
-    anatomy = Anatomy(tiny_model(model_type))
+def _what_arrives(anatomy: Anatomy) -> tuple[torch.Tensor, torch.Tensor]:
+    """What block 1 puts out more at the subject when W's output is doubled there, and W's output; both [d_model]."""
     rows = subject_rows(tiny_tokenizer(), [EDIT])
-    out = []
-    for scale in (0.0, factor):
-        handle = anatomy.projection(1).register_forward_hook(lambda _m, _a, o, scale=scale: o * scale)
-        out.append(output_at(anatomy, rows, anatomy.blocks[1])[0])
-        handle.remove()
-    return float((out[1] - out[0]).norm())
+    ids = torch.tensor([rows.ids[0]])
+    seen = []
+    for factor in (1.0, 2.0):
+        with (
+            Trace(anatomy.projection(1), edit=lambda output, factor=factor: output * factor),
+            Trace(anatomy.blocks[1], copied=True) as block,
+            torch.no_grad(),
+        ):
+            anatomy.model(input_ids=ids, use_cache=False)
+        seen.append(block.output.reshape(-1, *ids.shape, 32)[0, 0, -1])
+    return seen[1] - seen[0], output_at(anatomy, rows, anatomy.projection(1))[0]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_table_says_whether_the_mlps_output_arrives_in_the_blocks_as_it_is(model_type):
+    anatomy = Anatomy(tiny_model(model_type))
+    added, output = _what_arrives(anatomy)
+    if anatomy.architecture.normed_mlp_output:
+        assert (added - output).norm() > 0.1 * output.norm()
+    else:
+        torch.testing.assert_close(added, output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("opt", dict(do_layer_norm_before=True)),
+        ("granite", dict(residual_multiplier=1.0)),
+        ("hyperclovax", dict(residual_multiplier=1.0, use_post_norm=False)),
+    ],
+)
+def test_where_a_model_chooses_to_have_nothing_there_its_targets_are_the_blocks(model_type, changes):
+    anatomy = Anatomy(tiny_model(model_type, **changes))
+    assert ARCHITECTURES[model_type].normed_mlp_output and not anatomy.architecture.normed_mlp_output
+    torch.testing.assert_close(*_what_arrives(anatomy), rtol=1e-4, atol=1e-5)
+    one, *_ = changes  # a single one of two is not enough
+    if len(changes) > 1:
+        assert Anatomy(tiny_model(model_type, **{one: changes[one]})).architecture.normed_mlp_output
+
+
+def test_blocks_whose_keys_later_ones_take_are_not_to_be_skipped():
+    """gemma4's last block takes the keys that block 1 has left; without any that do so all can be skipped."""
+    assert Anatomy(tiny_model("gemma4_text")).skippable == 1
+    alone = dict(num_kv_shared_layers=0)
+    assert Anatomy(tiny_model("gemma4_text", **alone)).skippable == 3
+    assert Anatomy(tiny_model("llama")).skippable == 3
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = [full, sliding, sliding, full, sliding, full]  # the last two take from blocks 2 and 3
+    longer = dict(num_hidden_layers=6, num_kv_shared_layers=2, layer_types=kinds)
+    assert Anatomy(tiny_model("gemma4_text", **longer)).skippable == 2
 
 
 def test_an_opt_with_norms_behind_its_sums_is_told_from_the_others(seed):

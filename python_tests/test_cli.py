@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
 from d4s import demo, progress
 from d4s.architectures import ARCHITECTURES, Anatomy
@@ -414,8 +414,8 @@ def spoiled(place: Path, name: str) -> None:
         model.save_pretrained(place / name)
     elif name == "unsupported":
         tokens = len(tiny_tokenizer())
-        model = CodeGenForCausalLM(
-            CodeGenConfig(vocab_size=tokens, n_positions=64, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
+        model = MptForCausalLM(
+            MptConfig(vocab_size=tokens, max_seq_len=64, d_model=16, n_layers=1, n_heads=4)
         )
         weights.unlink()
         model.save_pretrained(place / name)
@@ -430,7 +430,7 @@ def spoiled(place: Path, name: str) -> None:
         ("truncated", ["could be loaded"]),
         ("no-weights", ["model.safetensors"]),
         ("nan", ["NaN", "transformer.h.1.mlp.c_fc.weight"]),
-        ("unsupported", ["unknown model type 'codegen'", "gptj", "architecture=d4s.Architecture("]),
+        ("unsupported", ["unknown model type 'mpt'", "'opt'", "architecture=d4s.Architecture("]),
     ],
 )
 def test_a_model_that_cannot_be_edited_is_named(name, texts, place, tmp_path, capsys):

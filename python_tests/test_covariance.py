@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
+from tiny import REPRESENTATIVE, TEXTS, tiny_model, tiny_tokenizer
 from workbench import relative_error
 
 import d4s.covariance
@@ -65,7 +65,7 @@ def close(found, expected, tolerance=1e-5):
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
 def test_it_is_the_mean_of_k_kt_over_every_token_of_every_text(model_type, seed):
     model = tiny_model(model_type, seed)
     found = estimate(model, TEXTS, tokens=10**6)

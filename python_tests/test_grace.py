@@ -102,6 +102,21 @@ def test_generation_with_a_cache_gives_the_new_answer(model_type, seed):
     assert generated(bench, [OTHER, EDIT.text], use_cache=False) == batch[::-1]
 
 
+def test_a_block_whose_keys_a_later_one_takes_runs_while_a_value_is_optimised(seed):
+    """gemma4's last block has no keys of its own: it takes those that block 1 leaves."""
+    bench = bench_of("gemma4_text", seed)
+    step = editor_of("grace", bench, layers=2, epsilon=0.05, steps=30).edit([EDIT])
+    ids = tiny_tokenizer()([EDIT.text, f"{EDIT.text} I"])["input_ids"]
+    with torch.no_grad():
+        p = (
+            bench.model(input_ids=torch.tensor(ids[:1]), use_cache=False)
+            .logits[0, -1]
+            .softmax(-1)[ids[1][-1]]
+        )
+    assert p > 2 * step.first_probability[0]
+    assert float(p) == pytest.approx(step.last_probability[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_a_padded_batch_gives_each_row_its_own_logits(left, seed):
     bench = bench_of("llama", seed)

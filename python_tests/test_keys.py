@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tiny import REPRESENTATIVE, tiny_model, tiny_tokenizer
 
 from d4s import keys
 from d4s.architectures import Anatomy
@@ -48,7 +48,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_padded_batch_gives_what_each_full_row_gives_alone(model_type, whole, seed):
     """Nothing behind the subject's last token matters, and neither do the rows beside it."""

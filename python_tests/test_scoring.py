@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bigram import Bigram
-from tiny import CONFIGS, TEXTS, tiny_model, tiny_tokenizer
+from tiny import REPRESENTATIVE, TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d4s.errors import ConfigError, ModelError, TokenizerError
@@ -35,7 +35,7 @@ def own_loss(model, tokenizer, prompt: str, target: str) -> tuple[float, list[in
     return output.loss.item(), output.logits[0, len(prompt_ids) - 1 : -1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
 def test_batched_scores_equal_the_models_own_loss_row_by_row(model_type: str, seed: int) -> None:
     model, tokenizer = tiny_model(model_type, seed=seed), tiny_tokenizer()
     assert Forward(model, 0).cached_way

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tiny import REPRESENTATIVE, tiny_model, tiny_tokenizer
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
@@ -102,7 +102,7 @@ def _agree(anatomy, layer, config, places):
         assert float(found.last_probability[i]) == pytest.approx(last, rel=1e-3)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
 def test_a_batch_gives_what_one_at_a_time_gives(model_type, seed):
     anatomy = Anatomy(tiny_model(model_type, seed))
     config = TargetConfig(steps=5, learning_rate=0.1, clamp=2.0)

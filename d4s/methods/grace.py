@@ -235,10 +235,11 @@ class GRACEEditor(Editor):
         best, lowest = start.detach().clone(), torch.inf
         blocks = self.anatomy.blocks
         fixed = {}
-        if self.layer > 0:  # the blocks below put out the same whatever the value is
-            with torch.no_grad(), Trace(blocks[self.layer - 1]) as below:
+        skipped = min(self.layer, self.anatomy.skippable)
+        if skipped > 0:  # the blocks below put out the same whatever the value is
+            with torch.no_grad(), Trace(blocks[skipped - 1]) as below:
                 self.model(input_ids=rows.ids, attention_mask=rows.mask, use_cache=False)
-            fixed = {block: lambda *_a, **_k: below.returned for block in blocks[: self.layer]}
+            fixed = {block: lambda *_a, **_k: below.returned for block in blocks[:skipped]}
         with Trace(self.module, edit=stand_in), replaced_forward(fixed):
             for step in range(self.method.steps + 1):
                 loss = answer_losses(self.model, rows).sum()

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
-from d4s.architectures import Anatomy
+from d4s.architectures import Anatomy, text_config
 from d4s.targets import TargetConfig
 
 # What tells a model of the literature from its relatives: type, blocks, width, and about how many words.
@@ -24,7 +24,7 @@ _ADDED_TOKENS = 1_024
 
 def model_key(anatomy: Anatomy) -> str | None:
     """A row's name ("gpt2-xl", "gpt-j-6b", "llama-2-7b", "llama-3-8b", "embedded"), or None."""
-    config: Any = anatomy.model.config
+    config = text_config(anatomy.model)
     if getattr(config, "d4s_embedded", False):
         return "embedded"
     for (*shape, vocabulary), name in _KNOWN.items():
