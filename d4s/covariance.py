@@ -310,12 +310,12 @@ def cached_covariance(
     The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
     fingerprint, the layers and the seed.
     """
-    root = (
-        os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
-    )
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("D4S_CACHE") or os.path.join(caches, "d4s")
     identity = f"{fingerprint_of(model)} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
-    if path.exists():
+    homeless = root.startswith("~")  # what expanduser leaves where nobody's home is known
+    if not homeless and path.exists():
         try:
             return Covariance.load(path)
         except CovarianceError as error:
@@ -323,6 +323,11 @@ def cached_covariance(
     found = estimate_covariance(
         model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
     )
+    if homeless:
+        logger.warning(
+            "there is no home folder: the key statistics are not kept; D4S_CACHE names a place for them"
+        )
+        return found
     try:
         found.save(path)
     except OSError as error:  # a home that is read-only or full: the statistics are there all the same

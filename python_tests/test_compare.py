@@ -18,7 +18,7 @@ from test_sequence import EDITS, FAST, ready, same, state, without_times
 from tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
-from d4s.compare import Comparison, _orders, compare, over_seeds, student_t, weights_digest
+from d4s.comparison import Comparison, _orders, compare, over_seeds, student_t, weights_digest
 from d4s.errors import ConfigError, DataError, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
@@ -159,7 +159,7 @@ def test_a_method_that_cannot_begin_is_recorded_but_not_if_none_can(monkeypatch,
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_done(options, text, monkeypatch, seed):
-    monkeypatch.setattr("d4s.compare.take_baseline", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("d4s.comparison.take_baseline", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ConfigError, match=text):
         compared(tiny_model("gpt2", seed), None, **options)
 
