@@ -64,7 +64,8 @@ def _check(path: Path, seen: set[Path]) -> None:
             _refuse(
                 place, f"would load a metric {value!r} with the library evaluate, whose metrics are Python"
             )
-        if value.endswith((".yaml", ".yml")) and (path.parent / value).is_file():
+        # Whatever its name: a file that is included, or one that a group names as a member.
+        if (name == "include" or value.endswith((".yaml", ".yml"))) and (path.parent / value).is_file():
             _check(path.parent / value, seen)
 
 

@@ -27,7 +27,15 @@ class Quantised(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), keywords=None):
-        allowed = {"is_floating_point", "__get__", "detach", "element_size", "requires_grad_", "__set__", "data"}
+        allowed = {
+            "is_floating_point",
+            "__get__",
+            "detach",
+            "element_size",
+            "requires_grad_",
+            "__set__",
+            "data",
+        }
         if getattr(function, "__name__", "") not in allowed:
             raise NotImplementedError(f"{function} of quantised weights")
         return super().__torch_function__(function, types, arguments, keywords or {})
@@ -62,7 +70,7 @@ def test_a_model_that_says_nan_in_any_type_is_told_to_be_loaded_again():
     model = tiny_model("llama", 1)
     with torch.no_grad():
         model.lm_head.weight.fill_(3e38)
-    with pytest.raises(ModelError, match="NaN or infinite in float32.*intact files"):
+    with pytest.raises(ModelError, match=r"NaN or infinite in float32.*intact files"):
         check_ready(model, tiny_tokenizer(), EDITS)
 
 
@@ -91,7 +99,7 @@ def test_a_model_of_peft_is_told_to_be_merged():
     config = peft.LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(tiny_model("llama", 1), config)
     for call in (lambda: Anatomy(adapted), lambda: Anatomy(adapted.base_model.model)):
-        with pytest.raises(ModelError, match="adapter of PEFT.*merge_and_unload"):
+        with pytest.raises(ModelError, match=r"adapter of PEFT.*merge_and_unload"):
             call()
     edit_sequence(adapted.merge_and_unload(), tiny_tokenizer(), EDITS, **FAST)
 
@@ -126,9 +134,11 @@ def test_experts_are_no_matrix_to_edit():
     model.model.layers[1].mlp.down_proj = Experts()
     anatomy = Anatomy(model)
     assert anatomy.shape(0) == (32, 48)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight has the shape \[4, 32, 48\].*experts"):
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.mlp\.down_proj\.weight has the shape \[4, 32, 48\].*experts"
+    ):
         anatomy.shape(1)
-    with pytest.raises(ModelError, match="layers.1.mlp.down_proj"):
+    with pytest.raises(ModelError, match=r"layers.1.mlp.down_proj"):
         edit_sequence(model, tiny_tokenizer(), EDITS, method="ft-m", config={"layers": [1]}, progress=False)
     del model.model.layers[1].mlp.down_proj
     with pytest.raises(ModelError, match=r"layers\.1 has no 'mlp\.down_proj'"):
@@ -140,7 +150,7 @@ def test_experts_are_no_matrix_to_edit():
 
 def test_blocks_must_be_a_list_of_blocks():
     model = tiny_model("llama", 1)
-    with pytest.raises(ModelError, match="'model.norm' is a LlamaRMSNorm, must be the ModuleList"):
+    with pytest.raises(ModelError, match=r"'model\.norm' is a LlamaRMSNorm, must be the ModuleList"):
         architecture_of(model, Architecture("model.norm", "a", "b", "c"))
 
 
@@ -172,7 +182,10 @@ def test_a_token_that_was_added_to_the_tokenizer_is_named_with_its_edit(where):
         ({"contexts": 10**9}, "contexts is 1000000000, must be at most 1,000"),
         ({"steps": 10**9}, "steps is 1000000000, must be at most 100,000"),
         ({"steps": 10**5000}, "steps is a value too long to be written, must be at most"),
-        ({"prior_weight": 10**5000}, "prior_weight is a value too long to be written, must be a finite number"),
+        (
+            {"prior_weight": 10**5000},
+            "prior_weight is a value too long to be written, must be a finite number",
+        ),
         ({"prior_weight": "x" * 999}, r"prior_weight is 'x{99}…, must be"),
     ],
 )

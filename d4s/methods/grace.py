@@ -278,8 +278,9 @@ def load_codebook(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) ->
     # Of another kind of file, or with content of another kind: ConfigError is a ValueError.
     except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not a codebook that GRACE's save_pretrained wrote ({error!r})") from None
-    editor = GRACEEditor(method, Workbench(model, tokenizer))
+    bench = Workbench(model, tokenizer)
     try:
+        editor = GRACEEditor(method, bench)
         editor.load_state_dict(state)
     except D4SError as error:
         raise ModelError(f"{path}: {error}") from None
