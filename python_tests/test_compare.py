@@ -73,7 +73,7 @@ def test_each_method_does_what_it_does_alone_and_the_weights_come_back_bit_for_b
 
 def test_one_baseline_serves_all_methods(monkeypatch, seed):
     taken = []
-    from d4s import compare as module
+    from d4s import comparison as module
 
     plain = module.take_baseline
     monkeypatch.setattr(module, "take_baseline", lambda *a, **k: taken.append(1) or plain(*a, **k))
