@@ -20,7 +20,7 @@ from pandas import DataFrame
 
 from d4s import demo, edit_sequence, evaluate
 from d4s.analysis import frame_lines
-from d4s.compare import compare
+from d4s.comparison import compare
 from d4s.demo.run import demo_covariance
 from d4s.files import write_table
 from d4s.methods import Workbench, method_for

@@ -1,5 +1,22 @@
 """d4s: edits facts in large language models, one after another, thousands of times, without breaking the model."""
 
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d4s.errors import ExtensionError
+
+try:
+    from d4s import ops as _ops  # noqa: F401
+except ExtensionError as error:
+    # As a command one line says it; whoever imports d4s gets the error.
+    if Path(sys.argv[0]).stem == "d4s" or (sys.argv[0] == "-m" and "d4s" in sys.orig_argv):
+        sys.exit(f"d4s: {error}")
+    raise
+
 from d4s import methods
 from d4s.architectures import ARCHITECTURES, Architecture
 from d4s.covariance import Covariance, estimate_covariance
@@ -11,7 +28,6 @@ from d4s.errors import (
     D4SError,
     DataError,
     EditError,
-    ExtensionError,
     ModelError,
     NotPositiveDefiniteError,
     TokenizerError,
@@ -21,10 +37,34 @@ from d4s.loading import load_model
 from d4s.methods import METHODS, Method
 from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.questions import question_forms
-from d4s.sequence import Result, edit_sequence
+from d4s.sequence import Result, consolidate, edit_sequence
 from d4s.targets import TargetConfig
 
+if TYPE_CHECKING:
+    from d4s.analysis import analyze_data, analyze_model
+    from d4s.comparison import Comparison, compare
+    from d4s.downstream import run_tasks
+
 __version__ = "0.1.0"
+
+# Loaded when they are first asked for: they bring matplotlib, which most runs do without.
+_LATER = {
+    "Comparison": "d4s.comparison",
+    "analyze_data": "d4s.analysis",
+    "analyze_model": "d4s.analysis",
+    "compare": "d4s.comparison",
+    "run_tasks": "d4s.downstream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'd4s' has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 __all__ = [
@@ -32,6 +72,7 @@ __all__ = [
     "METHODS",
     "Architecture",
     "Baseline",
+    "Comparison",
     "ConfigError",
     "Covariance",
     "CovarianceError",
@@ -49,6 +90,10 @@ __all__ = [
     "Result",
     "TargetConfig",
     "TokenizerError",
+    "analyze_data",
+    "analyze_model",
+    "compare",
+    "consolidate",
     "edit_sequence",
     "estimate_covariance",
     "evaluate",
@@ -56,6 +101,7 @@ __all__ = [
     "load_model",
     "methods",
     "question_forms",
+    "run_tasks",
     "save_edits",
     "take_baseline",
     "without_contradictions",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from d4s.compare import Comparison, Configs, aligned, compare, few_layers
+from d4s.comparison import Comparison, Configs, aligned, compare, few_layers
 from d4s.covariance import Covariance
 from d4s.decline import estimate_remaining
 from d4s.edits import Edit

@@ -129,11 +129,46 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def check_bare(model: object) -> None:
+    """Raises ModelError for what is no model, or one in a wrapper, with an adapter, or of tensors of another kind."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model is a {type(model).__name__}; give the model itself, as "
+            "AutoModelForCausalLM.from_pretrained(…) loads it"
+        )
+    name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"the model is wrapped in {name}; give the one inside, model.module, on one device")
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"the model ({name}) carries an adapter of PEFT, on top of the weights that would be edited; put it into "
+            "them first: model = model.merge_and_unload()"
+        )
+    for weight_name, weight in model.named_parameters():
+        # Quantisers (torchao) and distributed tensors are tensors of a type of their own, which call themselves
+        # floating point and cannot be read or written as one. bitsandbytes' are whole numbers: `check_finite`.
+        if isinstance(weight.data, Tensor) and type(weight.data) is not Tensor and weight.is_floating_point():
+            raise ModelError(
+                f"{weight_name} is a {type(weight.data).__name__}, not a plain tensor; load the model without "
+                "quantisation (torchao) and on one device"
+            )
+
+
+def check_on_a_device(model: nn.Module) -> None:
+    """Raises ModelError if the model is spread over several devices, or its weights are on none."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise ModelError(
+            f"the model lies on {', '.join(sorted(map(str, devices)))}; load it on one device, without device_map"
+        )
+
+
 def architecture_of(model: nn.Module, architecture: Architecture | None = None) -> Architecture:
     """The row for `model.config.model_type`, or `architecture` itself; checked against the model.
 
     Raises ModelError for an unknown type, or where a path does not lead to a module.
     """
+    check_bare(model)
     if architecture is None:
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if model_type not in ARCHITECTURES:
@@ -151,9 +186,14 @@ def architecture_of(model: nn.Module, architecture: Architecture | None = None) 
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError as error:
         raise ModelError(f"{type(model).__name__} has no module {architecture.blocks!r} ({error})") from None
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        raise ModelError(
+            f"{type(model).__name__}: {architecture.blocks!r} is a {type(blocks).__name__}, must be the ModuleList of "
+            "the model's blocks"
+        )
     for path in (architecture.mlp_output, architecture.mlp_input, architecture.attention_output):
         try:
-            blocks[0].get_submodule(path)  # type: ignore[index]
+            blocks[0].get_submodule(path)
         except AttributeError as error:
             raise ModelError(
                 f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error})"
@@ -223,13 +263,23 @@ class Anatomy:
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP's output projection of a block, or what `at` put in its place; its `weight` is W."""
-        return self.blocks[layer].get_submodule(self._path(layer))
+        return self._module(layer, self._path(layer))
 
     def _path(self, layer: int) -> str:
         return self._places.get(layer, self.architecture.mlp_output)
 
+    def _module(self, layer: int, path: str) -> nn.Module:
+        """ModelError where a block is built otherwise than the first, as the sparse ones of a mixture of experts."""
+        try:
+            return self.blocks[layer].get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(
+                f"{type(self.model).__name__}: {self.architecture.blocks}.{layer} has no {path!r} ({error}), though "
+                f"{self.architecture.blocks}.0 has; edit other layers"
+            ) from None
+
     def mlp_input(self, layer: int) -> nn.Module:
-        return self.blocks[layer].get_submodule(self.architecture.mlp_input)
+        return self._module(layer, self.architecture.mlp_input)
 
     def mlp(self, layer: int) -> nn.Module | None:
         """The module around both projections of a block's MLP; None where they stand in the block itself (OPT)."""
@@ -239,11 +289,18 @@ class Anatomy:
         return self.blocks[layer].get_submodule(around) if around and around == other else None
 
     def attention_output(self, layer: int) -> nn.Module:
-        return self.blocks[layer].get_submodule(self.architecture.attention_output)
+        return self._module(layer, self.architecture.attention_output)
 
     def weight(self, layer: int) -> nn.Parameter:
-        """W as stored: [d_out, d_in], or [d_in, d_out] where `transposed`."""
-        return self.projection(layer).weight  # type: ignore[return-value]
+        """W as stored: [d_out, d_in], or [d_in, d_out] where `transposed`. ModelError if it is not one matrix."""
+        weight = getattr(self.projection(layer), "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            found = f"has the shape {list(weight.shape)}" if isinstance(weight, Tensor) else "is not there"
+            raise ModelError(
+                f"{self.weight_name(layer)} {found}; W must be one matrix [d_out, d_in]. Mixtures of experts have "
+                "one for each expert, and cannot be edited there"
+            )
+        return weight
 
     def transposed(self, layer: int) -> bool:
         """True where W is stored [d_in, d_out] (GPT-2's Conv1D)."""
@@ -264,11 +321,7 @@ class Anatomy:
 
     def check_placement(self) -> None:
         """Raises ModelError if the model is spread over several devices, or its weights are on none."""
-        devices = {parameter.device for parameter in self.model.parameters()}
-        if len(devices) > 1 or any(device.type == "meta" for device in devices):
-            raise ModelError(
-                f"the model lies on {', '.join(sorted(map(str, devices)))}; load it on one device, without device_map"
-            )
+        check_on_a_device(self.model)
 
     def check_finite(self, layers: tuple[int, ...]) -> None:
         """Raises ModelError if an edited weight holds NaN or infinity: no edit could mend that."""

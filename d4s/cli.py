@@ -7,12 +7,15 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d4s.errors import ConfigError, D4SError, ModelError
+from d4s.errors import ConfigError, D4SError
+from d4s.files import check_folder, check_place
+from d4s.interrupts import Terminated, deferred, ending_signals_raise
 
 # What `d4s reproduce` makes; the protocols stand in d4s/reproduce.py.
 PAPER = ("table2", "table3", "table4", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8")
@@ -25,46 +28,14 @@ def _without(options: argparse.Namespace, names: Sequence[str], where: str) -> N
 
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) of MODEL: a folder, a hub name, or "embedded"."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model, tokenizer) of MODEL."""
+    from d4s.loading import load_model
 
-    dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     _without_loading_bars()
-    if options.model == "embedded":
-        from d4s import demo
-
-        model, tokenizer = demo.load_model(None if dtype == "auto" else dtype)
-    else:
-        try:
-            # Other weight files than safetensors are pickles, and nothing is unpickled here.
-            model, report = AutoModelForCausalLM.from_pretrained(
-                options.model, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(options.model)
-        # Whatever transformers, safetensors, tokenizers or the code behind a config.json raise.
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"{options.model}: no causal language model could be loaded ({reason}). MODEL is a folder with "
-                "config.json, model.safetensors and tokenizer.json, the name of one on the hub, or 'embedded'"
-            ) from None
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"{options.model}: its files lack {len(missing)} weights that config.json asks for, "
-                f"{missing[0]} among them; is it another model's config.json?"
-            )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = model.to(device).eval()
-    # No such device, or a torch that was built without it.
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    from d4s.methods.grace import CODEBOOK_FILE, load_codebook
-
-    if (Path(options.model) / CODEBOOK_FILE).exists():
-        load_codebook(model, tokenizer, options.model)
-    return model, tokenizer
+        return load_model(options.model, dtype=options.dtype, device=options.device)
+    except ConfigError as error:  # of the device: the rest is checked by the parser
+        raise ConfigError(f"--{error}") from None
 
 
 def _without_loading_bars() -> None:
@@ -95,6 +66,12 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of thousands of digits, lists in lists in lists
+            why = "is nested too deeply" if isinstance(error, RecursionError) else "has too many digits"
+            raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}") from None
     return fields or None
 
 
@@ -148,18 +125,20 @@ def _names(text: str) -> list[str]:
 def _empty_folder(path: Path) -> Path:
     """The folder, made if need be. ConfigError if it already holds something: nothing is overwritten."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        check_place(path)
         raise ConfigError(f"--out {path}: already holds files; name a new or empty folder")
-    path.mkdir(parents=True, exist_ok=True)
+    check_folder(path)
     return path
 
 
 def _new_file(path: Path) -> None:
-    """ConfigError where a folder stands in its place, or its own folder cannot be made."""
+    """ConfigError where a folder stands in its place; OSError where its own folder cannot be made or written to."""
     if path.is_dir():
         raise ConfigError(
             f"--out {path}: is a folder; name a file in it, as {path / 'covariance.safetensors'}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(path)
+    check_folder(path.parent)
 
 
 def _print_json(value: Any) -> None:
@@ -197,24 +176,21 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def edit(options: argparse.Namespace) -> None:
-    from d4s.files import whole, write_table
+    from d4s.covariance import fingerprint_of
+    from d4s.kept import bytes_of
     from d4s.methods import METHODS
     from d4s.sequence import Result, edit_sequence
 
+    if _is_unsaved(options.out):
+        _save_again(options)
+        return
     out = _empty_folder(options.out)
     edits, config = _load_edits(options), _config(options)
     model, tokenizer = _load_model(options)
+    check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
     needs = getattr(METHODS.get(options.method), "needs", ())
     covariance = _covariance_for(options, model, tokenizer) if "covariance" in needs else None
-
-    def save(result: Result) -> None:
-        result.save(out / "result.json")
-        write_table(result.to_frame(), out / "history.csv")
-        result.baseline.save(out / "baseline.json")
-        with whole(out / "model") as beside:
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-
+    unedited = fingerprint_of(model)
     try:
         result = edit_sequence(
             model,
@@ -233,19 +209,88 @@ def edit(options: argparse.Namespace) -> None:
         made: Result | None = getattr(error, "result", None)
         if made is None or not made.edits_table:
             raise
-        save(made)
         before = f"{len(made.edits_table)} edits were made before; they are in {out}"
+        _save(made, unedited, out)
         if isinstance(error, D4SError):
             raise D4SError(f"{error}. {before}") from error
         print(f"d4s: {before}", file=sys.stderr)
         raise
-    save(result)
+    _save(result, unedited, out)
     if options.json:
         _print_json(result.history[-1])
     else:
         print(result.summary())
         _print_notes([result])
         print(f"edited model: {out / 'model'}\nmetrics: {out / 'history.csv'}, {out / 'result.json'}")
+
+
+_CHANGES = "weights.safetensors"  # in the folder of d4s edit, until the model itself is there
+
+
+def _save(result: Any, unedited: str, out: Path) -> None:
+    """First what cannot be made again, which is small; then the model, which can be made from it.
+
+    Raises D4SError that says what is kept, if any of it cannot be written.
+    """
+    from d4s.files import write_table
+    from d4s.kept import save_changes
+
+    failed: list[str] = []
+
+    def write(name: str, function: Callable[[Path], None]) -> None:
+        try:
+            function(out / name)
+        except OSError as error:
+            failed.append(f"{out / name} ({error.strerror or error})")
+
+    try:
+        with deferred():
+            write(_CHANGES, lambda path: save_changes(result, unedited, path))
+            write("result.json", result.save)
+            write("baseline.json", result.baseline.save)
+            write("history.csv", lambda path: write_table(result.to_frame(), path))
+        write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path))
+    except KeyboardInterrupt:
+        if (out / _CHANGES).exists():
+            print(f"d4s: the model was not saved; repeat the command with --out {out}", file=sys.stderr)
+        raise
+    if not failed:
+        (out / _CHANGES).unlink()
+        return
+    kept = ", ".join(sorted(path.name for path in out.iterdir()))
+    says = f"could not be written: {'; '.join(failed)}. In {out} there is: {kept or 'nothing'}"
+    if _is_unsaved(out):
+        says += f". Make room, and repeat the command with --out {out}: it then only saves the model"
+    raise D4SError(says)
+
+
+def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
+    from d4s.files import whole
+
+    with whole(path) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def _is_unsaved(out: Path) -> bool:
+    """Whether a sequence has ended there without its model."""
+    return (out / _CHANGES).is_file() and not (out / "model").exists()
+
+
+def _save_again(options: argparse.Namespace) -> None:
+    """The model of a sequence that has ended, from what changed in it; no edit is made."""
+    from d4s.kept import bytes_of, load_changes_
+
+    out = options.out
+    model, tokenizer = _load_model(options)
+    check_folder(out, room=bytes_of(model))
+    load_changes_(model, tokenizer, out / _CHANGES)
+    _save_model(model, tokenizer, out / "model")
+    (out / _CHANGES).unlink()
+    _say(options)(
+        f"the edits of {out} had been made, and their model is saved now; no other was made\n"
+        f"edited model: {out / 'model'}"
+    )
 
 
 def _print_notes(records: Sequence[Any]) -> None:
@@ -257,9 +302,12 @@ def _print_notes(records: Sequence[Any]) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     from d4s.metrics import evaluate as evaluate_edits
     from d4s.metrics import spelled
+    from d4s.readiness import check_ready
 
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
+    if options.baseline is None:  # else it has been edited, and may have come to say NaN by that
+        check_ready(model, tokenizer, edits)
     measure = _measure(options, model, tokenizer)
     found = evaluate_edits(
         model,
@@ -299,8 +347,12 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     if not options.tasks:
         return None
     from d4s.downstream import TaskScores, require_harness
+    from d4s.task_files import check_task_files
 
     require_harness()
+    trusted = {"trust_task_code": True} if options.trust_task_code else {}
+    if options.task_folder is not None and not trusted:
+        check_task_files(options.task_folder)  # before the edits are made, not after
     return TaskScores(
         model,
         tokenizer,
@@ -308,14 +360,17 @@ def _measure(options: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         limit=options.task_limit,
         include_path=options.task_folder,
         seed=options.seed,
+        **trusted,
     )
 
 
 def covariance(options: argparse.Namespace) -> None:
     from d4s.covariance import estimate_covariance
+    from d4s.readiness import check_ready
 
     _new_file(options.out)
     model, tokenizer = _load_model(options)
+    check_ready(model, tokenizer)
     found = estimate_covariance(
         model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
     )
@@ -333,8 +388,9 @@ def covariance(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from d4s.compare import compare as compare_methods
+    from d4s.comparison import compare as compare_methods
 
+    check_folder(options.out)
     edits = _load_edits(options)
     model, tokenizer = _load_model(options)
     found = compare_methods(
@@ -364,7 +420,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def analyze(options: argparse.Namespace) -> None:
     from d4s.analysis import analyze_data, analyze_model
-    from d4s.compare import compare as compare_methods
+    from d4s.comparison import compare as compare_methods
     from d4s.sequence import Record
 
     bounds = {n: b for n in ("efficacy", "specificity") if (b := getattr(options, f"{n}_bound")) is not None}
@@ -419,7 +475,9 @@ def reproduce(options: argparse.Namespace) -> None:
     if options.name not in ("table4", "fig6"):
         _without(options, ("tasks", "task_folder", "task_limit"), options.name)
     out = options.out
-    if not any(out.glob(f"{options.name}*-details/settings.json")):  # else it goes on where it was
+    if any(out.glob(f"{options.name}*-details/settings.json")):  # it goes on where it was
+        check_folder(out)
+    else:
         out = _empty_folder(out)
     edits = {
         label: load_edits(path, skip_bad=options.skip_bad)
@@ -438,6 +496,7 @@ def reproduce(options: argparse.Namespace) -> None:
         tasks=options.tasks,
         task_folder=options.task_folder,
         task_limit=options.task_limit,
+        trust_task_code=options.trust_task_code,
         seed=options.seed,
     )
     if options.json:
@@ -497,8 +556,50 @@ def methods(options: argparse.Namespace) -> None:
             print("d4s methods NAME: a method's fields and presets")
 
 
+def tasks(options: argparse.Namespace) -> None:
+    from d4s.downstream import known_tasks
+    from d4s.downstream_tasks import make_tasks
+
+    if options.do == "list":
+        if len(options.names) > 1:
+            raise ConfigError("d4s tasks list takes one part of a name, as d4s tasks list mmlu")
+        found = known_tasks(*options.names)
+        if options.json:
+            _print_json(found)
+        else:
+            print("\n".join(found))
+        return
+    if len(options.names) < 2:
+        raise ConfigError("d4s tasks make needs FOLDER and DATA, as d4s tasks make my-tasks facts.json")
+    folder, *data = options.names
+    check_folder(folder)
+    made = make_tasks(data, folder, seed=options.seed)
+    if options.json:
+        _print_json({"folder": folder, "tasks": made})
+    else:
+        print(f"{folder}: {', '.join(made)}; use them by --task-folder {folder} --tasks {made[-1]}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes options between positional arguments also where one of these may be left out."""
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._within or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="d4s", description="Edits facts in language models, in sequence.")
+    from d4s import __version__
+
+    top = _Parser(prog="d4s", description="Edits facts in language models, in sequence.")
+    top.add_argument("--version", action="version", version=f"d4s {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
@@ -516,7 +617,9 @@ def parser() -> argparse.ArgumentParser:
         if first is not None:
             made.add_argument(**first)
         if model:
-            made.add_argument("model", metavar="MODEL", help="folder, hub name, or 'embedded'")
+            made.add_argument(
+                "model", metavar="MODEL", help="folder, hub name, .gguf file, 'embedded' or 'smollm2'"
+            )
             made.add_argument("--device", help="cpu, cuda, cuda:1 …; default: cuda where there is one")
             made.add_argument(
                 "--dtype",
@@ -542,16 +645,27 @@ def parser() -> argparse.ArgumentParser:
 
     def scored(made: argparse.ArgumentParser) -> None:
         made.add_argument("--generate", action="store_true", help="also score free generation")
-        tasks(made)
+        downstream(made)
 
-    def tasks(made: argparse.ArgumentParser) -> None:
+    def downstream(made: argparse.ArgumentParser) -> None:
         made.add_argument(
             "--tasks", type=_names, help="downstream tasks of lm-evaluation-harness, as arc_challenge,mmlu"
         )
         made.add_argument("--task-folder", type=Path, help="folder of local task files")
         made.add_argument("--task-limit", type=_count, help="questions of each task")
+        made.add_argument(
+            "--trust-task-code",
+            action="store_true",
+            help="run the Python that the task files in --task-folder name (!function)",
+        )
 
-    made = verb(edit, "edit a model in sequence", model=True, edits=True)
+    made = verb(
+        edit,
+        "edit a model in sequence. Where the edits were made but the model could not be saved (a full disk), the same "
+        f"command again only saves it, from {_CHANGES} in --out",
+        model=True,
+        edits=True,
+    )
     made.add_argument("--method", default="d4s")
     made.add_argument(
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
@@ -641,7 +755,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", type=_names, help="as rome,memit,d4s; default: the paper's")
     made.add_argument("--out", type=Path, required=True, help="new folder for table, figure and statement")
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
-    tasks(made)  # for table4 and fig6
+    downstream(made)  # for table4 and fig6
+
+    made = verb(
+        tasks,
+        "downstream tasks: list those that lm-evaluation-harness knows, d4s tasks list [PART OF A NAME]; or make local "
+        "ones that need no network, d4s tasks make FOLDER DATA …, DATA being folders with arc_challenge.jsonl, "
+        "winogrande.jsonl, gsm8k.jsonl, truthfulqa.csv or mmlu/test, and files of edits, whose old answers are asked",
+        first={"dest": "do", "choices": ("list", "make")},
+    )
+    made.add_argument("names", nargs="*", metavar="NAME", help="part of a task's name; or FOLDER DATA …")
 
     verb(models, "model types that can be edited")
     verb(
@@ -656,13 +779,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
-        options.function(options)
+        with ending_signals_raise():
+            options.function(options)
+            sys.stdout.flush()
     except D4SError as error:
         print(f"d4s: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except Terminated as error:
+        print(f"d4s: {error}; what had been written is whole", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("d4s: stopped; what had been written is whole", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Who read standard output (head) has had enough; Python's last flush of it would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a program that SIGPIPE ends
     except OSError as error:
         print(f"d4s: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
         return 1

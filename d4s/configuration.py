@@ -10,6 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from d4s.errors import ConfigError
 
+# The most that a count may be, in whichever configuration it stands: beyond it a run would not end, or not begin.
+MOST = {"contexts": 1_000, "context_lengths": 1_000, "steps": 100_000, "stop_after_argmax": 100_000}
+_LONGEST = 100  # characters of a value that an error repeats
+
 _CALLED = {
     bool: "true or false",
     int: "a whole number",
@@ -30,9 +34,24 @@ class Configuration:
         hints = _hints(type(self))  # type: ignore[arg-type]
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
+            what = getattr(self, "name", type(self).__name__)
             if not _fits(value, hints[field.name]):
-                what = getattr(self, "name", type(self).__name__)
-                raise ConfigError(f"{what}: {field.name} is {value!r}, must be {_called(hints[field.name])}")
+                raise ConfigError(
+                    f"{what}: {field.name} is {_spelled(value)}, must be {_called(hints[field.name])}"
+                )
+            most = MOST.get(field.name, math.inf)
+            for count in value if isinstance(value, tuple) else (value,):
+                if isinstance(count, int) and count > most:
+                    raise ConfigError(f"{what}: {field.name} is {_spelled(value)}, must be at most {most:,}")
+
+
+def _spelled(value: Any) -> str:
+    """As Python writes it, cut where it is long; a number of thousands of digits cannot be written at all."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a value too long to be written"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @cache
@@ -49,7 +68,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:  # tuple[X, ...]
         return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        try:
+            return math.isfinite(value)
+        except OverflowError:  # a whole number beyond what a float holds
+            return False
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

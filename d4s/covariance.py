@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from d4s import ops
 from d4s.architectures import Anatomy, Architecture, text_config
-from d4s.errors import CovarianceError, DataError
+from d4s.errors import CovarianceError, DataError, ModelError
 from d4s.progress import progress_bar
-from d4s.prompts import pad_id, padded, start_ids, text_ids
+from d4s.prompts import pad_id, padded, sample, start_ids, text_ids
+from d4s.readiness import check_askable
 from d4s.tensor_files import load_tensors, save_tensors
 from d4s.trace import Trace, stopping
 
@@ -182,16 +183,8 @@ def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while made < tokens:
-            rows = model.generate(
-                input_ids=torch.full((64, 1), start, device=device),
-                attention_mask=torch.ones(64, 1, dtype=torch.long, device=device),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=_longest(model) - 1,
-                pad_token_id=pad_id(tokenizer),
-            ).tolist()
+            begin = torch.full((64, 1), start, device=device)
+            rows = sample(model, tokenizer, begin, max_new_tokens=_longest(model) - 1).tolist()
             for row in rows:
                 # After the first end token there is padding only.
                 ends = [
@@ -241,7 +234,9 @@ def estimate_covariance(
     if tokens is not None and tokens < 1:
         raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
     wanted = tokens if tokens is not None else KEYS_A_DIMENSION * max(anatomy.shape(i)[1] for i in chosen)
+    check_askable(model, tokenizer)
     device, longest = anatomy.device, _longest(model)
+    known = getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)
     print_digest = hashlib.sha256()
 
     def pieces() -> Iterator[list[int]]:
@@ -251,6 +246,11 @@ def estimate_covariance(
         start = start_ids(tokenizer)
         for text in _texts_of(corpus):
             (ids,) = text_ids(tokenizer, (text,))
+            if max(ids, default=0) >= known:
+                raise ModelError(
+                    f"the corpus has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and the "
+                    f"model's embeddings end at {known - 1}; take the tokenizer the model was trained with"
+                )
             body = ids[len(start) :]
             step = max(1, longest - len(start))
             for at in range(0, len(body), step):
@@ -280,6 +280,8 @@ def estimate_covariance(
                 batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
                 counted = _add_batch(anatomy, moments, batch, mask)
                 bar.update(counted)
+                if at == 0:
+                    _check_finite(moments, next(model.parameters()).dtype)
                 if on_batch is not None:
                     on_batch(counted)
                 at = stop
@@ -290,6 +292,14 @@ def estimate_covariance(
     return Covariance(
         moments, total, fingerprint=fingerprint_of(model, exact=False), corpus=print_digest.hexdigest()
     )
+
+
+def _check_finite(moments: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+    for layer, moment in moments.items():
+        if not torch.isfinite(moment.diagonal()).all():
+            half = dtype == torch.float16
+            hint = "; float16 ends at 65504: load the model in bfloat16 or float32" if half else ""
+            raise CovarianceError(f"layer {layer}: the model's keys are NaN or infinite{hint}")
 
 
 @torch.no_grad()
@@ -321,13 +331,13 @@ def cached_covariance(
     The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
     fingerprint, the layers and the seed.
     """
-    root = (
-        os.environ.get("D4S_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "d4s"
-    )
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("D4S_CACHE") or os.path.join(caches, "d4s")
     weights = fingerprint_of(model, exact=False)
     identity = f"{FORMAT} {weights} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
-    if path.exists():
+    homeless = root.startswith("~")  # what expanduser leaves where nobody's home is known
+    if not homeless and path.exists():
         try:
             return Covariance.load(path)
         except CovarianceError as error:
@@ -335,6 +345,11 @@ def cached_covariance(
     found = estimate_covariance(
         model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
     )
+    if homeless:
+        logger.warning(
+            "there is no home folder: the key statistics are not kept; D4S_CACHE names a place for them"
+        )
+        return found
     try:
         found.save(path)
     except OSError as error:  # a home that is read-only or full: the statistics are there all the same

@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from d4s.errors import ConfigError, DataError
 from d4s.forward import evaluating
+from d4s.task_files import check_task_files, require_folder, templates_in_a_sandbox
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def run_tasks(
     limit: int | None = None,
     include_path: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
+    trust_task_code: bool = False,
     seed: int = 0,
 ) -> dict[str, dict[str, TaskMetric]]:
     """Task → metric → TaskMetric, with the harness's own prompts, examples and scoring.
@@ -48,14 +50,18 @@ def run_tasks(
     limit: questions of each task; None: all
     include_path: a folder of task files, as `write_local_tasks` or `facts_task` makes them; its tasks come
         before the harness's of the same name. If all tasks are there, nothing is fetched from anywhere
+    trust_task_code: run the Python that task files in include_path name by `!function`, and let their templates do
+        what they like; False: refuse the first, and keep templates in Jinja's sandbox
     seed: of the examples in few-shot prompts
 
     Metrics of a filtered answer are named after the filter: "exact_match (strict-match)". The model is left in
     the mode it was in, the tokenizer and the global random states as they were.
-    Raises ConfigError where lm_eval is missing or does not know a task, DataError where a task's data are
-    neither here nor to be had.
+    Raises ConfigError where lm_eval is missing or does not know a task, or a task file would run code; DataError
+    where a task's data are neither here nor to be had, or its file cannot be read.
     """
     require_harness()
+    if include_path is not None and not trust_task_code:
+        check_task_files(include_path)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -63,7 +69,8 @@ def run_tasks(
     if not tasks:
         raise ConfigError("no downstream task was named")
     manager = _task_manager(tasks, include_path)
-    with evaluating(model), _quiet_harness(), _global_random_states_kept():
+    boxed = nullcontext() if trust_task_code else templates_in_a_sandbox()
+    with evaluating(model), _quiet_harness(), _global_random_states_kept(), boxed:
         # The harness may give a tokenizer a padding token; it gets one of its own.
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         try:
@@ -84,7 +91,32 @@ def run_tasks(
                 "network, or make local tasks with d4s.downstream_tasks.write_local_tasks and pass "
                 "include_path="
             ) from error
+        except (AttributeError, KeyError, TypeError, ValueError, ImportError) as error:
+            if include_path is None:
+                raise
+            raise DataError(
+                f"{os.fspath(include_path)}: the harness cannot make sense of a task file there, or of its data "
+                f"({error!r})"
+            ) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "jinja2":
+                raise
+            raise DataError(
+                f"{', '.join(tasks)}: a template of the task fails, or does what only trust_task_code=True allows "
+                f"({error})"
+            ) from error
     return _figures(found, tasks)
+
+
+def known_tasks(part: str = "") -> list[str]:
+    """Names of the tasks and groups of the installed harness that contain `part`. ConfigError if there is none."""
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    names = sorted(name for name in TaskManager().all_tasks if part.lower() in name.lower())
+    if not names:
+        raise ConfigError(f"the installed lm_eval has no task with {part!r} in its name")
+    return names
 
 
 class TaskScores:
@@ -122,8 +154,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
-        if not os.path.isdir(include_path):
-            raise ConfigError(f"include_path: there is no folder {os.fspath(include_path)!r}")
+        require_folder(include_path)
         # The harness's own tasks are many, and slow to list: only where they are needed.
         local = TaskManager(include_path=os.fspath(include_path), include_defaults=False)
         if set(tasks) <= set(local.all_tasks):
@@ -133,7 +164,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
             hint = f"Did you mean {', '.join(near)}? " if near else ""
-            raise ConfigError(f"unknown downstream task {task!r}. {hint}All of them: lm-eval ls tasks")
+            raise ConfigError(f"unknown downstream task {task!r}. {hint}All of them: d4s tasks list")
     return manager
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from d4s.datasets import load_edits
 from d4s.datasets.fields import FieldError, fetch, text, texts
 from d4s.datasets.files import read_records
 from d4s.downstream import require_harness
@@ -139,6 +140,25 @@ def facts_task(
     }
     _write_task(Path(out_dir), name, {"test": rows}, task)
     return name
+
+
+def make_tasks(
+    data: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str], *, seed: int = 0
+) -> list[str]:
+    """Writes the tasks of all the data, and returns their names: `write_local_tasks` of folders, `facts_task` of files
+    of edits, which are named after their files.
+
+    Raises ConfigError if two would have one name.
+    """
+    made: list[str] = []
+    for item in map(Path, data):
+        if item.is_dir():
+            made += write_local_tasks(item, out_dir)
+        elif item.stem in made:
+            raise ConfigError(f"{item}: a task {item.stem!r} is there already; rename the file")
+        else:
+            made.append(facts_task(load_edits(item), out_dir, name=item.stem, seed=seed))
+    return made
 
 
 def _arc(record: Row) -> Row:

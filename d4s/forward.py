@@ -18,10 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from d4s.architectures import text_config
 from d4s.errors import ModelError
+from d4s.progress import progress_bar
 from d4s.prompts import padded
 from d4s.trace import head_reads
 
@@ -240,13 +240,12 @@ def run_in_batches(
     A batch holds rows × widest ≤ batch_tokens (or a single row). `copies[i]` counts row i several times.
     Where CUDA memory runs out the batch is halved, and later ones with it; a single row that does not fit
     raises torch.OutOfMemoryError.
-    progress: what a progress bar says is being done; None: no bar
+    progress: what a progress bar, or a line of a log every so often, says is being done; None: neither
     """
     order = sorted(range(len(widths)), key=lambda i: -widths[i])
     count = [1] * len(widths) if copies is None else copies
     at = 0
-    hidden = True if progress is None else None  # None: shown on a terminal only
-    with tqdm(total=len(order), desc=progress, disable=hidden, leave=False) as bar:
+    with progress_bar(len(order), "row", progress or "", shown=progress is not None, leave=False) as bar:
         while at < len(order):
             stop, rows = at + 1, count[order[at]]
             while stop < len(order) and (rows + count[order[stop]]) * widths[order[at]] <= batch_tokens:

@@ -44,7 +44,12 @@ def load_model(
         model, tokenizer = _transformers(text, wanted)
     if getattr(model, "is_quantized", False):
         raise ModelError(f"{text}: {_QUANTISED}")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from None
+    if place.type == "meta":
+        raise ConfigError(f"device {place}: a meta device holds no numbers; name cpu, cuda or cuda:1")
     try:
         model = model.to(place).eval()
     # No such device, or a torch that was built without it.
@@ -108,6 +113,12 @@ def _transformers(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Whatever transformers, safetensors, tokenizers or a wrong config.json raise.
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name}: its config.json or tokenizer_config.json names Python code of its own (auto_map), which d4s "
+                "never runs; only model types that transformers itself has can be loaded. Where you trust the code, "
+                "load the model in Python and call d4s.edit_sequence on it"
+            ) from None
         raise ModelError(
             f"{name}: no causal language model could be loaded ({_reason(error)}). MODEL is a folder with config.json, "
             f"model.safetensors and tokenizer.json, the name of one on the hub, a .gguf file, or "

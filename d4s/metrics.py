@@ -23,6 +23,7 @@ from d4s.edits import Edit, Question
 from d4s.errors import ConfigError, DataError, unknown_name
 from d4s.files import whole
 from d4s.generation import TermWeights, Written, says
+from d4s.readiness import check_askable, check_ready
 from d4s.scoring import Score, score
 
 if TYPE_CHECKING:
@@ -204,7 +205,12 @@ def take_baseline(
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Baseline:
-    """The unedited model's answers to all that these edits must not change; to be taken before the first."""
+    """The unedited model's answers to all that these edits must not change; to be taken before the first.
+
+    Raises ModelError, before anything is asked, if the model says NaN or lacks a token of the edits.
+    """
+    edits = tuple(edits)
+    check_ready(model, tokenizer, edits)
     needed = _Recorder()
     for edit in edits:
         _Row(edit, now=_Recorder(), before=needed).figures()
@@ -223,6 +229,7 @@ def evaluate(
     neighborhood_limit: int | None = None,
     seed: int = 0,
     batch_tokens: int | None = None,
+    check: bool = True,
     progress: bool = False,
 ) -> Evaluation:
     """Scores edits on a model as it is now; `METRICS` says what each figure is.
@@ -234,10 +241,15 @@ def evaluate(
     neighborhood_limit: prompts an edit, of those that must not change, that are scored: the same ones
         for the same seed, whatever else is evaluated. None: all
     batch_tokens: tokens that go through the model together; None: by device
+    check: raise ModelError, before anything is asked, if the model is wrapped, not on one device, or lacks a
+        token of the edits; False: that has been done
 
     Edits of different kinds may be mixed: each figure is taken over the edits that have it. A completion
     without a `target_true` is scored as a question: there is nothing to compare NLLs with.
     """
+    edits = tuple(edits)
+    if check:
+        check_askable(model, tokenizer, edits)
     asked, sought = _Recorder(), dict[str, None]()
 
     def rows(now: Ask, text: Callable[[str], Written | None] | None) -> list[dict[str, Any]]:

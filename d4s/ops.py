@@ -19,8 +19,10 @@ def _release(version: str) -> list[str]:
 try:
     from d4s import _C
 except ImportError as error:
+    # Where there is no such file Python speaks of a circular import.
+    reason = "it is not built" if "partially initialized" in str(error) else error
     raise ExtensionError(
-        f"the compiled extension d4s._C does not load ({error}); run 'pip install .' in the d4s checkout, "
+        f"the compiled extension d4s._C does not load ({reason}); run 'pip install .' in the d4s checkout, "
         f"with the torch {torch.__version__} of this environment in place"
     ) from error
 if _release(_C.torch_version) != _release(torch.__version__):

@@ -26,3 +26,10 @@ def progress_bar(total: int, unit: str, title: str, *, shown: bool = True, **opt
     if shown and not sys.stderr.isatty():
         options |= dict(file=_Lines(), delay=_SECONDS, mininterval=_SECONDS, maxinterval=_SECONDS, ncols=100)
     return tqdm(total=total, unit=unit, desc=title, disable=not shown, **options)
+
+
+def stage(text: str, *, shown: bool = True) -> None:
+    """What begins now, as a line of a log, which is then not silent until its first bar; on a terminal bars say it."""
+    if shown and not sys.stderr.isatty():
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()

@@ -30,7 +30,7 @@ from d4s.analysis import (
     untouched,
 )
 from d4s.architectures import Anatomy
-from d4s.compare import Comparison, compare, few_layers
+from d4s.comparison import Comparison, compare, few_layers
 from d4s.covariance import Covariance
 from d4s.downstream import TaskScores
 from d4s.edits import Edit
@@ -107,6 +107,7 @@ class Setting:
     tasks: tuple[str, ...]
     task_folder: str | os.PathLike[str] | None
     task_limit: int | None
+    trust_task_code: bool
     seed: int
     progress: bool
     out: Path
@@ -148,6 +149,7 @@ class Setting:
             limit=self.task_limit,
             include_path=self.task_folder,
             seed=self.seed,
+            **({"trust_task_code": True} if self.trust_task_code else {}),
         )
 
 
@@ -629,6 +631,7 @@ def reproduce(
     tasks: Sequence[str] | None = None,
     task_folder: str | os.PathLike[str] | None = None,
     task_limit: int | None = None,
+    trust_task_code: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Reproduction:
@@ -641,7 +644,7 @@ def reproduce(
     counts: numbers of edits at which is scored, one edit a step; the last one is how many are made
     tasks: downstream tasks as lm-evaluation-harness spells them (table4, fig6); (): facts that are not edited, as
         multiple choice. None: the paper's for table4, but the facts for the embedded model and for fig6
-    task_folder, task_limit: `include_path` and `limit` of `run_tasks`
+    task_folder, task_limit, trust_task_code: `include_path`, `limit` and `trust_task_code` of `run_tasks`
 
     Raises ConfigError for an unknown name, data that are too few for the counts, or where a model other than
     the embedded one comes without edits.
@@ -687,6 +690,7 @@ def reproduce(
         tasks=tuple(tasks),
         task_folder=task_folder,
         task_limit=task_limit,
+        trust_task_code=trust_task_code,
         seed=seed,
         progress=progress,
         out=Path(out),

@@ -15,15 +15,17 @@ import torch
 from d4s.architectures import Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
-from d4s.errors import ConfigError, D4SError, DataError, ModelError
+from d4s.errors import ConfigError, D4SError, DataError
 from d4s.files import whole
 from d4s.forward import evaluating
+from d4s.interrupts import deferred
 from d4s.kept_targets import KeptTargets
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import THREE, Baseline, Evaluation, Metric, evaluate, finite_or_none, take_baseline
-from d4s.progress import progress_bar
+from d4s.progress import progress_bar, stage
 from d4s.prompts import subject_row
+from d4s.readiness import check_ready
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -201,6 +203,22 @@ class Result(Record):
         """The original weights back, bit for bit."""
         self.editor.restore()
 
+    def consolidate(self) -> None:
+        """Solves anew for all the edits made, as one batch from the original weights; only D4S can.
+
+        Keys at upper layers, which later edits below them had made stale, are fresh afterwards. The history is of
+        the model before it: `evaluate` scores the new one. A failure leaves weights and sums as they were.
+        Raises ConfigError for an editor of another method, and if no edit has been made.
+        """
+        made = {row["id"] for row in self.edits_table}
+        again = getattr(self.editor, "consolidate", None)
+        if again is None:
+            raise ConfigError(f"{self.method} keeps nothing to consolidate; d4s does")
+        if not made:
+            raise ConfigError("no edit has been made, so there is nothing to consolidate")
+        with evaluating(self.model):
+            again([edit for edit in self.edits if edit.id in made])
+
     def record(self) -> Record:
         """The measurements alone, which hold no weight."""
         return Record(
@@ -212,6 +230,11 @@ class Result(Record):
             self.failure,
             self.chosen,
         )
+
+
+def consolidate(result: Result) -> None:
+    """`Result.consolidate`, as a function."""
+    result.consolidate()
 
 
 def edit_sequence(
@@ -297,14 +320,16 @@ def edit_sequence(
             f"targets: {configured.name} searches its targets on the weights as they are, so none of the unedited "
             "model can be given; d4s with anchor='base' takes them"
         )
-    _check_finite(model)
+    check_ready(model, tokenizer, edits)
     if isinstance(configured, TargetMethod):
         for edit in edits:
             subject_row(tokenizer, edit.prompt, edit.subject)
     with evaluating(model):
         settled = configured.settled(bench, edits)
         editor = settled.editor(bench)
-        taken = baseline if baseline is not None else take_baseline(model, tokenizer, edits)
+        if baseline is None:
+            stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=progress)
+            baseline = take_baseline(model, tokenizer, edits, progress=progress)
         fields, decided = asdict(configured), asdict(settled)
         result = Result(
             configured.name,
@@ -313,10 +338,12 @@ def edit_sequence(
             model=model,
             edits=edits,
             editor=editor,
-            baseline=taken,
+            baseline=baseline,
         )
-        run = _Run(result, neighborhood_limit, generate, measure, seed)
+        run = _Run(result, neighborhood_limit, generate, measure, seed, progress)
+        stage(f"{configured.name}: the unedited model is scored on {len(edits)} edits", shown=progress)
         run.point(0, last=False)
+        stage(f"{configured.name}: {len(edits)} edits, {batch_size} a step", shown=progress)
         editor.announce(edits)
         made = 0
         try:
@@ -325,6 +352,7 @@ def edit_sequence(
                     try:
                         run.step(batch, original)
                     except (D4SError, torch.OutOfMemoryError) as error:
+                        made = len(result.edits_table)  # the step itself may have been made
                         result.failure = f"edit {made + 1}: {error}"
                         if not stop_at_failure:
                             raise
@@ -342,24 +370,11 @@ def edit_sequence(
                             shown, refresh=False
                         )  # at its next turn: a log has a line every so often
         except BaseException as error:
-            result.failure = result.failure or f"after edit {made}: {str(error) or type(error).__name__}"
+            why = str(error) or type(error).__name__
+            result.failure = result.failure or f"after edit {len(result.edits_table)}: {why}"
             error.result = result  # type: ignore[attr-defined]
             raise
     return result
-
-
-def _check_finite(model: Any) -> None:
-    """Raises ModelError if any weight holds NaN or infinity: nothing the model says then means anything."""
-    for name, weight in model.named_parameters():
-        # Quantised weights are left to `Anatomy.check_finite`, which refuses them where they are to be edited.
-        if (
-            weight.is_floating_point()
-            and weight.element_size() > 1
-            and not torch.isfinite(weight.detach()).all()
-        ):
-            raise ModelError(
-                f"{name} holds values that are NaN or infinite; load the model again from an intact file"
-            )
 
 
 class _Run:
@@ -372,9 +387,10 @@ class _Run:
         generate: bool,
         measure: Callable[[], Mapping[str, float]] | None,
         seed: int,
+        progress: bool,
     ) -> None:
         self.result, self.limit, self.generate, self.seed = result, neighborhood_limit, generate, seed
-        self.measure = measure
+        self.measure, self.progress = measure, progress
         self.began = time.perf_counter()
         self.edit_seconds = 0.0
         self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
@@ -382,28 +398,37 @@ class _Run:
         self.unedited = result.editor.weights.mean_absolute()
 
     def step(self, batch: Sequence[Edit], original: bool) -> None:
-        result = self.result
-        began = time.perf_counter()
-        with result.editor.weights.all_or_nothing():
-            step = result.editor.edit(batch)
-        if result.editor.anatomy.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.edit_seconds += time.perf_counter() - began
-        made = len(result.edits_table) + len(batch)
-        for i, edit in enumerate(batch):
-            row: dict[str, Any] = {"id": edit.id, "step": made}
-            if step.first_probability:
-                row |= {
-                    "first_probability": step.first_probability[i],
-                    "last_probability": step.last_probability[i],
-                }
-            result.edits_table.append(row)
+        with deferred():  # an interruption finds the weights and the rows of the same edits
+            self._make(batch)
         if original:
             now = self._evaluate(batch, limit=0, only_edited=True)
-            for table_row, found in zip(result.edits_table[-len(batch) :], now.rows, strict=True):
+            for table_row, found in zip(self.result.edits_table[-len(batch) :], now.rows, strict=True):
                 table_row["written_probability"] = found["target_probability"]
             for name, values in self.right_after.items():
                 values += [row[name] for row in now.rows if row.get(name) is not None]
+
+    def _make(self, batch: Sequence[Edit]) -> None:
+        """The step and its rows: both, or neither."""
+        result, began = self.result, time.perf_counter()
+        before, step = len(result.edits_table), None
+        try:
+            with result.editor.weights.all_or_nothing():
+                step = result.editor.edit(batch)
+                if result.editor.anatomy.device.type == "cuda":
+                    torch.cuda.synchronize()
+                made = before + len(batch)
+                rows: list[dict[str, Any]] = [{"id": edit.id, "step": made} for edit in batch]
+                if step.first_probability:
+                    for i, row in enumerate(rows):
+                        row["first_probability"] = step.first_probability[i]
+                        row["last_probability"] = step.last_probability[i]
+                result.edits_table += rows
+        except BaseException:
+            del result.edits_table[before:]
+            if step is not None:  # it was made, and its weights are taken back
+                result.editor.tear()
+            raise
+        self.edit_seconds += time.perf_counter() - began
 
     def _evaluate(self, edits: Sequence[Edit], limit: int | None, only_edited: bool = False) -> Evaluation:
         return evaluate(
@@ -415,6 +440,8 @@ class _Run:
             neighborhood_limit=limit,
             portability=not only_edited,
             seed=self.seed,
+            check=False,
+            progress=self.progress and not only_edited,
         )
 
     def _unedited(self, made: int, limit: int | None) -> dict[str, float]:

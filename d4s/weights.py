@@ -118,6 +118,10 @@ class EditedWeights:
             self.anatomy.weight(layer).data.copy_(weights[layer])
         self.measure()
 
+    def changed(self) -> tuple[int, ...]:
+        """Layers whose weights are not W0, bit for bit."""
+        return tuple(i for i in self.layers if not torch.equal(self.anatomy.weight(i).detach(), self.base[i]))
+
     def current(self) -> dict[int, Tensor]:
         """The edited weights as stored; copies."""
         return {layer: self.anatomy.weight(layer).detach().clone() for layer in self.layers}

@@ -27,7 +27,7 @@ from d4s.analysis import (
     mcnemar,
     target_surprise,
 )
-from d4s.compare import Comparison, compare
+from d4s.comparison import Comparison, compare
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.metrics import Evaluation

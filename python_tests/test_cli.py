@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -17,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, MptConfig, MptForCausalLM
 
+import d4s
 from d4s import demo, progress
 from d4s.architectures import ARCHITECTURES, Anatomy
 from d4s.cli import _labels, main, parser
-from d4s.covariance import Covariance, estimate_covariance, fingerprint_of
+from d4s.covariance import Covariance, cached_covariance, estimate_covariance, fingerprint_of
 from d4s.datasets import load_edits
 from d4s.errors import ConfigError, ModelError
 from d4s.methods import METHODS
@@ -30,7 +32,8 @@ from d4s.progress import progress_bar
 from d4s.sequence import edit_sequence
 from d4s.targets import TargetConfig
 
-VERBS = ("demo", "edit", "evaluate", "covariance", "models", "methods")
+ROOT = Path(__file__).resolve().parents[1]
+VERBS = ("tasks", "demo", "edit", "evaluate", "covariance", "models", "methods")
 RECORDS = [
     {
         "prompt": "The mother tongue of {} is",
@@ -347,7 +350,8 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_a_model(place, tmp_p
     out = tmp_path / "run"
     line = failed(capsys, "edit", "m", "edits.json", "--out", str(out), "--method", "ft-m", "--limit", "1")
     assert str(out / "model") in line and "No space left" in line
-    assert sorted(path.name for path in out.iterdir()) == ["baseline.json", "history.csv", "result.json"]
+    kept = ["baseline.json", "history.csv", "result.json", "weights.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == kept
 
 
 def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
@@ -589,6 +593,146 @@ def test_the_module_runs_as_a_program_and_hands_on_its_status(place):
     ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("d4s: none.json")
+
+
+def test_code_beside_a_model_never_runs_and_nobody_is_asked(place, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("sys.stdin", None)
+    for name, known in (("own-type", False), ("known-type", True)):
+        folder = shutil.copytree(place / "m", place / name, dirs_exist_ok=True)
+        (folder / "own.py").write_text("open('ran', 'w').close()\n")
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        config["model_type"] = "gpt2" if known else "own"
+        (folder / "config.json").write_text(json.dumps(config))
+        if known:
+            done(capsys, "evaluate", name, "edits.json", "--limit", "1")
+        else:
+            line = failed(capsys, "evaluate", name, "edits.json")
+            assert name in line and "auto_map" in line and "never runs" in line
+    tokenizer = shutil.copytree(place / "m", place / "own-tokenizer", dirs_exist_ok=True)
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "OwnTokenizer"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    (tokenizer / "own.py").write_text("open('ran', 'w').close()\n")
+    assert main(["evaluate", "own-tokenizer", "edits.json", "--limit", "1"]) in (0, 1)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            f"--set steps={'9' * 5_000}",
+            ["--set steps: its value, 99999999999999999999…, has too many digits"],
+        ),
+        (f"--set layers={'[' * 100_000}", ["--set layers", "is nested too deeply"]),
+        ("--set contexts=1000000000", ["contexts is 1000000000, must be at most 1,000"]),
+        ("--device meta", ["--device meta", "holds no numbers"]),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_one_line(options, texts, tmp_path, capsys):
+    out = str(tmp_path / "o")
+    line = failed(capsys, "edit", "m", "edits.json", "--method", "memit", "--out", out, *options.split())
+    assert all(text in line for text in texts) and len(line) < 400, line
+
+
+@pytest.mark.parametrize("order", ["m corpus.txt {}", "m {} corpus.txt", "{} m corpus.txt"])
+def test_options_may_stand_between_the_words(order, tmp_path, capsys):
+    out = tmp_path / "c"
+    options = f"--layers 0 --tokens 9 --out {out}"
+    facts = json.loads(done(capsys, "covariance", *order.format(options).split(), "--json"))
+    assert facts["layers"] == [0]
+
+    done(capsys, "covariance", "m", "corpus.txt", *options.replace(str(out), f"{out}2").split())
+    assert Covariance.load(out).corpus == Covariance.load(f"{out}2").corpus
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"d4s {d4s.__version__}\n"
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    options["env"] = os.environ | {"PYTHONPATH": str(ROOT)} | options.get("env", {})
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_who_reads_only_the_first_lines_is_left_in_peace():
+    line = f"{sys.executable} -m d4s methods --json; echo $? >&2"
+    ended = run("bash", "-c", f"({line}) | head -n 1 > /dev/null")
+    assert ended.stderr.split() in (["141"], ["0"])  # 0: all of it was written before head ended
+    # A reader that has gone before the first line:
+    ended = run("bash", "-c", f"({line}) | true", env={"PYTHONUNBUFFERED": ""})
+    assert "roken" not in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_checkout_without_its_extension_says_so_in_one_line(tmp_path):
+    shutil.copytree(
+        ROOT / "d4s", tmp_path / "d4s", ignore=shutil.ignore_patterns("*.so", "demo", "__pycache__")
+    )
+    path = {"PYTHONPATH": str(tmp_path)}
+    ended = run(sys.executable, "-m", "d4s", "methods", cwd=tmp_path, env=path)
+    assert ended.returncode == 1 and ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(
+        "d4s: the compiled extension d4s._C does not load (it is not built); run 'pip install .'"
+    )
+    ended = run(sys.executable, "-c", "import d4s", cwd=tmp_path, env=path)
+    assert ended.stderr.splitlines()[-1].startswith("d4s.errors.ExtensionError: the compiled extension")
+
+
+def test_without_a_home_the_statistics_have_a_place_all_the_same(place, tmp_path, monkeypatch, caplog):
+    def nobody(path):
+        return path  # as where the user is in no list
+
+    monkeypatch.setattr(os.path, "expanduser", nobody)
+    monkeypatch.delenv("D4S_CACHE")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("d4s.covariance.KEYS_A_DIMENSION", 1)
+    arguments = (tiny_model("gpt2", 1), tiny_tokenizer(), (0,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    first = cached_covariance(*arguments, progress=False)
+    (file,) = (tmp_path / "xdg" / "d4s").iterdir()
+    assert Covariance.load(file).count == first.count and not caplog.text
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cached_covariance(*arguments, progress=False).count == first.count
+    assert "no home folder" in caplog.text and [p.name for p in tmp_path.iterdir()] == ["xdg"]
+
+
+def test_a_log_says_from_the_start_what_is_done(tmp_path, capsys, monkeypatch):
+    done(capsys, "compare", "m", "edits.json", "--methods", "ft-m", "--out", str(tmp_path / "c"))
+    assert main(["compare", "m", "edits.json", "--methods", "ft-m,grace", "--out", str(tmp_path / "d")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line] == [
+        "baseline: the unedited model is asked about 3 edits",
+        "sequence 1 of 2: ft-m, seed 0",
+        "ft-m: the unedited model is scored on 3 edits",
+        "ft-m: 3 edits, 1 a step",
+        "sequence 2 of 2: grace, seed 0",
+        "grace: the unedited model is scored on 3 edits",
+        "grace: 3 edits, 1 a step",
+    ]
+    monkeypatch.setattr(progress, "_SECONDS", 0)  # work that takes long
+    done(capsys, "edit", "m", "edits.json", "--method", "ft-m", "--out", str(tmp_path / "e"))
+    assert main(["edit", "m", "edits.json", "--method", "ft-m", "--out", str(tmp_path / "f")]) == 0
+    before_the_edits = capsys.readouterr().err.split("ft-m: 3 edits")[0]
+    assert before_the_edits.count("scoring: 100%") >= 1 and "\r" not in before_the_edits
+
+
+def test_the_public_face_has_what_the_verbs_do():
+    script = (
+        "import sys, d4s\n"
+        "assert 'matplotlib' not in sys.modules and 'lm_eval' not in sys.modules\n"
+        "import d4s.comparison\n"
+        "names = ('compare', 'analyze_data', 'analyze_model', 'run_tasks', 'consolidate')\n"
+        "assert all(callable(getattr(d4s, name)) and name in dir(d4s) for name in names)\n"
+        "from d4s import *\n"
+        "assert compare is d4s.comparison.compare and not hasattr(d4s, 'no_such_name')\n"
+    )
+    ended = run(sys.executable, "-c", script)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_verb_is_tested():

@@ -10,6 +10,7 @@ import random
 import statistics
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pandas
 import pytest
@@ -18,7 +19,7 @@ from test_sequence import EDITS, FAST, ready, same, state, without_times
 from tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
-from d4s.compare import Comparison, _orders, compare, over_seeds, student_t, weights_digest
+from d4s.comparison import Comparison, _orders, _place, compare, over_seeds, student_t, weights_digest
 from d4s.errors import ConfigError, DataError, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
@@ -72,7 +73,7 @@ def test_each_method_does_what_it_does_alone_and_the_weights_come_back_bit_for_b
 
 def test_one_baseline_serves_all_methods(monkeypatch, seed):
     taken = []
-    from d4s import compare as module
+    from d4s import comparison as module
 
     plain = module.take_baseline
     monkeypatch.setattr(module, "take_baseline", lambda *a, **k: taken.append(1) or plain(*a, **k))
@@ -159,7 +160,7 @@ def test_a_method_that_cannot_begin_is_recorded_but_not_if_none_can(monkeypatch,
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_done(options, text, monkeypatch, seed):
-    monkeypatch.setattr("d4s.compare.take_baseline", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("d4s.comparison.take_baseline", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ConfigError, match=text):
         compared(tiny_model("gpt2", seed), None, **options)
 
@@ -447,6 +448,13 @@ def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
     with pytest.raises(TypeError, match="JSON"):
         compared(model, covariance, out=tmp_path / "c", measure=lambda: {"m": object()})
     assert same(state(model), before)
+
+
+def test_no_two_labels_share_a_file():
+    labels = ("a/b", "a-b", "a%2Fb", "ft-l", "re-anchored", "..", "a b", "λ")
+    places = [_place(Path("c"), label, 0) for label in labels]
+    assert len(set(places)) == len(labels) and {place.parent for place in places} == {Path("c/results")}
+    assert places[3].name == "ft-l-0.json"
 
 
 def test_a_shuffle_keeps_the_edits_of_a_case_together():

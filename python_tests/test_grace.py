@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from workbench import EDITS, SUBJECT_LAST, bench_of, editor_of, same_bits, state_of
@@ -218,3 +221,36 @@ def test_a_codebook_of_another_layer_is_refused(seed):
     other = editor_of("grace", bench_of("llama", seed), module="mlp_input")
     with pytest.raises(ModelError, match="keys"):
         other.load_state_dict(editor.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda tensors, config: config.update(layers=3), "not a codebook"),
+        (lambda tensors, config: config.update(layers=["a"]), "layers is"),
+        (lambda tensors, config: config.update(layers=[99]), "within 0"),
+        (lambda tensors, config: config.update(colour="red"), "colour"),
+        (lambda tensors, config: config.update(epsilon=float("nan")), "epsilon is nan"),
+        (lambda tensors, config: tensors.pop("labels"), "labels"),
+        (lambda tensors, config: tensors.update(labels=torch.zeros(1)), "labels are"),
+        (lambda tensors, config: tensors.update(labels=torch.zeros(1, 2)), "labels are"),
+        (lambda tensors, config: tensors.update(radii=torch.full((1,), float("nan"))), "radii"),
+        (lambda tensors, config: tensors.update(keys=tensors["keys"].long()), "keys are"),
+        (lambda tensors, config: tensors.update(radii=torch.tensor(1.0)), "radii"),
+    ],
+)
+def test_a_codebook_of_other_content_is_one_error_that_names_the_file(spoil, text, tmp_path):
+    bench = bench_of("llama", 1)
+    editor = editor_of("grace", bench, steps=1)
+    editor.edit(EDITS[:1])
+    bench.model.save_pretrained(tmp_path)
+    file = tmp_path / CODEBOOK_FILE
+    editor.restore()
+    with safe_open(file, framework="pt") as stored:
+        config = json.loads(stored.metadata()["config"])
+    tensors = load_file(file)
+    spoil(tensors, config)
+    save_file(tensors, file, metadata={"config": json.dumps(config)})
+    with pytest.raises(ModelError, match=text) as refused:
+        load_codebook(bench.model, bench.tokenizer, tmp_path)
+    assert str(file) in str(refused.value)

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 
 from d4s import cli, save_edits
 from d4s.analysis import analyze_model, mcnemar
-from d4s.compare import Comparison
+from d4s.comparison import Comparison
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods import locate, rome

@@ -662,3 +662,18 @@ def test_what_the_edits_decide_is_told_and_kept(tmp_path, seed):
     again = sequence(other, covariance, config=config | result.chosen)
     assert again.chosen == {}
     assert same(state(model), state(other))
+
+
+def test_consolidating_is_one_batch_edit_from_the_original_weights(seed):
+    model, covariance = ready(seed)
+    result = sequence(model, covariance, EDITS[:4])
+    assert d4s.consolidate(result) is None
+    at_once, _ = ready(seed)
+    sequence(at_once, covariance, EDITS[:4], batch_size=4)
+    for layer in (0, 1):
+        torch.testing.assert_close(
+            Anatomy(model).weight(layer), Anatomy(at_once).weight(layer), rtol=1e-4, atol=1e-5
+        )
+    other = sequence(tiny_model("gpt2", seed), None, EDITS[:1], method="ft-m", config={"steps": 1})
+    with pytest.raises(ConfigError, match="ft-m keeps nothing to consolidate"):
+        other.consolidate()

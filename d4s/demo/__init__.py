@@ -21,8 +21,9 @@ def load_model(dtype: Any = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = folder() / "model"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(path, **options)
 
 
 def load_demo_edits(limit: int | None = None) -> list[Edit]:

@@ -13,10 +13,12 @@ from d4s.covariance import Covariance, estimate_covariance
 from d4s.demo import folder, load_demo_edits, load_model
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.files import check_folder
 from d4s.generation import generate_greedy
 from d4s.methods import method_for
 from d4s.metrics import take_baseline
 from d4s.plots import plot_metrics, plot_norms
+from d4s.progress import stage
 from d4s.scoring import score
 from d4s.sequence import Result, edit_sequence
 
@@ -68,6 +70,7 @@ def run_demo(
     out: folder for metrics.png, norms.png, their data, and the two results
     count: edits made, one at a time
     """
+    check_folder(out)
     edits = load_demo_edits()
     if not 10 <= count <= len(edits):
         raise ConfigError(
@@ -85,7 +88,8 @@ def run_demo(
         f"{len(anatomy)} blocks."
     )
     before = answers(model, tokenizer, edits[:SHOWN])
-    baseline = take_baseline(model, tokenizer, edits)
+    stage(f"baseline: the unedited model is asked about {count} edits", shown=progress)
+    baseline = take_baseline(model, tokenizer, edits, progress=progress)
     covariance = demo_covariance(model, tokenizer, layers=tuple(sorted(layers)), progress=progress)
     results: dict[str, Result] = {}
     after = before

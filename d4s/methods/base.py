@@ -195,6 +195,10 @@ class Editor(ABC):
         self._torn = False
         return step
 
+    def tear(self) -> None:
+        """A step was taken back by the caller: `edit` refuses another one, as after a step that failed half-way."""
+        self._torn = True
+
     @abstractmethod
     def apply(self, batch: Sequence[Edit]) -> Step:
         """The method itself, in evaluation mode and with no gradient to weights."""

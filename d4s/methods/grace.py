@@ -30,7 +30,7 @@ from torch import Tensor
 
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
-from d4s.errors import ConfigError, ModelError
+from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import whole
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench
@@ -142,16 +142,23 @@ class Codebook:
         return copies | {"labels": labels}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        labels = state["labels"]
+        if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ModelError(
+                f"codebook: labels are {list(labels.shape)} {labels.dtype}, must be [entries, tokens], whole numbers"
+            )
         for name in ("keys", "values", "radii"):
             mine, found = getattr(self, name), state[name]
-            if found.shape[1:] != mine.shape[1:] or len(found) != len(state["labels"]):
+            if not found.is_floating_point() or not torch.isfinite(found).all():
+                raise ModelError(f"codebook: {name} are {found.dtype}, must be finite numbers with a point")
+            if found.ndim != mine.ndim or found.shape[1:] != mine.shape[1:] or len(found) != len(labels):
                 raise ModelError(
                     f"codebook: {name} is {list(found.shape)}, must be {['entries', *mine.shape[1:]]}; "
                     "it belongs to another model or layer"
                 )
         for name in ("keys", "values", "radii"):
             setattr(self, name, state[name].to(getattr(self, name)).clone())
-        self.labels = [tuple(t for t in row if t >= 0) for row in state["labels"].tolist()]
+        self.labels = [tuple(t for t in row if t >= 0) for row in labels.tolist()]
 
 
 class GRACEEditor(Editor):
@@ -270,10 +277,14 @@ def load_codebook(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) ->
         with safe_open(path, framework="pt") as file:
             config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
         state = load_file(path)
-    except (KeyError, OSError, SafetensorError, ValueError) as error:
+        method = GRACE(**{**config, "layers": tuple(config["layers"])})
+    # Of another kind of file, or with content of another kind: ConfigError is a ValueError.
+    except (KeyError, OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not a codebook that GRACE's save_pretrained wrote ({error!r})") from None
-    config["layers"] = tuple(config["layers"])
-    method = GRACE(**config)
-    editor = GRACEEditor(method, Workbench(model, tokenizer))
-    editor.load_state_dict(state)
+    bench = Workbench(model, tokenizer)
+    try:
+        editor = GRACEEditor(method, bench)
+        editor.load_state_dict(state)
+    except D4SError as error:
+        raise ModelError(f"{path}: {error}") from None
     return editor

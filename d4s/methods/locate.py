@@ -87,7 +87,9 @@ class LocateMethod(TargetMethod):
         """
         if self.prior_weight is not None:
             return self
-        anatomy, covariance = bench.anatomy, bench.covariance(self.layers)
+        anatomy = bench.anatomy
+        anatomy.check_layers(self.layers)
+        covariance = bench.covariance(self.layers)
         rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
         squares = []
         for layer in self.layers:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 
@@ -22,6 +23,7 @@ from d4s.files import write_table, write_text
 from d4s.methods import Method, method_for
 from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
+from d4s.progress import stage
 from d4s.sequence import HEADLINES, Record, edit_sequence
 
 if TYPE_CHECKING:
@@ -260,7 +262,8 @@ def compare(
         kept = _Kept(Path(out), settings)
     if baseline is None:
         made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
-        baseline = take_baseline(model, tokenizer, made)
+        stage(f"baseline: the unedited model is asked about {len(set(made))} edits", shown=progress)
+        baseline = take_baseline(model, tokenizer, made, progress=progress)
     results: dict[str, dict[int, Record]] = {label: {} for label in configured}
     errors: list[D4SError] = []
     unfinished: set[tuple[str, int]] = set()
@@ -269,6 +272,10 @@ def compare(
             if kept is not None and (stored := kept.record(label, seed, method)) is not None:
                 results[label][seed] = stored
                 continue
+            place = 1 + sum(len(by_seed) for by_seed in results.values())
+            stage(
+                f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
+            )
             try:
                 result = edit_sequence(
                     model,
@@ -341,7 +348,8 @@ def _told_apart(measure: Callable[[], Mapping[str, float]] | None) -> Any:
 
 
 def _place(folder: Path, label: str, seed: int) -> Path:
-    return folder / "results" / f"{label.replace(os.sep, '-')}-{seed}.json"
+    # Quoted, so that no two labels share a file: a/b is a%2Fb, and a-b stays as it is.
+    return folder / "results" / f"{quote(label, safe=' +,=()[]')}-{seed}.json"
 
 
 class _Kept:

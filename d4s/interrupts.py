@@ -1,0 +1,82 @@
+"""Ctrl-C and the signals that end a program: a step is made whole before they are heard, and what was made is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_NAMES = ("SIGTERM", "SIGHUP", "SIGINT")  # SIGINT last: it is put back last, and raises where it is heard
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows has no SIGHUP
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal that asks the program to end; `status` is what a shell then expects of it, 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def ending_signals_raise() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Terminated`, as Ctrl-C does KeyboardInterrupt; one that is ignored stays so."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    try:
+        if _in_main_thread():
+            for number in _SIGNALS:
+                if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_DFL:
+                    before[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, Ctrl-C and ending signals wait until the end, and are heard there; a second Ctrl-C does not wait.
+
+    Outside the main thread, which alone hears signals, nothing is done.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in came:
+            heard = before[number]
+            if callable(heard):
+                heard(number, frame)
+            raise KeyboardInterrupt
+        if not came:
+            # Not print: a signal may come while standard error is being written to.
+            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
+        came.append(number)
+
+    try:
+        for number in _SIGNALS:
+            # None: a handler that is not Python's. One that is ignored (nohup) stays so.
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])

@@ -1,0 +1,165 @@
+"""Interruptions: whatever the moment, the weights hold the edits of the table, no more and no less."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from d4s import sequence
+from d4s.architectures import Anatomy
+from d4s.edits import Edit
+from d4s.errors import EditError
+from d4s.interrupts import Terminated, deferred, ending_signals_raise
+from d4s.methods import base
+from d4s.sequence import edit_sequence
+
+EDITS = [
+    Edit("{} worked for", "Steve Jobs", "Manila", id="a"),
+    Edit("The twin city of {} is", "Lyon", "Paris", id="b"),
+]
+OPTIONS = dict(method="ft-m", config={"steps": 1, "learning_rate": 0.1}, original=False, progress=False)
+WATCHED = {sequence.__file__, base.__file__}
+
+
+def weight_of(model) -> torch.Tensor:
+    anatomy = Anatomy(model)
+    return torch.cat([anatomy.weight(layer).detach().flatten() for layer in range(len(anatomy))]).clone()
+
+
+def weights_after_each_edit() -> list[torch.Tensor]:
+    found = []
+    model = tiny_model("gpt2", 1)
+
+    def measure():
+        found.append(weight_of(model))
+        return {}
+
+    edit_sequence(model, tiny_tokenizer(), EDITS, evaluate_every=1, measure=measure, **OPTIONS)
+    return found
+
+
+class Injector:
+    """Traces the lines of the sequence's own code and acts once, at the line of the given number."""
+
+    def __init__(self, line: int | None, act) -> None:
+        self.left, self.act, self.seen = line, act, 0
+
+    def __call__(self, frame, event, _argument):
+        if frame.f_code.co_filename not in WATCHED:
+            return None
+        if event == "line" and frame.f_code.co_name in ("step", "_make", "edit", "all_or_nothing"):
+            self.seen += 1
+            if self.seen == self.left:
+                self.act()
+        return self
+
+
+def run_under(injector: Injector):
+    model = tiny_model("gpt2", 1)
+    before = sys.gettrace()
+    sys.settrace(injector)
+    try:
+        edit_sequence(model, tiny_tokenizer(), EDITS, **OPTIONS)
+    except KeyboardInterrupt as error:
+        return model, error
+    finally:
+        sys.settrace(before)
+    return model, None
+
+
+def raise_interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["signal", "exception"])
+def test_an_interruption_at_any_line_of_a_step_finds_weights_and_rows_of_the_same_edits(how):
+    truth = weights_after_each_edit()
+    count = Injector(None, lambda: None)
+    run_under(count)
+    assert count.seen > 30  # two steps
+    act = raise_interrupt if how == "exception" else lambda: os.kill(os.getpid(), signal.SIGINT)
+    made = set()
+    for line in range(1, count.seen + 1):
+        model, error = run_under(Injector(line, act))
+        assert error is not None, line
+        result = error.result
+        made.add(len(result.edits_table))
+        assert torch.equal(weight_of(model), truth[len(result.edits_table)]), line
+        assert f"after edit {len(result.edits_table)}" in result.failure
+    assert made == {0, 1, 2}
+
+
+def test_a_step_that_was_taken_back_is_not_built_upon():
+    """The editor's sums may hold the edit that the weights no longer have."""
+    model = tiny_model("gpt2", 1)
+    first = weight_of(model)
+    seen = Injector(None, lambda: None)
+
+    def tail(frame, event, argument):
+        code = frame.f_code
+        if event == "line" and code.co_name == "_make" and frame.f_locals.get("step") is not None:
+            seen.seen += 1
+            if seen.seen == 1:
+                raise KeyboardInterrupt
+        return tail if code.co_filename in WATCHED else None
+
+    before = sys.gettrace()
+    sys.settrace(tail)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            edit_sequence(model, tiny_tokenizer(), EDITS, **OPTIONS)
+    finally:
+        sys.settrace(before)
+    result = raised.value.result
+    assert torch.equal(weight_of(model), first) and result.edits_table == []
+    with pytest.raises(EditError, match="failed half-way"):
+        result.editor.edit(EDITS[:1])
+    result.restore()
+    result.editor.edit(EDITS[:1])
+
+
+def test_signals_wait_for_the_end_and_a_second_ctrl_c_does_not(capfd):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    reached = []
+    with pytest.raises(KeyboardInterrupt), deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("first")
+    with pytest.raises(KeyboardInterrupt), deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append("second")
+    with pytest.raises(Terminated) as ended, ending_signals_raise(), deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("third")
+    assert reached == ["first", "third"] and ended.value.status == 143
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert capfd.readouterr().err.count("stopping after this step") == 3
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with ending_signals_raise(), deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    found = []
+
+    def work():
+        with ending_signals_raise(), deferred():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGINT)]
