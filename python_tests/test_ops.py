@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 
 import foreign_tensors
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -367,6 +368,9 @@ def test_memory_that_is_read_while_it_is_written_is_refused():
     memory = torch.randn(42)
     with pytest.raises(D4SError, match="base shares memory with weight"):
         ops.write_back_(memory[6:].view(6, 6), memory[:36].view(6, 6), keys)
+    numbers = np.zeros((6, 6), dtype=np.float32)  # one memory, two storages
+    with pytest.raises(D4SError, match="keys shares memory with moment"):
+        ops.accumulate_key_covariance_(torch.from_numpy(numbers), torch.from_numpy(numbers))
     wanted = (square.double() + keys.double()).float()
     ops.write_back_(square, square, keys)  # the same elements
     assert torch.equal(square, wanted)
