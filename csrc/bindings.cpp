@@ -1,4 +1,4 @@
-// d4s._C: checks of what Python hands over, and the choice between CPU and CUDA. The ops are described in
+// d4s._C: the ops as Python calls them, and the choice between CPU and CUDA. They are described in
 // d4s/ops.py.
 #include <torch/extension.h>
 #ifdef D4S_WITH_CUDA
@@ -7,14 +7,15 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <exception>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "accumulate_key_covariance.h"
+#include "check.h"
 #include "closed_form.h"
 #include "l1_norms.h"
 #include "matrix.h"
@@ -24,80 +25,14 @@
 namespace d4s {
 namespace {
 
-// Becomes d4s.errors.D4SError.
-struct ArgumentError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
-
-template <class... Parts>
-void check(bool holds, const Parts&... parts) {
-  if (!holds) throw ArgumentError(c10::str(parts...));
-}
-
-DType dtype_of(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble:
-      return DType::float64;
-    case at::kFloat:
-      return DType::float32;
-    case at::kHalf:
-      return DType::float16;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    default:
-      check(false, name, " is ", tensor.scalar_type(), "; it must be float64, float32, float16 or bfloat16");
-  }
-  return DType::float64;
-}
-
-bool is_wide(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
-}
-
-Matrix matrix_of(const at::Tensor& tensor, const char* name) {
-  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.size(0),
-          tensor.size(1),    tensor.stride(0),       tensor.stride(1)};
-}
-
-void check_device(const at::Tensor& first, const at::Tensor& other, const char* name) {
-  check(first.device() == other.device(), name, " is on ", other.device(), ", the others on ",
-        first.device());
-}
-
-// Where the elements of a tensor of one or more begin and end in memory.
-std::pair<const char*, const char*> bytes_of(const at::Tensor& tensor) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  const char* const first = static_cast<const char*>(tensor.data_ptr());
-  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
-}
-
-// `written` must not share memory with what is read meanwhile, unless they are the same elements and
-// `same_is_right`.
-void check_apart(const at::Tensor& written, const char* written_name, const at::Tensor& read,
-                 const char* name, bool same_is_right = false) {
-  const at::MemOverlapStatus status = at::get_overlap_status(written, read);
-  bool apart = status == at::MemOverlapStatus::No, same = status == at::MemOverlapStatus::Full;
-  if (status == at::MemOverlapStatus::TooHard) {  // strided views: apart if all their bytes are
-    const auto [written_begin, written_end] = bytes_of(written);
-    const auto [begin, end] = bytes_of(read);
-    apart = end <= written_begin || written_end <= begin;
-    same = begin == written_begin && written.sizes() == read.sizes() && written.strides() == read.strides();
-  }
-  check(apart || (same_is_right && same), name, " shares memory with ", written_name,
-        ", which is written while ", name, " is read; pass a clone");
-}
-
-// A tensor about to be written: autograd must know, and its elements must be what lies in memory.
-void count_write(const at::Tensor& written, const char* name) {
-  check(!written.is_neg(), name, " is a lazily negated view; pass ", name, ".resolve_neg()");
-  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+Matrix matrix_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0),
+          tensor.size(1),    tensor.stride(0), tensor.stride(1)};
 }
 
 // Whether to take the CUDA half of an op; neither half is an error.
 bool on_cuda(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return false;
-  check(tensor.is_cuda(), "tensors on ", tensor.device(), " are not supported; use cpu or cuda");
 #ifndef D4S_WITH_CUDA
   check(false,
         "d4s was built without CUDA kernels; build it where there are a CUDA compiler and a CUDA torch");
@@ -116,16 +51,11 @@ Stream stream_of(const at::Tensor& tensor) {
 }
 #endif
 
-void check_square(const at::Tensor& matrix, const char* name) {
-  check(matrix.dim() == 2 && matrix.size(0) == matrix.size(1), name, " has shape ", matrix.sizes(),
-        "; it must be [d, d]");
-  check(is_wide(matrix), name, " is ", matrix.scalar_type(), "; sums are kept in float32 or float64");
-  check(matrix.is_contiguous(), name, " must be contiguous");
-}
-
 int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std::optional<at::Tensor>& mask) {
-  at::NoGradGuard no_grad;
+  const OnMemory on_memory;
   check_square(moment, "moment");
+  check_tensor(keys, "keys", kFloating);
+  if (mask) check_tensor(*mask, "mask", kBoolean);
   check_device(moment, keys, "keys");
   check(keys.dim() >= 2 && keys.size(-1) == moment.size(0), "keys have shape ", keys.sizes(),
         "; they must be [..., d] with d = ", moment.size(0), " as in moment");
@@ -134,9 +64,8 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   check_apart(moment, "moment", keys, "keys");
   at::Tensor rows;
   if (mask) {
-    check(mask->scalar_type() == at::kBool && mask->sizes() == keys.sizes().slice(0, keys.dim() - 1),
-          "mask is ", mask->scalar_type(), " ", mask->sizes(), "; it must be bool ",
-          keys.sizes().slice(0, keys.dim() - 1), ", one entry a key");
+    check(mask->sizes() == keys.sizes().slice(0, keys.dim() - 1), "mask has shape ", mask->sizes(),
+          "; it must be ", keys.sizes().slice(0, keys.dim() - 1), ", one entry a key");
     check_device(moment, *mask, "mask");
     rows = mask->reshape({-1}).nonzero().reshape({-1});
   }
@@ -150,7 +79,7 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   if (keys.stride(1) != 1) keys = keys.contiguous();
   const int64_t* row_indices = mask ? rows.data_ptr<int64_t>() : nullptr;
   if (!on_cuda(moment)) {
-    accumulate_key_covariance_cpu(matrix_of(keys, "keys"), row_indices, count, matrix_of(moment, "moment"));
+    accumulate_key_covariance_cpu(matrix_of(keys), row_indices, count, matrix_of(moment));
     return count;
   }
 #ifdef D4S_WITH_CUDA
@@ -159,35 +88,38 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   if (keys.stride(0) % lane != 0 || reinterpret_cast<uintptr_t>(keys.data_ptr()) % 16 != 0) {
     keys = at::constant_pad_nd(keys, {0, (lane - d % lane) % lane}).contiguous().narrow(1, 0, d);
   }
-  accumulate_key_covariance_cuda(matrix_of(keys, "keys"), row_indices, count, matrix_of(moment, "moment"),
-                                 stream_of(moment));
+  accumulate_key_covariance_cuda(matrix_of(keys), row_indices, count, matrix_of(moment), stream_of(moment));
 #endif
   return count;
 }
 
 void symmetrize(at::Tensor matrix) {
+  const OnMemory on_memory;
   check_square(matrix, "matrix");
   count_write(matrix, "matrix");
-  if (!on_cuda(matrix)) return symmetrize_cpu(matrix_of(matrix, "matrix"));
+  if (!on_cuda(matrix)) return symmetrize_cpu(matrix_of(matrix));
 #ifdef D4S_WITH_CUDA
   const c10::cuda::CUDAGuard guard(matrix.device());
-  symmetrize_cuda(matrix_of(matrix, "matrix"), stream_of(matrix));
+  symmetrize_cuda(matrix_of(matrix), stream_of(matrix));
 #endif
 }
 
 at::Tensor checked_closed_form(const at::Tensor& residual_sum, const at::Tensor& key_sum,
                                const at::Tensor& prior) {
-  at::NoGradGuard no_grad;
+  const OnMemory on_memory;
+  check_tensor(residual_sum, "residual_sum", kWide);
+  check_tensor(key_sum, "key_sum", kWide);
+  check_tensor(prior, "prior", kWide);
   check(residual_sum.dim() == 3, "residual_sum has shape ", residual_sum.sizes(),
         "; it must be [m, d_out, d_in]");
   const int64_t layers = residual_sum.size(0), d_in = residual_sum.size(2);
   const std::vector<int64_t> square{layers, d_in, d_in};
   check(key_sum.sizes() == square, "key_sum has shape ", key_sum.sizes(), "; it must be ", square);
   check(prior.sizes() == square, "prior has shape ", prior.sizes(), "; it must be ", square);
-  check(is_wide(residual_sum) && key_sum.scalar_type() == residual_sum.scalar_type() &&
+  check(key_sum.scalar_type() == residual_sum.scalar_type() &&
             prior.scalar_type() == residual_sum.scalar_type(),
-        "residual_sum is ", residual_sum.scalar_type(), ", key_sum ", key_sum.scalar_type(), ", prior ",
-        prior.scalar_type(), "; they must be of one type, float32 or float64");
+        "residual_sum is ", name_of(residual_sum.scalar_type()), ", key_sum ", name_of(key_sum.scalar_type()),
+        ", prior ", name_of(prior.scalar_type()), "; they must be of one type");
   check_device(residual_sum, key_sum, "key_sum");
   check_device(residual_sum, prior, "prior");
   check(at::isfinite(residual_sum).all().item<bool>(), "residual_sum holds NaN or infinity");
@@ -196,15 +128,17 @@ at::Tensor checked_closed_form(const at::Tensor& residual_sum, const at::Tensor&
 
 std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base, at::Tensor delta,
                                               bool transposed) {
-  at::NoGradGuard no_grad;
-  check(delta.dim() == 2 && is_wide(delta), "delta is ", delta.scalar_type(), " ", delta.sizes(),
-        "; it must be float32 or float64 [d_out, d_in]");
+  const OnMemory on_memory;
+  check_tensor(weight, "weight", kFloating);
+  check_tensor(base, "base", kFloating);
+  check_tensor(delta, "delta", kWide);
+  check(delta.dim() == 2, "delta has shape ", delta.sizes(), "; it must be [d_out, d_in]");
   if (transposed) delta = delta.t();
   check(weight.sizes() == delta.sizes(), "weight has shape ", weight.sizes(), "; it must be ", delta.sizes(),
         transposed ? ", [d_in, d_out] since it is stored transposed" : ", [d_out, d_in] as delta");
   check(base.sizes() == weight.sizes() && base.scalar_type() == weight.scalar_type(), "base is ",
-        base.scalar_type(), " ", base.sizes(), "; it must be ", weight.scalar_type(), " ", weight.sizes(),
-        " as weight");
+        name_of(base.scalar_type()), " ", base.sizes(), "; it must be ", name_of(weight.scalar_type()), " ",
+        weight.sizes(), " as weight");
   check_device(weight, base, "base");
   check_device(weight, delta, "delta");
   check_apart(weight, "weight", delta, "delta");
@@ -223,8 +157,7 @@ std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base
 
   const at::Tensor sums = at::zeros({2}, weight.options().dtype(at::kDouble));
   if (weight.numel() == 0) return {sums[0], sums[1]};
-  const Matrix w = matrix_of(weight, "weight"), w0 = matrix_of(base, "base"),
-               change = matrix_of(delta, "delta");
+  const Matrix w = matrix_of(weight), w0 = matrix_of(base), change = matrix_of(delta);
   if (!on_cuda(weight)) {
     write_back_cpu(w, w0, change, sums.data_ptr<double>());
   } else {
@@ -238,15 +171,17 @@ std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base
 }
 
 at::Tensor checked_l1_norms(std::vector<at::Tensor> weights) {
-  at::NoGradGuard no_grad;
+  const OnMemory on_memory;
   if (weights.empty()) return at::zeros({0}, at::kDouble);
   std::vector<Weight> views;
-  for (at::Tensor& weight : weights) {
-    const DType dtype = dtype_of(weight, "weight");
-    check_device(weights[0], weight, "weight");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    at::Tensor& weight = weights[i];
+    const std::string name = c10::str("weights[", i, "]");
+    check_tensor(weight, name.c_str(), kFloating);
+    check_device(weights[0], weight, name.c_str());
     // Σ|w| does not depend on the order, so a dense transpose is read where it lies.
     if (!weight.is_non_overlapping_and_dense()) weight = weight.contiguous();
-    views.push_back({weight.data_ptr(), dtype, weight.numel()});
+    views.push_back({weight.data_ptr(), dtype_of(weight), weight.numel()});
   }
   const int64_t count = static_cast<int64_t>(views.size());
   const at::Tensor norms = at::zeros({count}, weights[0].options().dtype(at::kDouble));

@@ -1,5 +1,8 @@
 """The compiled operations of d4s._C, on CPU and CUDA tensors. Each docstring states the plain-torch equal;
-`d4s.reference` holds it as code."""
+`d4s.reference` holds it as code.
+
+Tensors are dense, and their elements lie in memory. Any other (sparse, mkldnn, nested, quantised, meta, fake, a
+subclass that computes in Python, one that torch.func follows, one whose storage was freed) is a D4SError."""
 
 from __future__ import annotations
 
@@ -98,6 +101,6 @@ def l1_norms(weights: Sequence[Tensor]) -> Tensor:
 
     weights: any shapes and strides, one device, float64 | float32 | float16 | bfloat16
     Returns [len(weights)], float64, the same in every run on the same device.
-    Raises D4SError if a weight is not floating point, or the devices differ.
+    Raises D4SError, naming the weight's index, if a weight is not floating point, or the devices differ.
     """
     return _C.l1_norms(list(weights))

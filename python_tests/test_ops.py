@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 
+import foreign_tensors
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from d4s import ops, reference
 from d4s.errors import D4SError, NotPositiveDefiniteError
@@ -125,7 +132,7 @@ def test_key_covariance_refuses_what_does_not_fit():
         (moment, torch.ones(3, 4, dtype=torch.int64), None, "keys"),
         (moment, keys.double(), None, "float64"),
         (moment, keys, torch.ones(2, 4, dtype=torch.bool), "mask"),
-        (moment, keys, torch.ones(2, 3), "mask"),
+        (moment, keys, torch.ones(2, 3), "mask is float32; it must be bool"),
         (moment, keys.to("meta"), None, "meta"),
     ]:
         with pytest.raises(D4SError, match=word):
@@ -361,6 +368,9 @@ def test_memory_that_is_read_while_it_is_written_is_refused():
     memory = torch.randn(42)
     with pytest.raises(D4SError, match="base shares memory with weight"):
         ops.write_back_(memory[6:].view(6, 6), memory[:36].view(6, 6), keys)
+    numbers = np.zeros((6, 6), dtype=np.float32)  # one memory, two storages
+    with pytest.raises(D4SError, match="keys shares memory with moment"):
+        ops.accumulate_key_covariance_(torch.from_numpy(numbers), torch.from_numpy(numbers))
     wanted = (square.double() + keys.double()).float()
     ops.write_back_(square, square, keys)  # the same elements
     assert torch.equal(square, wanted)
@@ -416,7 +426,64 @@ def test_l1_norms_do_not_overflow_where_the_sum_does_not(device):
 
 
 def test_l1_norms_refuse_what_is_no_weight():
-    with pytest.raises(D4SError, match="weight is"):
+    with pytest.raises(D4SError, match=r"weights\[1\] is int32"):
         ops.l1_norms([torch.ones(3), torch.ones(3, dtype=torch.int32)])
-    with pytest.raises(D4SError, match="meta"):
+    with pytest.raises(D4SError, match=r"weights\[1\] is on meta"):
         ops.l1_norms([torch.ones(3), torch.ones(3, device="meta")])
+
+
+# every op
+
+
+@pytest.fixture(scope="module")
+def cases_of_foreign_tensors() -> list[str]:
+    """What foreign_tensors.py prints."""
+    child = subprocess.run(
+        [sys.executable, foreign_tensors.__file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.returncode == 0, child.stderr
+    return child.stdout.splitlines()
+
+
+@pytest.mark.parametrize("op", foreign_tensors.arguments_that_fit())
+def test_tensors_that_are_not_plain_memory_are_refused_by_name(cases_of_foreign_tensors, op):
+    own = [line.removeprefix(f"{op}: ") for line in cases_of_foreign_tensors if line.startswith(f"{op}: ")]
+    assert [case for case in own if not case.endswith(": refused")] == ["done"]
+    tried = {case.split(", ")[1].removesuffix(": refused") for case in own[:-1]}
+    # Other layouts torch may lose.
+    assert tried >= {"sparse", "csr", "mkldnn", "jagged", "meta", "fake", "a wrapper", "vmap", "emptied"}
+    assert tried >= {"torch.int64", "torch.complex64", "torch.float8_e4m3fn"}
+
+
+@pytest.mark.parametrize("mode", ["none", "fake", "inference", "autocast", "vmap", "grad", "functionalize"])
+def test_modes_of_torch_do_not_come_between_the_ops_and_memory(device, mode):
+    keys, weight = torch.randn(2, 4, 4, device=device)
+    mask, residual_sum, prior = keys[:, 0] < 9, keys[None], torch.eye(4, device=device)[None]
+    moment, written = torch.zeros(2, 4, 4, device=device)
+
+    def results() -> list[torch.Tensor]:
+        assert ops.accumulate_key_covariance_(moment, keys, mask) == 4
+        ops.symmetrize_(moment)
+        delta = ops.closed_form(residual_sum, prior, prior)
+        return [moment, delta, written, *ops.write_back_(written, weight, keys), ops.l1_norms([weight, keys])]
+
+    truth = [value.clone() for value in results()]
+    for value in (moment, written):
+        value.zero_()
+    found: list[torch.Tensor] = []
+    if mode in ("vmap", "grad", "functionalize"):
+        transform = torch.vmap if mode == "vmap" else getattr(torch.func, mode)
+        transform(lambda x: (x.sum(), found.extend(results()))[0])(torch.ones(2, device=device))
+    else:
+        modes = {
+            "none": nullcontext(),
+            "fake": FakeTensorMode(),
+            "inference": torch.inference_mode(),
+            "autocast": torch.autocast(device.type, dtype=torch.bfloat16),
+        }
+        with modes[mode]:
+            found = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
