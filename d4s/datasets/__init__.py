@@ -79,9 +79,10 @@ def load_edits(
     skip_bad: leave out records that cannot be read, with one warning in the log, instead of stopping at the
               first. Of a file that was cut off, the complete records are read.
     skipped:  a list that receives one line for each record left out
-    zsre_target: what edits of zsRE write. "alt", the default: the made-up answer, as EasyEdit and the D4S paper do,
-              with the true one as `target_true`. "answer": the true one, as ROME and MEMIT do, with a "?" behind
-              the unrelated question, as they ask it, and without what would follow from the made-up answer
+    zsre_target: what edits of zsRE write. "alt", the default: the made-up answer, as EasyEdit does and all
+              figures of this project do, with the true one as `target_true`. "answer": the true one, as ROME and
+              MEMIT do, with a "?" behind the unrelated question, as they ask it, and without what would follow
+              from the made-up answer
 
     Every edit's `tags` say where it comes from: 'source' is the format, 'case' the record (the data's own
     case number where it has one). Ids are unique: in the published sets, where the same fact occurs more

@@ -101,7 +101,10 @@ def texts(record: Fields, path: str) -> tuple[str, ...]:
 
 def objects(record: Fields, path: str) -> list[Fields]:
     """The list of objects at a dotted path."""
-    value = fetch(record, path)
+    return _objects(fetch(record, path), path)
+
+
+def _objects(value: Any, path: str) -> list[Fields]:
     if not isinstance(value, list):
         raise FieldError(f"field {path!r} must be a list of objects, not {type(value).__name__}")
     for i, item in enumerate(value):
@@ -126,7 +129,7 @@ def questions(record: Fields, part: str, kind: str) -> tuple[Question, ...]:
     elif isinstance(value, Mapping):
         groups = {"": value} if _prompt_name(value) else value
     else:
-        raise FieldError(f"field {part!r} must be an object of lists, not {type(value).__name__}")
+        raise FieldError(f"field {part!r} must be an object or a list of objects, not {type(value).__name__}")
     return tuple(
         question
         for name, group in groups.items()
@@ -135,31 +138,29 @@ def questions(record: Fields, part: str, kind: str) -> tuple[Question, ...]:
 
 
 def _group(value: Any, path: str, kind: str) -> list[Question]:
-    if isinstance(value, Mapping) and isinstance(value.get(_prompt_name(value) or ""), list):
-        prompts = value[_prompt_name(value)]
-        found = value.get(_answer_name(value), [None] * len(prompts))
-        if not isinstance(found, list) or len(found) != len(prompts):
-            raise FieldError(f"field {path!r} must have as many answers as prompts, {len(prompts)}")
-        value = [{"prompt": p, "ground_truth": a} for p, a in zip(prompts, found, strict=True)]
-    if isinstance(value, Mapping):
-        value = [value]
+    if isinstance(value, Mapping) and (name := _prompt_name(value)) is not None:
+        value = _rows_of_columns(value, name, path) if isinstance(value[name], list) else [value]
     made = []
-    for i, entry in enumerate(objects({"entries": value}, "entries") if isinstance(value, list) else [None]):
-        if entry is None or _prompt_name(entry) is None:
-            raise FieldError(
-                f"field {path!r} must be a list of objects with 'prompt' and 'ground_truth'"
-                + (
-                    f"; number {i + 1} has no 'prompt'"
-                    if entry is not None
-                    else f", not {type(value).__name__}"
-                )
-            )
+    for i, entry in enumerate(_objects(value, path)):
+        name = _prompt_name(entry)
+        if name is None:
+            raise FieldError(f"field '{path}[{i}].prompt' is missing")
         try:
-            prompt = text(entry, _prompt_name(entry) or "")
-            made.append(Question(prompt, answers(entry, _answer_name(entry)), kind))
+            if name == "loc":
+                fetch(entry, "loc_ans")
+            made.append(Question(text(entry, name), answers(entry, _answer_name(entry)), kind))
         except FieldError as error:
-            raise FieldError(f"{path!r}, number {i + 1}: {error}") from None
+            raise FieldError(f"{error} (in '{path}[{i}]')") from None
     return made
+
+
+def _rows_of_columns(value: Fields, prompt_name: str, path: str) -> list[Fields]:
+    """One object with a list of prompts and a list of answers, as a list of objects."""
+    prompts, name = value[prompt_name], _answer_name(value)
+    found = value.get(name)
+    if not isinstance(found, list) or len(found) != len(prompts):
+        raise FieldError(f"field '{path}.{name}' must be a list of {len(prompts)} answers, one a prompt")
+    return [{prompt_name: p, name: a} for p, a in zip(prompts, found, strict=True)]
 
 
 def _prompt_name(entry: Fields) -> str | None:
