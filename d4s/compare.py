@@ -361,7 +361,7 @@ class _Kept:
         for name, value in wanted.items():
             if stored.get(name) != value:
                 raise ConfigError(
-                    f"{folder} holds a comparison with other {name} ({stored.get(name)!r} there, {value!r} here); "
+                    f"{folder} holds a comparison with other {name} ({_short(stored.get(name))} there, {_short(value)} here); "
                     "name a new folder, or ask for the same"
                 )
 
@@ -376,6 +376,11 @@ class _Kept:
                 f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
             )
         return record
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:

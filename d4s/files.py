@@ -78,11 +78,12 @@ def digest(parts: Iterable[bytes | bytearray | memoryview]) -> str:
 
 
 def write_json(record: Mapping[str, Any], path: str | os.PathLike[str], indent: int | None = None) -> None:
-    """UTF-8 JSON, whole or not at all, with a field "digest" in front.
+    """JSON, whole or not at all, with a field "digest" in front.
 
     It is the `digest` of all the file's bytes, in which the 64 digits themselves stand as zeros.
     """
-    text = json.dumps({"digest": f"sha256:{_DIGITS}", **record}, ensure_ascii=False, indent=indent)
+    # In ASCII, which spells everything that a text may hold, half of a surrogate pair in an error's text too.
+    text = json.dumps({"digest": f"sha256:{_DIGITS}", **record}, indent=indent)
     write_text(text.replace(f"sha256:{_DIGITS}", digest([text.encode()]), 1), path)
 
 
