@@ -81,7 +81,9 @@ def _load_edits(options: argparse.Namespace) -> list[Any]:
         return demo.load_demo_edits(options.limit)
     from d4s.datasets import load_edits
 
-    return load_edits(options.edits, limit=options.limit, skip_bad=options.skip_bad)
+    return load_edits(
+        options.edits, limit=options.limit, skip_bad=options.skip_bad, zsre_target=options.zsre_target
+    )
 
 
 def _config(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -530,6 +532,12 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--limit", type=_count, help="take the first LIMIT edits")
             made.add_argument(
                 "--skip-bad", action="store_true", help="leave wrong records out, and list them"
+            )
+            made.add_argument(
+                "--zsre-target",
+                choices=("alt", "answer"),
+                default="alt",
+                help="zsRE: write the made-up answer, as EasyEdit (default), or the true one, as ROME and MEMIT",
             )
         return made
 

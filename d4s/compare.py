@@ -360,8 +360,9 @@ class _Kept:
             files.as_json(files.as_object(stored, "it"), "it")
         for name, value in wanted.items():
             if stored.get(name) != value:
+                there, here = _short(stored.get(name)), _short(value)
                 raise ConfigError(
-                    f"{folder} holds a comparison with other {name} ({_short(stored.get(name))} there, {_short(value)} here); "
+                    f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
                     "name a new folder, or ask for the same"
                 )
 

@@ -133,8 +133,8 @@ class Record:
             record = Record(
                 files.as_text(stored["method"], "method"),
                 files.as_json(files.as_object(stored["config"], "config"), "config"),
-                _rows(stored["history"], "history", counts=("step",), needed=("l1_growth", "edit_seconds")),
-                _rows(stored["edits_table"], "edits_table", texts=("id",), counts=("step",)),
+                _rows(stored["history"], "history", needed=("step", "l1_growth", "edit_seconds")),
+                _rows(stored["edits_table"], "edits_table", needed=("id", "step")),
                 [
                     _evaluation(one, f"evaluations[{i}]")
                     for i, one in enumerate(files.as_list(stored["evaluations"], "evaluations"))
@@ -150,27 +150,25 @@ def _rows(
     value: Any,
     place: str,
     *,
-    texts: Collection[str] = (),
-    counts: Collection[str] = (),
-    needed: Collection[str] = (),
+    needed: Collection[str],
     evaluated: bool = False,
 ) -> list[dict[str, Any]]:
     """Stored rows of figures. Null is a figure that was not finite: NaN in a history, and left null in an evaluation.
 
-    texts, counts, needed: columns of texts, of whole numbers and of figures that every row must have
+    needed: columns that every row must have; of all columns, id and kind are texts, step and count whole numbers
     evaluated: rows of an evaluation, where a cell may be a list of figures
     """
     rows = []
     for i, row in enumerate(files.as_list(value, place)):
         cells: dict[str, Any] = {}
-        for name in (*texts, *counts, *needed):
+        for name in needed:
             if name not in files.as_object(row, f"{place}[{i}]"):
                 raise files.WrongType(f"{place}[{i}] has no {name!r}")
         for name, cell in files.as_object(row, f"{place}[{i}]").items():
             at = f"{place}[{i}], {shown(name)}"
-            if name in texts:
+            if name in ("id", "kind"):
                 cells[name] = files.as_text(cell, at)
-            elif name in counts:
+            elif name in ("step", "count"):
                 cells[name] = files.as_count(cell, at)
             elif evaluated and isinstance(cell, list):
                 cells[name] = [files.as_number(one, at) for one in cell]
@@ -185,13 +183,13 @@ def _evaluation(value: Any, place: str) -> Evaluation:
     metrics = {}
     for name, metric in files.as_object(stored.get("metrics"), f"{place}.metrics").items():
         at = f"{place}.metrics, {shown(name)}"
-        (figures,) = _rows([metric], at, counts=("count",), needed=("mean", "low", "high"))
+        (figures,) = _rows([metric], at, needed=("mean", "low", "high", "count"))
         if len(figures) > 4:
             raise files.WrongType(f"{at} has more than mean, low, high and count")
         metrics[name] = Metric(**figures)
     notes = files.as_list(stored.get("notes"), f"{place}.notes")
     return Evaluation(
-        _rows(stored.get("rows"), f"{place}.rows", texts=("id", "kind"), evaluated=True),
+        _rows(stored.get("rows"), f"{place}.rows", needed=("id",), evaluated=True),
         metrics,
         tuple(files.as_text(note, f"{place}.notes") for note in notes),
     )

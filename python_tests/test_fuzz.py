@@ -34,7 +34,7 @@ WORDY = 6_000  # characters that an error may have: a format that is not known l
 
 
 class Reader(NamedTuple):
-    """make: writes a whole input to the path; read: reads it; guarded: by a digest, so that a changed byte is an error"""
+    """make: writes a whole input to the path; read: reads it; guarded: by a digest, so a changed byte is an error"""
 
     make: Callable[[Path], object]
     read: Callable[[Path], object]
