@@ -155,7 +155,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Stored rows of figures. Null is a figure that was not finite: NaN in a history, and left null in an evaluation.
 
-    needed: columns that every row must have; of all columns, id and kind are texts, step and count whole numbers
+    needed: columns that every row must have; of these id is a text, step and count are whole numbers
     evaluated: rows of an evaluation, where a cell may be a list of figures
     """
     rows = []
@@ -166,9 +166,9 @@ def _rows(
                 raise files.WrongType(f"{place}[{i}] has no {name!r}")
         for name, cell in files.as_object(row, f"{place}[{i}]").items():
             at = f"{place}[{i}], {shown(name)}"
-            if name in ("id", "kind"):
+            if (name == "id" and name in needed) or (name == "kind" and evaluated):
                 cells[name] = files.as_text(cell, at)
-            elif name in ("step", "count"):
+            elif name in ("step", "count") and name in needed:
                 cells[name] = files.as_count(cell, at)
             elif evaluated and isinstance(cell, list):
                 cells[name] = [files.as_number(one, at) for one in cell]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from workbench import EDITS, bench_of, editor_of
 
 from d4s.edits import Edit
 from d4s.methods import method_for
-from d4s.methods.d4s import D4SEditor
+from d4s.methods.d4s import D4SEditor, _fact, _told
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -48,3 +49,12 @@ def test_a_sentence_about_another_subject_is_another_fact(anchor, seed):
         assert len(editor.held) == (2 if replaces else 0)
     for layer, delta in deltas[0].items():
         assert torch.equal(delta, deltas[1][layer])
+
+
+def test_a_held_fact_keeps_what_stands_before_its_target():
+    for prefix in (None, "", "\n"):
+        edit = Edit("{} costs $", "Bread", "20", target_prefix=prefix)
+        held = _fact(*json.loads(json.dumps(_told(edit))))
+        assert held.target(held.target_new) == edit.target(edit.target_new) and held.text == edit.text
+    earlier = _fact("{} costs", "Bread", "20")  # a state that was stored before there was a prefix
+    assert earlier.target_prefix is None
