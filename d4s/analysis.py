@@ -29,6 +29,7 @@ from d4s.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plo
 from d4s.questions import AnswerPool, question_forms
 from d4s.scoring import perplexity, score
 from d4s.sequence import Record
+from d4s.spacing import Target, continuation
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -66,16 +67,16 @@ class Retained:
                 "not to be made (facts=…), or a larger set of edits"
             )
         pool = AnswerPool(known)
-        self.questions: list[tuple[str, tuple[str, ...]]] = []
+        self.questions: list[tuple[str, tuple[Target, ...]]] = []
         for fact in known:
             wrong = pool.draw(fact, 3, random.Random(f"{seed}/{fact.id}"))
             right = fact.target_true or ""
             options = dict.fromkeys([right, fact.target_new, *wrong])
-            self.questions.append((fact.text, tuple(options)))
+            self.questions.append((fact.text, tuple(map(fact.target, options))))
         self.texts = (
             list(texts)
             if texts is not None
-            else [f"{text} {options[0]}." for text, options in self.questions]
+            else [f"{text}{continuation(text, options[0])}." for text, options in self.questions]
         )
 
     @property
@@ -130,7 +131,7 @@ def target_surprise(model: Any, tokenizer: Any, edits: Sequence[Edit], seed: int
     (perplexity.low, .high); perplexity_mean: the mean of the edits' own perplexities, which the few most
     surprising targets decide.
     """
-    found = score(model, tokenizer, [(edit.text, (edit.target_new,)) for edit in edits])
+    found = score(model, tokenizer, [(edit.text, (edit.target(edit.target_new),)) for edit in edits])
     nll = numpy.array([scores[0].nll for scores in found])
     draws = numpy.random.default_rng(seed).integers(len(nll), size=(RESAMPLES, len(nll)))
     low, high = numpy.percentile(nll[draws].mean(1), [2.5, 97.5])

@@ -52,7 +52,9 @@ def _load_edits(options: argparse.Namespace) -> list[Any]:
         return demo.load_demo_edits(options.limit)
     from d4s.datasets import load_edits
 
-    return load_edits(options.edits, limit=options.limit, skip_bad=options.skip_bad)
+    return load_edits(
+        options.edits, limit=options.limit, skip_bad=options.skip_bad, zsre_target=options.zsre_target
+    )
 
 
 def _config(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -177,8 +179,8 @@ def demo(options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     from d4s.covariance import fingerprint_of
-    from d4s.kept import bytes_of
     from d4s.methods import METHODS
+    from d4s.saving import bytes_of
     from d4s.sequence import Result, edit_sequence
 
     if _is_unsaved(options.out):
@@ -233,7 +235,7 @@ def _save(result: Any, unedited: str, out: Path) -> None:
     Raises D4SError that says what is kept, if any of it cannot be written.
     """
     from d4s.files import write_table
-    from d4s.kept import save_changes
+    from d4s.saving import save_changes
 
     failed: list[str] = []
 
@@ -279,7 +281,7 @@ def _is_unsaved(out: Path) -> bool:
 
 def _save_again(options: argparse.Namespace) -> None:
     """The model of a sequence that has ended, from what changed in it; no edit is made."""
-    from d4s.kept import bytes_of, load_changes_
+    from d4s.saving import bytes_of, load_changes_
 
     out = options.out
     model, tokenizer = _load_model(options)
@@ -634,6 +636,12 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--limit", type=_count, help="take the first LIMIT edits")
             made.add_argument(
                 "--skip-bad", action="store_true", help="leave wrong records out, and list them"
+            )
+            made.add_argument(
+                "--zsre-target",
+                choices=("alt", "answer"),
+                default="alt",
+                help="zsRE: write the made-up answer, as EasyEdit (default), or the true one, as ROME and MEMIT",
             )
         return made
 

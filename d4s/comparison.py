@@ -15,10 +15,11 @@ from urllib.parse import quote
 
 import torch
 
+from d4s import files
 from d4s.architectures import Anatomy, Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit
-from d4s.errors import ConfigError, D4SError, DataError, ModelError
+from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import write_table, write_text
 from d4s.methods import Method, method_for
 from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
@@ -359,21 +360,20 @@ class _Kept:
         self.folder = folder
         path = folder / "settings.json"
         wanted = json.loads(json.dumps(settings))
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ConfigError(
-                    f"{folder}: already holds something else; name a new or empty folder"
-                ) from None
+                raise ConfigError(f"{folder}: already holds something else; name a new or empty folder")
             write_text(json.dumps(wanted, indent=1), path)
             return
-        except ValueError as error:
-            raise DataError(f"{path}: not what a comparison wrote ({error})") from None
+        data = files.read_bytes(path, "the settings of a comparison")
+        stored = files.parse_json(data.decode("utf-8", "replace"), f"{path}: not what a comparison wrote")
+        with files.checking(path, "a comparison"):
+            files.as_json(files.as_object(stored, "it"), "it")
         for name, value in wanted.items():
             if stored.get(name) != value:
+                there, here = _short(stored.get(name)), _short(value)
                 raise ConfigError(
-                    f"{folder} holds a comparison with other {name} ({stored.get(name)!r} there, {value!r} here); "
+                    f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
                     "name a new folder, or ask for the same"
                 )
 
@@ -388,6 +388,11 @@ class _Kept:
                 f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
             )
         return record
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:

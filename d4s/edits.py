@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from d4s.errors import EditError, unknown_name
+from d4s.errors import EditError, shown, unknown_name
+from d4s.spacing import Target, opened, target_of
 
 Kind = Literal["completion", "question", "statement"]
 
@@ -20,26 +22,35 @@ class Question:
     answers: different texts, any of them right; the first is the one to show. Empty: none is known, so only
              a comparison with the unedited model's own answer makes sense (unaffected statements).
     kind:    what the question probes, in the dataset's terms ("multi_hop", "relation_specificity", …)
+    target_prefix: what stands between prompt and answer, as in `Edit`
     Raises EditError if a field has the wrong type or is blank.
     """
 
     prompt: str
     answers: tuple[str, ...] = ()
     kind: str = ""
+    target_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"question {self.prompt!r}"
-        object.__setattr__(self, "prompt", _text(self.prompt, "prompt", where).rstrip())
+        where = f"question {shown(self.prompt)}"
+        object.__setattr__(self, "target_prefix", _prefix(self.target_prefix, where))
+        prompt = _text(self.prompt, "prompt", where)
+        object.__setattr__(self, "prompt", opened(prompt, self.target_prefix))
         answers = (
             _text(answer, f"answers[{i}]", where).strip()
             for i, answer in enumerate(_items(self.answers, "answers", where))
         )
         object.__setattr__(self, "answers", tuple(dict.fromkeys(answers)))
-        if not isinstance(self.kind, str):
-            raise EditError(f"{where}: 'kind' must be text, not {type(self.kind).__name__}")
+        if self.kind != "":
+            _text(self.kind, "kind", where)
+
+    def target(self, text: str) -> Target:
+        """An answer as it is scored after this prompt."""
+        return target_of(text, self.target_prefix)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "answers": list(self.answers), "kind": self.kind}
+        record: dict[str, Any] = {"prompt": self.prompt, "answers": list(self.answers), "kind": self.kind}
+        return record if self.target_prefix is None else record | {"target_prefix": self.target_prefix}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Question:
@@ -69,8 +80,13 @@ class Edit:
                      open sentences without a known old answer; "statement": the prompt is a whole sentence
                      and the target 'True' or 'False'
     tags:            where the edit comes from: 'source' names the format, 'case' the record it stands in
+    target_prefix:   what stands between every prompt and its target, as "" in 'costs ${}', "\n" or "    "; None:
+                     one space, but none where the prompt ends in a line break, a tab, an opening bracket or a
+                     currency sign, none before % or closing punctuation, and none between scripts that are
+                     written without (`d4s.spacing.joint`). Questions carry their own.
 
-    Lists become tuples. Blanks at the end of prompts are cut, since one blank joins prompt and target.
+    Lists become tuples. Texts are kept in Unicode's composed form (NFC), so that two spellings of one name are one.
+    Spaces at the end of prompts that the target's own would double are cut; line breaks and tabs stay.
     Raises EditError if a field is missing, blank, of the wrong type, or contradicts another.
     """
 
@@ -89,24 +105,26 @@ class Edit:
     relation: str | None = None
     kind: Kind = "completion"
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)
+    target_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        where = f"edit of {self.subject!r}"
+        where = f"edit of {shown(self.subject)}"
 
         def keep(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
+        keep("target_prefix", _prefix(self.target_prefix, where))
         keep("subject", _text(self.subject, "subject", where).strip())
         if "{}" in self.subject:
             raise EditError(f"{where}: 'subject' contains '{{}}', which only 'prompt' may")
-        keep("prompt", _template(self.prompt, where))
+        keep("prompt", _template(self.prompt, where, self.target_prefix))
         keep("target_new", _text(self.target_new, "target_new", where).strip())
         if self.target_true is not None:
             keep("target_true", _text(self.target_true, "target_true", where).strip())
         if self.relation is not None:
             _text(self.relation, "relation", where)
         for name in ("paraphrases", "neighborhood", "attribute", "generation"):
-            keep(name, _full_texts(getattr(self, name), name, where))
+            keep(name, _full_texts(getattr(self, name), name, where, self.target_prefix))
         references = _items(self.reference_texts, "reference_texts", where)
         keep(
             "reference_texts",
@@ -121,22 +139,30 @@ class Edit:
                         f"not {type(question).__name__}"
                     )
             keep(name, questions)
+        if not isinstance(self.kind, str):
+            raise EditError(f"{where}: 'kind' must be text, not {type(self.kind).__name__}")
         if self.kind not in get_args(Kind):
-            raise EditError(f"{where}: {unknown_name('kind', str(self.kind), get_args(Kind))}")
+            raise EditError(f"{where}: {unknown_name('kind', self.kind, get_args(Kind))}")
         if self.kind != "question" and self.target_new == self.target_true:
             raise EditError(
-                f"{where}: 'target_new' and 'target_true' are both {self.target_new!r}; "
+                f"{where}: 'target_new' and 'target_true' are both {shown(self.target_new)}; "
                 f"a {self.kind} edit is scored by comparing them, so they must differ"
             )
         keep("tags", _tags(self.tags, where))
         if not isinstance(self.id, str):
             raise EditError(f"{where}: 'id' must be text, not {type(self.id).__name__}")
-        keep("id", self.id.strip() or _content_hash(self.prompt, self.subject, self.target_new))
+        _encodable(self.id, "id", where)
+        own = () if self.target_prefix is None else (self.target_prefix,)
+        keep("id", self.id.strip() or _content_hash(self.prompt, self.subject, self.target_new, *own))
 
     @property
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return self.prompt.replace("{}", self.subject)
+
+    def target(self, text: str) -> Target:
+        """A target as it is scored after one of this edit's prompts."""
+        return target_of(text, self.target_prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values that `from_dict` turns back into an equal edit; empty fields are left out."""
@@ -157,7 +183,7 @@ class Edit:
         Raises EditError on a missing or unknown field, and whatever the constructor refuses.
         """
         values = {k: v for k, v in _known_fields(cls, record, "edit").items() if v is not None}
-        if isinstance(values.get("id"), int):
+        if isinstance(values.get("id"), int) and not isinstance(values["id"], bool):
             values["id"] = str(values["id"])
         for name in ("locality", "portability"):
             if isinstance(values.get(name), (list, tuple)):
@@ -244,6 +270,10 @@ def _text(value: object, name: str, where: str) -> str:
         raise EditError(f"{where}: {name!r} must be text, not {type(value).__name__}")
     if not value or value.isspace():
         raise EditError(f"{where}: {name!r} is empty")
+    return unicodedata.normalize("NFC", _encodable(value, name, where))
+
+
+def _encodable(value: str, name: str, where: str) -> str:
     if not value.isascii():
         try:
             value.encode()
@@ -254,30 +284,41 @@ def _text(value: object, name: str, where: str) -> str:
     return value
 
 
+def _prefix(value: object, where: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise EditError(f"{where}: 'target_prefix' must be text or None, not {type(value).__name__}")
+    return unicodedata.normalize("NFC", _encodable(value, "target_prefix", where))
+
+
 def _items(value: object, name: str, where: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise EditError(f"{where}: {name!r} must be a list, not {type(value).__name__}")
     return tuple(value)
 
 
-def _full_texts(value: object, name: str, where: str) -> tuple[str, ...]:
-    texts = tuple(_text(t, f"{name}[{i}]", where).rstrip() for i, t in enumerate(_items(value, name, where)))
+def _full_texts(value: object, name: str, where: str, target_prefix: str | None) -> tuple[str, ...]:
+    texts = tuple(
+        opened(_text(t, f"{name}[{i}]", where), target_prefix)
+        for i, t in enumerate(_items(value, name, where))
+    )
     for i, text in enumerate(texts):
         if "{}" in text:
-            raise EditError(f"{where}: {name}[{i}] is {text!r}; write the full text, without '{{}}'")
+            raise EditError(f"{where}: {name}[{i}] is {shown(text)}; write the full text, without '{{}}'")
     return texts
 
 
-def _template(value: object, where: str) -> str:
-    prompt = _text(value, "prompt", where).rstrip()
+def _template(value: object, where: str, target_prefix: str | None) -> str:
+    prompt = opened(_text(value, "prompt", where), target_prefix)
     count = prompt.count("{}")
     if count == 0:
         raise EditError(
-            f"{where}: 'prompt' has no '{{}}' for the subject: {prompt!r}. "
+            f"{where}: 'prompt' has no '{{}}' for the subject: {shown(prompt)}. "
             "Write '{}' where the subject stands, as in 'The mother tongue of {} is'"
         )
     if count > 1:
-        raise EditError(f"{where}: 'prompt' has {count} '{{}}', one is right: {prompt!r}")
+        raise EditError(f"{where}: 'prompt' has {count} '{{}}', one is right: {shown(prompt)}")
     return prompt
 
 
@@ -286,7 +327,9 @@ def _tags(value: object, where: str) -> dict[str, str]:
         raise EditError(f"{where}: 'tags' must map names to texts, not be a {type(value).__name__}")
     for name, text in value.items():
         if not isinstance(name, str) or not isinstance(text, str):
-            raise EditError(f"{where}: tags[{name!r}] must be text, not {type(text).__name__}")
+            raise EditError(f"{where}: tags[{shown(name)}] must be text, not {type(text).__name__}")
+        _encodable(name, "tags", where)
+        _encodable(text, f"tags[{shown(name)}]", where)
     return dict(value)
 
 

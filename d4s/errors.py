@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_SHOWN = 100
+
 
 class D4SError(Exception):
     """Base of every error that d4s raises on purpose."""
@@ -45,6 +47,17 @@ class ExtensionError(D4SError, ImportError):
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Text for a failed look-up: what was asked for, the nearest known name, and all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:_LONGEST_SHOWN], known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."
+    return f"unknown {what} {shown(name)}.{hint} Known: {', '.join(known)}."
+
+
+def shown(value: object) -> str:
+    """A value as an error names it: text, its beginning where it is long, and of anything else a number or its type."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]!r}…"
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int) and value.bit_length() < 64:
+        return repr(value)
+    return f"a value of type {type(value).__name__}"

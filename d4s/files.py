@@ -1,20 +1,33 @@
-"""Files and folders that are there whole or not at all, and places for them, looked at before the work begins."""
+"""Files and folders that are there whole or not at all, places for them, and what is read back from them with care."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from d4s.errors import DataError, shown
+
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+logger = logging.getLogger("d4s.files")
+
+MOST_BYTES = 4 << 30  # of a text that is read: more is no list of edits, and would not fit into memory
+_DIGEST = re.compile(rb'\{\s*"digest": "sha256:([^"]*)"')
+_DIGITS = "0" * 64
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -77,3 +90,170 @@ def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
     """CSV without the index, whole or not at all."""
     with whole(path) as beside:
         table.to_csv(beside, index=False)
+
+
+def digest(parts: Iterable[bytes | bytearray | memoryview]) -> str:
+    """ "sha256:" and 64 hex digits of the parts in their order, each with its length before it: neither a changed bit
+    nor a moved border between two parts leaves it as it was."""
+    found = hashlib.sha256()
+    for part in parts:
+        view = memoryview(part)
+        found.update(view.nbytes.to_bytes(8, "little"))
+        found.update(view)
+    return f"sha256:{found.hexdigest()}"
+
+
+def write_json(record: Mapping[str, Any], path: str | os.PathLike[str], indent: int | None = None) -> None:
+    """JSON, whole or not at all, with a field "digest" in front.
+
+    It is the `digest` of all the file's bytes, in which the 64 digits themselves stand as zeros.
+    """
+    # In ASCII, which spells everything that a text may hold, half of a surrogate pair in an error's text too.
+    text = json.dumps({"digest": f"sha256:{_DIGITS}", **record}, indent=indent)
+    write_text(text.replace(f"sha256:{_DIGITS}", digest([text.encode()]), 1), path)
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    writer: str,
+    format: str,
+    fields: Iterable[str],
+    later: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The JSON object that `write_json` wrote, checked against its digest.
+
+    writer, format, fields: whose file it must be, what its field "format" says, and its other fields: all of them,
+        and no more; later: fields that earlier versions did not write
+    A file without a digest, as earlier versions wrote them, is read, with a line in the log.
+    Raises DataError for a file that cannot be read, is no such object, or has changed since it was written.
+    """
+
+    def wrong(reason: str) -> DataError:
+        return DataError(f"{path}: not what {writer} wrote ({reason}); its format is {format!r}")
+
+    data = read_bytes(path, f"what {writer} writes")
+    try:
+        record = parse_json(data.decode(), "it")
+    except UnicodeDecodeError as error:
+        raise wrong(f"byte {error.start} is 0x{data[error.start]:02x}: not UTF-8 text") from None
+    except DataError as error:
+        raise wrong(str(error)) from None
+    if not isinstance(record, dict):
+        raise wrong(f"it is no object with fields but {shown(record)}")
+    if record.get("format") != format:
+        raise wrong(f"its format is {shown(record.get('format'))}")
+    if (stored := record.pop("digest", None)) is not None:
+        place = _DIGEST.match(data)
+        zeroed = None if place is None else data[: place.start(1)] + _DIGITS.encode() + data[place.end(1) :]
+        if zeroed is None or stored != digest([zeroed]):
+            raise DataError(
+                f"{path}: has changed since {writer} wrote it: its content does not have its digest. Get the file "
+                'again; if it was you who changed it, take its field "digest" out'
+            )
+    expected = {"format", *fields}
+    for name in record:
+        if name not in expected and name not in later:
+            raise wrong(f"it has the field {shown(name)}")
+    for name in expected:
+        if name not in record:
+            raise wrong(f"it has no field {name!r}")
+    if stored is None:
+        logger.info("%s: has no digest, so it is not checked that it is as it was written", path)
+    return record
+
+
+@contextmanager
+def checking(path: str | os.PathLike[str], writer: str) -> Iterator[None]:
+    """Around what looks into a stored record: a WrongType becomes a DataError that names the file."""
+    try:
+        yield
+    except WrongType as error:
+        raise DataError(f"{path}: not what {writer} wrote ({error})") from None
+
+
+class WrongType(Exception):
+    """A value of a stored record that is of another type than it was written with."""
+
+
+def as_list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise WrongType(f"{place} must be a list, not {shown(value)}")
+    return value
+
+
+def as_object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise WrongType(f"{place} must be an object with fields, not {shown(value)}")
+    return value
+
+
+def as_text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise WrongType(f"{place} must be text, not {shown(value)}")
+    return value
+
+
+def as_count(value: Any, place: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise WrongType(f"{place} must be a whole number from 0 on, not {shown(value)}")
+    return value
+
+
+def as_number(value: Any, place: str) -> float | int | None:
+    """A number, or None, which stands for one that was not finite."""
+    if value is None or isinstance(value, float):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+        return value
+    raise WrongType(f"{place} must be a number, not {shown(value)}")
+
+
+def as_json(value: Any, place: str, deepest: int = 20) -> Any:
+    """Any JSON value that is not nested more deeply than a configuration is."""
+    if deepest == 0:
+        raise WrongType(f"{place} is nested too deeply")
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        as_json(one, place, deepest - 1)
+    return value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises DataError, in one line that begins with `where`, for whatever is wrong with it.
+
+    That includes what Python's own parser has other errors for: nesting too deep and numbers of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{where}: not readable JSON: nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{where}: not readable JSON: a number of thousands of digits") from None
+
+
+def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
+    """All bytes of a regular file, of which at most `MOST_BYTES`.
+
+    what: what was expected, for the message: "a list of edits"
+    Raises DataError for anything else: a pipe or device has no end, and waiting for it would be a hang.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{path}: this is a folder; name the file with {what} in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: is a pipe or a device; save {what} to a file and name that")
+        if status.st_size > MOST_BYTES:
+            raise DataError(f"{path}: has more than {MOST_BYTES >> 30} GiB, too much for {what}; divide it")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or error  # a name with a null character is a ValueError
+        raise DataError(f"{os.fspath(path)!r}: cannot be read: {reason}") from None

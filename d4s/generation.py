@@ -148,7 +148,7 @@ def says(written: Written, answers: Iterable[str]) -> bool:
     A model that has answered may go on with another sentence, so the text up to the end of any of its
     sentences may match too. Text cut off by the token limit counts only up to its last sentence's end.
     """
-    sentences = [match.start() for match in re.finditer(r"[.!?;](?=\s|$)", written.text)]
+    sentences = [match.start() for match in re.finditer(r"[.!?;](?=\s|$)|[。！？；]", written.text)]
     candidates = {normalised(written.text[:end]) for end in sentences}
     if written.ended:
         candidates.add(normalised(written.text))
@@ -158,11 +158,10 @@ def says(written: Written, answers: Iterable[str]) -> bool:
 
 def normalised(text: str) -> str:
     """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250)."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join(" " if c in string.punctuation else c for c in text)
-    words = text.split()
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(" " if c in string.punctuation or c in "。、" else c for c in folded).split()
     without_articles = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(without_articles or words)  # "A" may be the answer
+    return " ".join(without_articles or words or folded.split())  # "A" may be the answer, or "%"
 
 
 def _words(text: str) -> list[str]:

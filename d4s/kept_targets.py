@@ -20,6 +20,7 @@ from d4s.targets import TargetConfig, Targets
 from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-targets-1"
+Fact = tuple[str, str, str, str | None]
 _PARTS = ("start", "delta", "first_probability", "last_probability")
 
 
@@ -58,7 +59,7 @@ class KeptTargets:
 
     def __init__(self, identity: dict[str, str] | None = None) -> None:
         self.identity = identity
-        self._rows: dict[tuple[str, ...], int] = {}
+        self._rows: dict[Fact, int] = {}
         self._parts: list[Targets] = []
 
     def __len__(self) -> int:
@@ -116,7 +117,8 @@ class KeptTargets:
             raise DataError(f"{path}: damaged: what it holds is not what was written (its digest differs)")
         try:
             kept = KeptTargets(json.loads(file.facts["identity"]))
-            kept._rows = {tuple(fact): i for i, fact in enumerate(json.loads(file.facts["edits"]))}
+            facts = json.loads(file.facts["edits"])
+            kept._rows = {(prompt, *rest): i for i, (prompt, *rest) in enumerate(facts)}
             kept._parts = [Targets(*(file.tensors[name] for name in _PARTS))]
             lengths = {len(file.tensors[name]) for name in _PARTS}
         except (KeyError, TypeError, ValueError) as error:
@@ -126,9 +128,9 @@ class KeptTargets:
         return kept
 
 
-def _fact(edit: Edit) -> tuple[str, ...]:
+def _fact(edit: Edit) -> Fact:
     """What of an edit decides its target."""
-    return (edit.prompt, edit.subject, edit.target_new)
+    return (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
 
 
 def _on(targets: Targets, device: torch.device) -> Targets:

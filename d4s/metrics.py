@@ -7,7 +7,6 @@ reported, under different names, and never one for the other.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from numpy.typing import NDArray
 
-from d4s import generation
+from d4s import files, generation
 from d4s.edits import Edit, Question
-from d4s.errors import ConfigError, DataError, unknown_name
-from d4s.files import whole
+from d4s.errors import ConfigError, unknown_name
+from d4s.files import write_json
 from d4s.generation import TermWeights, Written, says
 from d4s.readiness import check_askable, check_ready
 from d4s.scoring import Score, score
+from d4s.spacing import Target
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RESAMPLES = 2_000
 GENERATED_TOKENS = 32
 FLUENCY_TOKENS = 100
+BASELINE_FORMAT = "d4s-baseline-1"
 
 # Name → what a row's figure is. All are shares, from 0 to 1, but for those in UNITS.
 METRICS: dict[str, str] = {
@@ -100,9 +101,9 @@ class Baseline:
     answers: (prompt, target) → the argmax tokens at the target's places, and the target's NLL
     """
 
-    answers: Mapping[tuple[str, str], Score]
+    answers: Mapping[tuple[str, Target], Score]
 
-    def __call__(self, prompt: str, target: str) -> Score:
+    def __call__(self, prompt: str, target: Target) -> Score:
         """Raises ConfigError if the prompt does not belong to the edits that the baseline was taken for."""
         try:
             return self.answers[prompt, target]
@@ -113,34 +114,45 @@ class Baseline:
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """JSON; written beside its place, then renamed."""
+        """JSON with a digest of its content; written beside its place, then renamed."""
         answers = [
             [prompt, target, finite_or_none(s.nll), s.predicted, s.target]
             for (prompt, target), s in self.answers.items()
         ]
-        with whole(path) as beside, open(beside, "w", encoding="utf-8") as file:
-            json.dump({"format": "d4s-baseline-1", "answers": answers}, file, ensure_ascii=False)
+        write_json({"format": BASELINE_FORMAT, "answers": answers}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Baseline:
-        """The inverse of `save`. Raises DataError for a file of another format."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
-            if record["format"] != "d4s-baseline-1":
-                raise ValueError(f"format {record['format']!r}")
-            return cls(
-                {
-                    (prompt, target): Score(
-                        math.inf if nll is None else float(nll), tuple(predicted), tuple(ids)
-                    )
-                    for prompt, target, nll, predicted, ids in record["answers"]
-                }
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: not what Baseline.save wrote ({error!r}); its format is 'd4s-baseline-1'"
-            ) from None
+        """The inverse of `save`. Raises DataError for a file of another format, and one that has changed since."""
+        record = files.read_json(path, writer="Baseline.save", format=BASELINE_FORMAT, fields=("answers",))
+        with files.checking(path, "Baseline.save"):
+            rows = enumerate(files.as_list(record["answers"], "answers"))
+            return cls(dict(_answer(row, f"answers[{i}]") for i, row in rows))
+
+
+def _answer(value: Any, place: str) -> tuple[tuple[str, Target], Score]:
+    """What `Baseline.save` made a row of."""
+    row = files.as_list(value, place)
+    if len(row) != 5:
+        raise files.WrongType(
+            f"{place} has {len(row)} parts, must be prompt, target, NLL and two lists of tokens"
+        )
+    prompt, target, nll, predicted, ids = row
+    if isinstance(target, list):
+        if len(target) != 2:
+            raise files.WrongType(f"{place}, target: a list must be text and what stands before it")
+        target = tuple(files.as_text(text, f"{place}, target") for text in target)
+    else:
+        target = files.as_text(target, f"{place}, target")
+    number = files.as_number(nll, f"{place}, NLL")
+    tokens = [
+        tuple(files.as_count(token, f"{place}, tokens") for token in files.as_list(part, f"{place}, tokens"))
+        for part in (predicted, ids)
+    ]
+    if len(tokens[0]) != len(tokens[1]) or not tokens[0]:
+        raise files.WrongType(f"{place} has {len(tokens[0])} tokens said and {len(tokens[1])} asked for")
+    score_ = Score(math.inf if number is None else float(number), tokens[0], tokens[1])
+    return (files.as_text(prompt, f"{place}, prompt"), target), score_
 
 
 @dataclass(frozen=True)
@@ -277,7 +289,7 @@ def evaluate(
     return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
 
 
-Ask = Callable[[str, str], Score]
+Ask = Callable[[str, Target], Score]
 _UNKNOWN = Score(0.0, (0,), (0,))
 
 
@@ -285,15 +297,15 @@ class _Recorder:
     """Stands in for a model's answers to find out which ones are needed."""
 
     def __init__(self) -> None:
-        self.targets: dict[str, dict[str, None]] = {}
+        self.targets: dict[str, dict[Target, None]] = {}
 
-    def __call__(self, prompt: str, target: str) -> Score:
+    def __call__(self, prompt: str, target: Target) -> Score:
         self.targets.setdefault(prompt, {})[target] = None
         return _UNKNOWN
 
     def scores(
         self, model: Any, tokenizer: Any, batch_tokens: int | None, progress: bool
-    ) -> dict[tuple[str, str], Score]:
+    ) -> dict[tuple[str, Target], Score]:
         questions = [(prompt, tuple(targets)) for prompt, targets in self.targets.items()]
         found = score(model, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
         return {
@@ -351,11 +363,11 @@ class _Row:
     def _edited(self, prefix: str, prompts: Sequence[str], name: str) -> None:
         """Prompts whose right answer is target_new."""
         row, edit = self.row, self.edit
-        new = [self.now(prompt, edit.target_new) for prompt in prompts]
+        new = [self.now(prompt, edit.target(edit.target_new)) for prompt in prompts]
         right = [s.right for s in new]
         row[f"{prefix}nll_new"] = [s.nll for s in new]
         if self.rival is not None:
-            old = [self.now(prompt, self.rival) for prompt in prompts]
+            old = [self.now(prompt, edit.target(self.rival)) for prompt in prompts]
             row[f"{prefix}nll_true"] = [s.nll for s in old]
             right = [float(n.nll < o.nll) for n, o in zip(new, old, strict=True)]
         row[name] = _mean(right)
@@ -371,7 +383,9 @@ class _Row:
         questions = list(edit.locality)
         if edit.target_true is not None and self.kind != "statement":
             gold = (edit.target_true,)
-            questions += [Question(prompt, gold, "neighborhood") for prompt in edit.neighborhood]
+            questions += [
+                Question(prompt, gold, "neighborhood", edit.target_prefix) for prompt in edit.neighborhood
+            ]
         elif edit.neighborhood:
             self._note("neighbourhood prompts were left out: there is no target_true to score them by")
         if self.limit is not None and self.limit < len(questions):
@@ -404,14 +418,16 @@ class _Row:
         row, new = self.row, self.edit.target_new
         if not questions:
             return
-        pairs = [(self.now(q.prompt, q.answers[0]), self.now(q.prompt, new)) for q in questions]
+        pairs = [
+            (self.now(q.prompt, q.target(q.answers[0])), self.now(q.prompt, q.target(new))) for q in questions
+        ]
         row["neighborhood_nll_true"] = [true.nll for true, _ in pairs]
         row["neighborhood_nll_new"] = [other.nll for _, other in pairs]
         row["specificity"] = _mean([true.nll < other.nll for true, other in pairs])
         if self.before is not None:
             row["specificity_argmax"] = _mean(
                 [
-                    true.predicted == self.before(q.prompt, q.answers[0]).predicted
+                    true.predicted == self.before(q.prompt, q.target(q.answers[0])).predicted
                     for (true, _), q in zip(pairs, questions, strict=True)
                 ]
             )
@@ -420,18 +436,19 @@ class _Row:
         """(share equal to the unedited model's, share right by the data), each None where unknown."""
         prompt = question.prompt
         if self.kind == "statement":
-            judged = self._judges_true(self.now, prompt)
+            judged = self._judges_true(self.now, question)
             kept = None
             if self.before is not None:
-                kept = float(judged == self._judges_true(self.before, prompt) and judged is not None)
+                kept = float(judged == self._judges_true(self.before, question) and judged is not None)
             return kept, float(judged == (question.answers[0] == "True")) if question.answers else None
         if not question.answers:
             self._note("locality questions without an answer were left out: there are no tokens to force")
             return None, None
-        now = self.now(prompt, question.answers[0])
+        gold = question.target(question.answers[0])
+        now = self.now(prompt, gold)
         if self.before is None:
             return None, now.right
-        before = self.before(prompt, question.answers[0])
+        before = self.before(prompt, gold)
         if now is not _UNKNOWN and before.target != now.target:
             raise ConfigError(f"the baseline was taken with another tokenizer (prompt {prompt!r})")
         same = [a == b for a, b in zip(now.predicted, before.predicted, strict=False)]
@@ -445,10 +462,10 @@ class _Row:
             if not question.answers:
                 self._note("portability questions without an answer were left out")
             elif self.kind == "statement":
-                right = self._judges_true(self.now, question.prompt) == (question.answers[0] == "True")
+                right = self._judges_true(self.now, question) == (question.answers[0] == "True")
                 shares.append((question.kind, float(right)))
             else:
-                scores = [self.now(question.prompt, answer) for answer in question.answers]
+                scores = [self.now(question.prompt, question.target(a)) for a in question.answers]
                 shares.append((question.kind, scores[0].right))  # the best of many names would grow with them
                 if question.kind == "multi_hop":
                     hops.append(any(s.exact for s in scores))
@@ -463,9 +480,9 @@ class _Row:
             if hops:
                 row["multi_hop_generated"] = float(any(right for kind, right in said if kind == "multi_hop"))
 
-    def _judges_true(self, ask: Ask, statement: str) -> bool | None:
+    def _judges_true(self, ask: Ask, statement: Question) -> bool | None:
         """None: neither, as of a model that is broken."""
-        true, false = (ask(statement, word).nll for word in ("True", "False"))
+        true, false = (ask(statement.prompt, statement.target(word)).nll for word in ("True", "False"))
         return None if true == false else true < false
 
     def _says(self, prompt: str, answers: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from d4s.errors import EditError, TokenizerError
+from d4s.spacing import Target, continuation
 
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 
@@ -24,52 +25,88 @@ class Row:
     target_start: int  # position of the target's first token; len(ids) without a target
 
 
+@dataclass(frozen=True)
+class _Around:
+    """What the tokenizer puts around any text: <s> or [CLS] in front, </s> or [SEP] behind."""
+
+    front: tuple[int, ...]
+    behind: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Around:
+        whole, plain = (
+            list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False)
+        )
+        for first in range(len(whole) - len(plain), -1, -1):
+            if plain and whole[first : first + len(plain)] == plain:
+                return cls(tuple(whole[:first]), len(whole) - first - len(plain))
+        return cls((), 0)
+
+    def span(self, ids: Sequence[int]) -> slice:
+        """The part of a text's ids that counts: without what stands behind it, and with one start where the text
+        begins with the start token itself, as chat templates do."""
+        begin, width = 0, len(self.front)
+        while width and tuple(ids[begin : begin + width]) == self.front == tuple(
+            ids[begin + width : begin + 2 * width]
+        ):
+            begin += width
+        return slice(begin, len(ids) - self.behind)
+
+
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts that go on: with what the tokenizer puts in front of any text, not what it puts behind.
 
-    That is <s> or [CLS], and </s> or [SEP] of a tokenizer that adds them.
+    That is <s> or [CLS], once, also where the text begins with it, and </s> or [SEP] of a tokenizer that adds them.
     """
-    behind = _ids_behind(tokenizer)
-    return [list(ids[: len(ids) - behind]) for ids in tokenizer(list(texts))["input_ids"]] if texts else []
+    if not texts:
+        return []
+    around = _Around.of(tokenizer)
+    return [list(ids[around.span(ids)]) for ids in tokenizer(list(texts))["input_ids"]]
 
 
 def start_ids(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts in front of any text: <s>, [CLS], or nothing."""
-    whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
-    return whole[: len(whole) - len(plain) - _ids_behind(tokenizer)]
+    return list(_Around.of(tokenizer).front)
 
 
-def _ids_behind(tokenizer: Any) -> int:
-    """How many ids the tokenizer puts behind any text."""
-    whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
-    for first in range(len(whole) - len(plain), -1, -1):
-        if plain and whole[first : first + len(plain)] == plain:
-            return len(whole) - first - len(plain)
-    return 0
+def prompt_and_target_ids(tokenizer: Any, prompt: str, target: Target) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the target that follows it, with what `d4s.spacing.joint` puts between them.
 
-
-def prompt_and_target_ids(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the target that follows it after one space.
-
-    Both come from one tokenisation of "prompt target" where its ids start with the prompt's; where the
-    tokenizer merges across the border, the target is tokenised alone.
+    target: the text, or (the text, what stands before it), as `Edit.target` gives it
+    Both come from one tokenisation of the whole where its ids start with the prompt's; where the tokenizer
+    merges across the border, the target is tokenised alone.
     """
-    prompt_ids, whole = text_ids(tokenizer, (prompt, f"{prompt} {target}"))
+    follows = continuation(prompt, target)
+    prompt_ids, whole = text_ids(tokenizer, (prompt, prompt + follows))
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return prompt_ids, whole[len(prompt_ids) :]
-    target_ids = list(tokenizer(f" {target}", add_special_tokens=False)["input_ids"])
-    # SentencePiece puts a space mark in front of any text; with the one that is there already it is one too many.
-    pieces = tokenizer.convert_ids_to_tokens(target_ids[:2])
-    if len(pieces) == 2 and pieces[0] == "▁" and pieces[1].startswith("▁"):
-        target_ids = target_ids[1:]
-    return prompt_ids, target_ids
+    return prompt_ids, _ids_behind_a_text(tokenizer, follows)
 
 
-def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", prefix: str = "") -> Row:
-    """The row of prefix + template filled with the subject + target.
+def _ids_behind_a_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text alone that stands behind another, without the space mark that SentencePiece invents."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    pieces = tokenizer.convert_ids_to_tokens(ids[:2])
+    invented = len(pieces) == 2 and pieces[0] == "▁"
+    if text.startswith(" "):
+        return ids[1:] if invented and pieces[1].startswith("▁") else ids
+    if invented:
+        return ids[1:]
+    if pieces and pieces[0].startswith(
+        "▁"
+    ):  # one piece with the text's beginning, unless a line stands before it
+        line, both = (list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("\n", f"\n{text}"))
+        if both[: len(line)] == line:
+            return both[len(line) :]
+    return ids
+
+
+def subject_row(tokenizer: Any, template: str, subject: str, target: Target = "", prefix: str = "") -> Row:
+    """The row of prefix + template filled with the subject + target, which is text or (text, what stands before it).
 
     The subject's last token comes from the character offsets of one tokenisation of the whole prompt, so
-    that start tokens, merges and a subject that stands in the text twice do no harm.
+    that start tokens, merges and a subject that stands in the text twice do no harm. A start token with which the
+    template begins stays at the row's beginning, before the prefix.
     Raises EditError without '{}'; TokenizerError for a tokenizer without offsets.
     """
     at = template.find("{}")
@@ -80,18 +117,24 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: str = "", p
             f"{type(tokenizer).__name__} gives no character offsets, which the subject's last token is found by; "
             "load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True))"
         )
+    start = getattr(tokenizer, "bos_token", None) or ""
+    while start and prefix and template.startswith(start):
+        template = template.removeprefix(start)
+        if not prefix.startswith(start):
+            prefix = start + prefix
+    at = template.find("{}")
     prompt = prefix + template[:at] + subject + template[at + 2 :]
     end = len(prefix) + at + len(subject)
     encoded = tokenizer(prompt, return_offsets_mapping=True)
+    span = _Around.of(tokenizer).span(encoded["input_ids"])
+    ids = tuple(encoded["input_ids"][span])
     last = -1
-    for position, (first, stop) in enumerate(encoded["offset_mapping"]):
+    for position, (first, stop) in enumerate(encoded["offset_mapping"][span]):
         if first < end <= stop:  # several tokens may spell one character: the last of them counts
             last = position
     if last < 0:
         raise TokenizerError(f"no token of {prompt!r} covers the end of the subject {subject!r}")
     if not target:
-        ids = tuple(encoded["input_ids"])
-        ids = ids[: len(ids) - _ids_behind(tokenizer)]
         return Row(ids, last, len(ids))
     prompt_ids, target_ids = prompt_and_target_ids(tokenizer, prompt, target)
     return Row((*prompt_ids, *target_ids), last, len(prompt_ids))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from d4s.edits import Edit
 from d4s.errors import EditError
+from d4s.spacing import continuation
 
 _LETTERS = "abcd"
 _INTERROGATIVES = re.compile(
@@ -109,6 +110,8 @@ def question_forms(
             relation=edit.relation,
             kind="question",
             tags={**edit.tags, "form": name, "of": edit.id},
+            # Where the form ends in words of its own, a space follows them.
+            target_prefix=edit.target_prefix if ask(edit.prompt) == edit.prompt else None,
         )
 
     return QuestionForms(
@@ -129,7 +132,8 @@ def _claim(edit: Edit, text: str, answer: str) -> str:
             f"Claim: {_sentence(text)} Someone calls it {answer.lower()}. Are they right, yes or no? Answer:"
         )
     if question is None:
-        return f"Claim: {_sentence(f'{text} {answer}')} Is the claim right, yes or no? Answer:"
+        claim = _sentence(text + continuation(text, edit.target(answer)))
+        return f"Claim: {claim} Is the claim right, yes or no? Answer:"
     return f"Question: {question} Given answer: {_sentence(answer)} Is it right, yes or no? Answer:"
 
 

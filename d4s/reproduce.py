@@ -39,6 +39,7 @@ from d4s.files import write_table, write_text
 from d4s.methods.presets import model_key
 from d4s.metrics import finite_or_none, is_share, spelled
 from d4s.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
+from d4s.spacing import continuation
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -729,15 +730,17 @@ def statements_of(edits: Sequence[Edit]) -> list[Edit]:
     made = []
     for i, edit in enumerate(edit for edit in edits if edit.target_true is not None):
         new, old = ("False", "True") if i % 2 == 0 else ("True", "False")
-        claimed = edit.target_true if i % 2 == 0 else edit.target_new
+        claimed = (edit.target_true or "") if i % 2 == 0 else edit.target_new
         made.append(
             Edit(
-                prompt=f"{edit.prompt} {claimed}.",
+                prompt=f"{edit.prompt}{continuation(edit.prompt, edit.target(claimed))}.",
                 subject=edit.subject,
                 target_new=new,
                 target_true=old,
                 id=f"{edit.id}/statement",
-                paraphrases=tuple(f"{text} {claimed}." for text in edit.paraphrases),
+                paraphrases=tuple(
+                    f"{text}{continuation(text, edit.target(claimed))}." for text in edit.paraphrases
+                ),
                 relation=edit.relation,
                 kind="statement",
                 tags={**edit.tags, "of": edit.id},

@@ -57,7 +57,7 @@ def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Request:
     """Rows prefix + prompt + new target for each prefix and none, and one extra row, "{subject} is a"."""
     before, after, read, target = [], [], [], []
     for prefix in ("", *prefixes):
-        row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target_new, prefix)
+        row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target(edit.target_new), prefix)
         at = row.subject_last
         before.append(row.ids[:at])
         after.append(row.ids[at:-1])

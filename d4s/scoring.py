@@ -17,6 +17,7 @@ from torch import Tensor
 from d4s.errors import ConfigError, TokenizerError
 from d4s.forward import Forward, evaluating, most_tokens, run_in_batches
 from d4s.prompts import pad_id, prompt_and_target_ids, start_ids, text_ids
+from d4s.spacing import Target, continuation
 
 Ids = tuple[int, ...]
 
@@ -66,12 +67,14 @@ class _Question:
 def score(
     model: Any,
     tokenizer: Any,
-    questions: Sequence[tuple[str, Sequence[str]]],
+    questions: Sequence[tuple[str, Sequence[Target]]],
     *,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[list[Score]]:
-    """Scores of each prompt's targets, in their order; one space joins prompt and target.
+    """Scores of each prompt's targets, in their order.
+
+    A target is text, joined to the prompt by the rule of `d4s.spacing.joint`, or (text, what stands before it).
 
     Equal prompts run once, similar lengths together, and the head sees only the positions that are read. A
     prompt with several targets of more than one token runs once and its cache goes on with each of them; all
@@ -80,7 +83,7 @@ def score(
     batch_tokens: tokens that go through the model together; None: by device
     Raises TokenizerError for a prompt or target without tokens, ModelError for a row that is too long.
     """
-    targets_of: dict[str, dict[str, None]] = {}
+    targets_of: dict[str, dict[Target, None]] = {}
     for prompt, targets in questions:
         targets_of.setdefault(prompt, {}).update(dict.fromkeys(targets))
     ids_of = _tokenised(tokenizer, targets_of)
@@ -119,17 +122,19 @@ def score(
 
 
 def _tokenised(
-    tokenizer: Any, targets_of: dict[str, dict[str, None]]
-) -> dict[str, tuple[Ids, dict[str, Ids]]]:
+    tokenizer: Any, targets_of: dict[str, dict[Target, None]]
+) -> dict[str, tuple[Ids, dict[Target, Ids]]]:
     """As `prompt_and_target_ids` of each pair, with the tokenizer called once for all of them."""
     if not targets_of:
         return {}
     prompts = text_ids(tokenizer, list(targets_of))
-    pairs = [f"{prompt} {target}" for prompt, targets in targets_of.items() for target in targets]
+    pairs = [
+        prompt + continuation(prompt, target) for prompt, targets in targets_of.items() for target in targets
+    ]
     wholes = iter(text_ids(tokenizer, pairs))
-    found: dict[str, tuple[Ids, dict[str, Ids]]] = {}
+    found: dict[str, tuple[Ids, dict[Target, Ids]]] = {}
     for (prompt, targets), prompt_ids in zip(targets_of.items(), map(tuple, prompts), strict=True):
-        target_ids: dict[str, Ids] = {}
+        target_ids: dict[Target, Ids] = {}
         for target in targets:
             whole = tuple(next(wholes))
             if len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from d4s import files
 from d4s.architectures import Architecture
 from d4s.covariance import Covariance
 from d4s.edits import Edit, check_batch, check_sequence
-from d4s.errors import ConfigError, D4SError, DataError
-from d4s.files import whole
+from d4s.errors import ConfigError, D4SError, shown
+from d4s.files import write_json
 from d4s.forward import evaluating
 from d4s.interrupts import deferred
 from d4s.kept_targets import KeptTargets
@@ -64,7 +64,7 @@ class Record:
     edits_table: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     failure: str | None = None
-    chosen: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[str]:
@@ -148,40 +148,82 @@ class Record:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """JSON of all but the model; written beside its place, then renamed."""
-        with whole(path) as beside, open(beside, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=1)
+        """JSON of all but the model, with a digest of its content; written beside its place, then renamed."""
+        write_json(self.to_dict(), path, indent=1)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Record:
-        """What `save` wrote. Raises DataError for a file of another format."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                stored = json.load(file)
-            if stored["format"] != FORMAT:
-                raise ValueError(f"format {stored['format']!r}")
-            evaluations = [
-                Evaluation(e["rows"], {n: Metric(**m) for n, m in e["metrics"].items()}, tuple(e["notes"]))
-                for e in stored["evaluations"]
-            ]
-            return Record(
-                stored["method"],
-                stored["config"],
-                [_with_nan(row) for row in stored["history"]],
-                [_with_nan(row) for row in stored["edits_table"]],
-                evaluations,
-                stored.get("failure"),
-                stored.get("chosen", {}),
+        """What `save` wrote. Raises DataError for a file of another format, and one that has changed since."""
+        names = ("method", "config", "edits", "failure", "history", "edits_table", "evaluations")
+        stored = files.read_json(path, writer="Result.save", format=FORMAT, fields=names, later=("chosen",))
+        with files.checking(path, "Result.save"):
+            record = Record(
+                files.as_text(stored["method"], "method"),
+                files.as_json(files.as_object(stored["config"], "config"), "config"),
+                _rows(stored["history"], "history", needed=("step", "l1_growth", "edit_seconds")),
+                _rows(stored["edits_table"], "edits_table", needed=("id", "step")),
+                [
+                    _evaluation(one, f"evaluations[{i}]")
+                    for i, one in enumerate(files.as_list(stored["evaluations"], "evaluations"))
+                ],
+                None if stored["failure"] is None else files.as_text(stored["failure"], "failure"),
+                {
+                    name: files.as_number(value, f"chosen, {shown(name)}")
+                    for name, value in files.as_object(stored.get("chosen", {}), "chosen").items()
+                },
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}: not what Result.save wrote ({error!r}); its format is {FORMAT!r}"
-            ) from None
+            if len(record.evaluations) != len(record.history):
+                raise files.WrongType("history and evaluations are not equally long")
+            return record
 
 
-def _with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored figure that was not finite is null there."""
-    return {name: math.nan if value is None else value for name, value in row.items()}
+def _rows(
+    value: Any,
+    place: str,
+    *,
+    needed: Collection[str],
+    evaluated: bool = False,
+) -> list[dict[str, Any]]:
+    """Stored rows of figures. Null is a figure that was not finite: NaN in a history, and left null in an evaluation.
+
+    needed: columns that every row must have; of these id is a text, step and count are whole numbers
+    evaluated: rows of an evaluation, where a cell may be a list of figures
+    """
+    rows = []
+    for i, row in enumerate(files.as_list(value, place)):
+        cells: dict[str, Any] = {}
+        for name in needed:
+            if name not in files.as_object(row, f"{place}[{i}]"):
+                raise files.WrongType(f"{place}[{i}] has no {name!r}")
+        for name, cell in files.as_object(row, f"{place}[{i}]").items():
+            at = f"{place}[{i}], {shown(name)}"
+            if (name == "id" and name in needed) or (name == "kind" and evaluated):
+                cells[name] = files.as_text(cell, at)
+            elif name in ("step", "count") and name in needed:
+                cells[name] = files.as_count(cell, at)
+            elif evaluated and isinstance(cell, list):
+                cells[name] = [files.as_number(one, at) for one in cell]
+            else:
+                cells[name] = math.nan if cell is None and not evaluated else files.as_number(cell, at)
+        rows.append(cells)
+    return rows
+
+
+def _evaluation(value: Any, place: str) -> Evaluation:
+    stored = files.as_object(value, place)
+    metrics = {}
+    for name, metric in files.as_object(stored.get("metrics"), f"{place}.metrics").items():
+        at = f"{place}.metrics, {shown(name)}"
+        (figures,) = _rows([metric], at, needed=("mean", "low", "high", "count"))
+        if len(figures) > 4:
+            raise files.WrongType(f"{at} has more than mean, low, high and count")
+        metrics[name] = Metric(**figures)
+    notes = files.as_list(stored.get("notes"), f"{place}.notes")
+    return Evaluation(
+        _rows(stored.get("rows"), f"{place}.rows", needed=("id",), evaluated=True),
+        metrics,
+        tuple(files.as_text(note, f"{place}.notes") for note in notes),
+    )
 
 
 @dataclass(kw_only=True)

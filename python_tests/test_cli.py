@@ -740,3 +740,14 @@ def test_every_verb_is_tested():
         action.choices for action in parser()._actions if hasattr(action, "choices") and action.choices
     ]
     assert set(VERBS) <= set(verbs)
+
+
+def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):
+    seen = []
+    real = load_edits
+    monkeypatch.setattr(
+        "d4s.datasets.load_edits", lambda *a, **k: seen.append(k["zsre_target"]) or real(*a, **k)
+    )
+    done(capsys, "evaluate", "m", "edits.json", "--zsre-target", "answer", "--json")
+    done(capsys, "evaluate", "m", "edits.json", "--json")
+    assert seen == ["answer", "alt"]

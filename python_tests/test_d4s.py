@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from workbench import EDITS, bench_of, editor_of, relative_error
 
 from d4s.edits import Edit
 from d4s.methods import method_for
-from d4s.methods.d4s import D4SEditor
+from d4s.methods.d4s import D4SEditor, _fact, _told
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -96,3 +97,12 @@ def test_with_residuals_measured_an_edit_arrives_and_with_the_papers_rule_it_ove
         editor.restore()
     assert abs(left["measured"]) < 0.05
     assert left["once"] < -0.3
+
+
+def test_a_held_fact_keeps_what_stands_before_its_target():
+    for prefix in (None, "", "\n"):
+        edit = Edit("{} costs $", "Bread", "20", target_prefix=prefix)
+        held = _fact(*json.loads(json.dumps(_told(edit))))
+        assert held.target(held.target_new) == edit.target(edit.target_new) and held.text == edit.text
+    earlier = _fact("{} costs", "Bread", "20")  # a state that was stored before there was a prefix
+    assert earlier.target_prefix is None

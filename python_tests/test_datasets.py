@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -243,6 +246,168 @@ def test_elken_questions_of_both_kinds_are_portability_and_locality() -> None:
     assert mills.relation == "acquire"
 
 
+def test_zsre_may_be_written_towards_the_true_answer_as_rome_and_memit_do() -> None:
+    for record, edit in zip(
+        records("zsre_mend.json"), load_edits(FIXTURES / "zsre_mend.json", zsre_target="answer"), strict=True
+    ):
+        assert (edit.target_new, edit.target_true) == (record["answers"][0], None)
+        assert edit.locality == (Question(f"{record['loc']}?", (record["loc_ans"],), "unrelated"),)
+        assert edit.portability == (), "it follows from the other answer"
+    for record, edit in zip(
+        records("zsre_flat.json"), load_edits(FIXTURES / "zsre_flat.json", zsre_target="answer"), strict=True
+    ):
+        assert (edit.target_new, edit.target_true) == (record["ground_truth"], None)
+        assert [q.prompt for q in edit.locality] == [record["locality"]["prompt"]]
+    with pytest.raises(ConfigError, match=r"unknown zsre_target 'answers'. Did you mean 'answer'"):
+        load_edits(FIXTURES / "zsre_mend.json", zsre_target="answers")  # type: ignore[arg-type]
+
+
+def test_flat_zsre_knows_both_answers_and_one_unrelated_question() -> None:
+    for record, edit in zip(records("zsre_flat.json"), load_edits(FIXTURES / "zsre_flat.json"), strict=True):
+        assert edit.text == record["prompt"] and edit.subject == record["subject"]
+        assert (edit.target_new, edit.target_true) == (record["target"], record["ground_truth"])
+        assert edit.paraphrases == (record["generality"],) and edit.kind == "question"
+        asked = record["locality"]
+        assert edit.locality == (Question(asked["prompt"], (asked["target"],), "unrelated"),)
+
+
+def test_a_change_without_an_old_answer_is_scored_as_a_question() -> None:
+    for record, edit in zip(
+        records("wikibigedit.json"), load_edits(FIXTURES / "wikibigedit.json"), strict=True
+    ):
+        assert edit.text == record["prompt"] and edit.subject == record["subject"]
+        assert (edit.target_new, edit.target_true, edit.kind) == (record["target_new"], None, "question")
+        assert edit.paraphrases == (record["rephrase_prompt"],)
+        gold = (record["locality_ground_truth"],)
+        assert edit.locality == (Question(record["locality_prompt"], gold, "neighborhood"),)
+
+
+def test_the_key_of_an_unstructured_answer_is_the_questions_last_token() -> None:
+    for record, edit in zip(records("unke.json"), load_edits(FIXTURES / "unke.json"), strict=True):
+        assert (edit.prompt, edit.subject, edit.target_new) == ("{}", record["question"], record["answer"])
+        assert edit.paraphrases == (record["para_question"],) and edit.id == f"unke-{record['id']}"
+        assert [(q.prompt, *q.answers) for q in edit.portability] == list(
+            zip(record["sub_question"], record["sub_answer"], strict=True)
+        )
+
+
+def test_the_passage_of_an_unstructured_case_is_a_reference_text(tmp_path: Path) -> None:
+    case = records("mquake.json")[1]
+    case["requested_rewrite"][0]["fact_new_uns"] = "A passage."
+    (edit,) = load_edits(write(tmp_path / "x", [case]))
+    assert edit.reference_texts == ("A passage.",)
+
+
+# The same thing in another spelling
+
+
+def _as_object(value: str) -> dict[str, str]:
+    return {"str": value, "id": "Q1"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (
+            "counterfact.json",
+            lambda r: r["requested_rewrite"].update(
+                target_new=r["requested_rewrite"]["target_new"]["str"],
+                target_true=r["requested_rewrite"]["target_true"]["str"],
+            ),
+        ),
+        ("counterfact_flat.json", lambda r: r.update(target_new=_as_object(r["target_new"]))),
+        ("counterfact_flat.json", lambda r: r.update(ground_truth=_as_object(r["ground_truth"]))),
+        ("counterfact_flat.json", lambda r: r.update(ground_truth=[r["ground_truth"], "another name"])),
+        (
+            "counterfact_flat.json",
+            lambda r: r.update(
+                prompt=r["prompt"].replace(r["subject"], "{}"),
+                rephrase_prompt=r["rephrase_prompt"].replace(r["subject"], "{}"),
+            ),
+        ),
+        ("zsre_mend.json", lambda r: r.update(alt=_as_object(r["alt"]), answers=r["answers"][0])),
+        ("zsre_mend.json", lambda r: r.update(src=r["src"].replace(r["subject"], "{}"))),
+        (
+            "zsre_flat.json",
+            lambda r: r.update(target=_as_object(r["target"]), ground_truth=[r["ground_truth"]]),
+        ),
+        ("zsre_flat.json", lambda r: r.update(locality=[r["locality"]])),
+        (
+            "zsre_flat.json",
+            lambda r: r.update(
+                locality={
+                    "Unrelated": {"prompt": r["locality"]["prompt"], "ground_truth": r["locality"]["target"]}
+                }
+            ),
+        ),
+        (
+            "zsre_flat.json",
+            lambda r: r.update(
+                locality={
+                    "unrelated": {
+                        "prompt": [r["locality"]["prompt"]],
+                        "ground_truth": [r["locality"]["target"]],
+                    }
+                }
+            ),
+        ),
+        (
+            "mquake.json",
+            lambda r: [w.update(target_new=w["target_new"]["str"]) for w in r["requested_rewrite"]],
+        ),
+        ("knowedit.json", lambda r: r.update(target_new=_as_object(r["target_new"]))),
+        ("wikibigedit.json", lambda r: r.update(target_new=_as_object(r["target_new"]))),
+        ("wikibigedit.json", lambda r: r.update(locality_ground_truth=[r["locality_ground_truth"]])),
+        ("qaedit.json", lambda r: r.update(target=_as_object(r["target"]))),
+        ("unke.json", lambda r: r.update(answer=_as_object(r["answer"]))),
+    ],
+)
+def test_answers_prompts_and_groups_are_read_in_every_spelling(tmp_path: Path, file: str, change) -> None:
+    changed = records(file)
+    for record in changed:
+        change(record)
+    assert load_edits(write(tmp_path / "x", changed)) == load_edits(FIXTURES / file)
+
+
+def test_flat_records_with_named_groups_of_locality_keep_the_groups(tmp_path: Path) -> None:
+    record = records("counterfact_flat.json")[0]
+    record["locality"] = {"Distracting": {"prompt": "Water is", "ground_truth": ["wet", "liquid"]}}
+    (edit,) = load_edits(write(tmp_path / "x", [record]))
+    assert edit.target_true == record["ground_truth"]
+    assert Question("Water is", ("wet", "liquid"), "distracting") in edit.locality
+
+
+def test_edits_of_the_projects_own_fields_may_give_answers_as_objects(tmp_path: Path) -> None:
+    record = {
+        "prompt": "{} is",
+        "subject": "Ada",
+        "target_new": {"str": "here"},
+        "target_true": {"str": "there"},
+    }
+    assert load_edits(write(tmp_path / "x", [record])) == [Edit("{} is", "Ada", "here", "there")]
+
+
+def test_a_list_beside_other_fields_is_read(tmp_path: Path) -> None:
+    zsre = records("zsre_mend.json")
+    for wrapped in ({"version": 2, "data": zsre}, {"data": zsre, "license": ["MIT"]}, {"edits": zsre}):
+        assert load_edits(write(tmp_path / "x", wrapped)) == load_edits(FIXTURES / "zsre_mend.json")
+    own = {"prompt": "{} is", "subject": "Ada", "target_new": "here", "paraphrases": ["Ada stands"]}
+    assert [e.paraphrases for e in load_edits(write(tmp_path / "x", own))] == [("Ada stands",)]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_composed_and_combining_spellings_of_a_subject_are_one(
+    tmp_path: Path, forms: tuple[str, str]
+) -> None:
+    spelt = {"NFC": "Jose\u0301 Nu\u0303ez", "NFD": "Jose\u0301 Nu\u0303ez"}
+    spelt = {form: unicodedata.normalize(form, name) for form, name in spelt.items()}
+    in_prompt, in_field = (spelt[form] for form in forms)
+    record = {**records("wikibigedit.json")[0], "prompt": f"Where is {in_prompt} from?", "subject": in_field}
+    (edit,) = load_edits(write(tmp_path / "x", [record]))
+    assert (edit.prompt, edit.subject) == ("Where is {} from?", spelt["NFC"])
+    assert edit == dataclasses.replace(edit, subject=spelt["NFD"]), "one fact, with one id"
+
+
 # Subjects in prompts
 
 
@@ -298,7 +463,10 @@ def test_every_format_is_recognised_whatever_the_file_is_called(tmp_path: Path) 
         "counterfact.json": "counterfact",
         "counterfact_flat.json": "counterfact_flat",
         "zsre_mend.json": "zsre",
+        "zsre_flat.json": "zsre_flat",
         "mquake.json": "mquake",
+        "unke.json": "unke",
+        "wikibigedit.json": "wikibigedit",
         "knowedit.json": "knowedit",
         "elken.json": "elken",
         "statements_20q.json": "commonsense",
@@ -478,7 +646,7 @@ def test_a_file_without_one_good_record_is_an_error_also_when_skipping(tmp_path:
         (
             "counterfact.json",
             lambda r: r["requested_rewrite"].pop("target_new"),
-            r"'requested_rewrite.target_new.str' is missing",
+            r"'requested_rewrite.target_new' is missing",
         ),
         (
             "counterfact.json",
@@ -493,7 +661,7 @@ def test_a_file_without_one_good_record_is_an_error_also_when_skipping(tmp_path:
             lambda r: r["requested_rewrite"].append("x"),
             r"'requested_rewrite\[2\]' must be an object",
         ),
-        ("knowedit.json", lambda r: r.update(locality=["x"]), "'locality' must be an object"),
+        ("knowedit.json", lambda r: r.update(locality=["x"]), r"'locality\[0\]' must be an object"),
         ("qaedit.json", lambda r: r["locality"][0].pop("loc_ans"), "'loc_ans' is missing"),
         ("statements_20q.json", lambda r: r.update(label=2), "'label' is 2; 0, 1"),
         ("elken.json", lambda r: r.update(event="Silence"), "'event' has too few words"),
@@ -508,7 +676,135 @@ def test_a_wrong_field_is_named_by_file_record_and_path(tmp_path: Path, file: st
         load_edits(write(tmp_path / "in.json", changed))
 
 
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero", os.devnull):
+        with pytest.raises(DataError, match="is a pipe or a device"):
+            load_edits(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_edits("nul\0l")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "[" * 5_000 + "]" * 5_000, "9" * 5_000, "-" + "1" * 5_000])
+@pytest.mark.parametrize(
+    "shape", ["{}", "[{}]", '[{{"a": {}}}]', '{{"a": {}}}', '{{"a": 1}}\n{{"a": {}}}', '[{{"a": 1}}, {}]']
+)
+def test_depth_and_length_that_no_parser_takes_are_one_line(tmp_path: Path, value: str, shape: str) -> None:
+    path = tmp_path / "x"
+    path.write_text(shape.format(value))
+    with pytest.raises(DataError) as caught:
+        load_edits(path, format="edits")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_records_before_an_unreadable_one_can_be_had(tmp_path: Path) -> None:
+    good = json.dumps(records("zsre_mend.json")[0])
+    for text in (f'[{good}, {{"a": {"9" * 5000}}}]', f'{good}\n{{"a": {"9" * 5000}}}\n'):
+        (tmp_path / "x").write_text(text)
+        with pytest.raises(DataError, match=r"record 2.*a number has thousands of digits"):
+            load_edits(tmp_path / "x")
+        assert len(load_edits(tmp_path / "x", skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("deep", ["[" * 400 + "]" * 400, '{"a":' * 400 + "1" + "}" * 400])
+@pytest.mark.parametrize("file", sorted(p.name for p in FIXTURES.glob("*.json")))
+def test_a_deep_value_in_any_field_is_refused_in_one_line(tmp_path: Path, file: str, deep: str) -> None:
+    text = (FIXTURES / file).read_text(encoding="utf-8")
+    first = json.loads(text)[0] if file != "knowedit_lines.json" else json.loads(text.split("\n")[0])
+    for name in first:
+        (tmp_path / "x").write_text(json.dumps([{**first, name: "HERE"}]).replace('"HERE"', deep))
+        try:
+            load_edits(tmp_path / "x")
+        except DataError as error:
+            assert len(str(error)) < 4_000
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("counterfact.json", "case_id"),
+        ("counterfact_flat.json", "case_id"),
+        ("mquake.json", "case_id"),
+        ("qaedit.json", "id"),
+        ("unke.json", "id"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, {"n": 1}, [1], 1.5, " "])
+def test_what_is_no_number_and_no_text_becomes_no_id(tmp_path: Path, file: str, name: str, value) -> None:
+    with pytest.raises(DataError, match=f"record 1: field '{name}'"):
+        load_edits(write(tmp_path / "x", [{**records(file)[0], name: value}]))
+
+
+def test_a_whole_number_that_a_table_made_a_fraction_is_the_same_id(tmp_path: Path) -> None:
+    first = records("counterfact.json")[0]
+    (edit,) = load_edits(write(tmp_path / "x", [{**first, "case_id": float(first["case_id"])}]))
+    assert edit.id == f"counterfact-{first['case_id']}"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("elken.json", lambda r: r["fact"]["qas"][0].update(subject=7), "'subject' of a question"),
+        ("elken.json", lambda r: r["fact"].update(qas=[3]), r"'fact.qas\[0\]' must be an object"),
+        ("elken.json", lambda r: r.update(fact=[1]), "'fact.qas'"),
+        ("knowedit.json", lambda r: r.update(ground_truth={"a": 1}), "'answer.str' is missing"),
+        ("knowedit.json", lambda r: r.update(ground_truth=[[["x"]]]), "'ground_truth' holds lists in lists"),
+        ("knowedit.json", lambda r: r.update(ground_truth=1.5), "'ground_truth' must be text or a list"),
+        ("statements_20q.json", lambda r: r.update(label=[1]), "'label' is a value of type list"),
+        ("unke.json", lambda r: r["sub_answer"].pop(), "'sub_answer' has 1 texts for 2"),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path: Path, file: str, change, says: str) -> None:
+    record = records(file)[0]
+    change(record)
+    with pytest.raises(DataError, match=f"record 1: .*{says}"):
+        load_edits(write(tmp_path / "x", [record]))
+
+
+def test_thousands_of_damaged_lines_are_named_in_time_that_grows_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+
+    def seconds(count: int) -> float:
+        path.write_text('{"a": 1}\n' + f'{{"{"long " * 40}": }}\n' * count)
+        began = time.process_time()
+        with pytest.raises(DataError):
+            load_edits(path, format="edits", skip_bad=True)
+        return time.process_time() - began
+
+    seconds(100)
+    few, many = seconds(2_000), seconds(16_000)
+    assert many < 24 * few + 0.2, "eight times as many: about eight times as long, not sixty-four"
+
+
+def test_a_cell_longer_than_pythons_own_limit_is_read(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "word " * 40_000 + "end"
+    (tmp_path / "x").write_text(f"prompt,subject,target_new\n{{}} is,Ada,{long}\n")
+    (edit,) = load_edits(tmp_path / "x")
+    assert edit.target_new == long and csv.field_size_limit() == limit
+
+
+def test_a_target_without_a_space_comes_back_from_every_file(tmp_path: Path) -> None:
+    edits = [
+        Edit("{} costs $", "Bread", "20", "30", target_prefix=prefix, id=str(i))
+        for i, prefix in enumerate(["", " ", "\n", "    ", None])
+    ]
+    save_edits(edits, tmp_path / "x")
+    assert load_edits(tmp_path / "x") == edits
+    (tmp_path / "c").write_text('prompt,subject,target_new,target_prefix\n{} costs $,Bread,20,""""""\n')
+    assert load_edits(tmp_path / "c")[0].target_prefix == ""
+
+
 # Ids
+
+
+def test_a_fact_that_stands_there_thousands_of_times_gets_its_ids_in_linear_time(tmp_path: Path) -> None:
+    statement = records("statements_20q.json")[0]
+    began = time.process_time()
+    edits = load_edits(write(tmp_path / "x", [statement] * 20_000))
+    assert time.process_time() - began < 20, "minutes, where each looked for its number from 2 on"
+    assert edits[-1].id == f"{edits[0].id}~20000"
 
 
 def test_a_repeated_fact_in_a_published_file_gets_an_id_of_its_own(tmp_path: Path) -> None:
@@ -609,7 +905,7 @@ def test_csv_of_a_published_format_is_recognised_too(tmp_path: Path) -> None:
         ("{} is,Ada", r"record 2 \(line 3\): 2 cells under a header of 4"),
         ("{} is,Ada,here,x,y", r"record 2 \(line 3\): 5 cells under a header of 4.*quotes"),
         ('{} is,Ada,here,"[1', "not valid CSV"),
-        ("{} is,Ada,here,[oops", "'paraphrases' is not valid JSON"),
+        ("{} is,Ada,here,[oops", "'paraphrases': not valid JSON"),
         ("{} is,,here,", r"record 2 \(line 3\): the edit has no field 'subject'"),
     ],
 )
@@ -651,8 +947,14 @@ def test_reading_edits_loads_neither_torch_nor_transformers() -> None:
     [
         ("counterfact.json", 2051),
         ("counterfact_flat.json", 10_000),
+        ("counterfact_3k.json", 3000),
         ("zsre_mend.json", 1037),
+        ("zsre_3k.json", 3000),
+        ("zsre_10k.json", 10_000),
+        ("wikibigedit_3k.json", 3000),
+        ("unke.json", 1000),
         ("mquake.json", 429 * 4),
+        ("mquake_akew.json", 436),
         ("elken.json", 677),
         ("knowedit_wiki_recent.json", 570),
         ("qaedit.json", 1000),
@@ -681,7 +983,12 @@ def test_every_record_of_the_published_files_is_read(file: str, count: int, tmp_
     ("file", "prompt_field"),
     [
         ("counterfact_flat.json", "prompt"),
+        ("counterfact_3k.json", "prompt"),
         ("zsre_mend.json", "src"),
+        ("zsre_3k.json", "src"),
+        ("zsre_10k.json", "prompt"),
+        ("wikibigedit_3k.json", "prompt"),
+        ("unke.json", "question"),
         ("qaedit.json", "prompt"),
         ("knowedit_wiki_recent.json", "prompt"),
         ("20q/edit_set.json", "prompt"),

@@ -124,11 +124,12 @@ def test_a_dict_and_back_is_the_same_edit() -> None:
         attribute=["a"],
         generation=["g"],
         locality=[Question("l", ("x", "y"), "forgetfulness")],
-        portability=[Question("m", (), "multi_hop")],
+        portability=[Question("m", (), "multi_hop", "")],
         reference_texts=["r"],
         relation="P103",
         kind="question",
         tags={"case": "4"},
+        target_prefix="",
     )
     record = made.to_dict()
     assert set(record) == {item.name for item in dataclasses.fields(Edit)}

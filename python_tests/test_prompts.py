@@ -359,3 +359,58 @@ def test_an_id_to_pad_with_is_one_that_the_model_knows():
     assert pad_id(tokenizer) == tokenizer.bos_token_id
     tokenizer.bos_token = None
     assert pad_id(tokenizer) == 0
+
+
+def test_a_text_that_begins_with_the_start_token_gets_one():
+    tokenizer = tiny_tokenizer()
+    bare, own = text_ids(tokenizer, ["The capital of France is", "<s>The capital of France is"])
+    assert own == bare and bare.count(tokenizer.bos_token_id) == 1
+    assert text_ids(tokenizer, ["<s><s>Lyon"]) == text_ids(tokenizer, ["Lyon"])
+    assert prompt_and_target_ids(tokenizer, "<s>it is", "Lyon") == prompt_and_target_ids(
+        tokenizer, "it is", "Lyon"
+    )
+
+
+@pytest.mark.parametrize("target", ["", "Paris"])
+@pytest.mark.parametrize("prefix", ["", "You and I play. "])
+@pytest.mark.parametrize("start", [True, False])
+def test_a_template_with_its_own_start_token_gives_the_row_of_one_without(start, prefix, target):
+    """With a context in front, too, the start token is the row's first and its only one."""
+    tokenizer = tiny_tokenizer(start)
+    own = subject_row(tokenizer, "<s>The capital of {} is", "France", target, prefix)
+    plain = subject_row(tiny_tokenizer(True), "The capital of {} is", "France", target, prefix)
+    assert own == plain
+    assert own.ids.index(tokenizer.bos_token_id) == 0 and own.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_adds_no_start_token_keeps_the_texts_own():
+    tokenizer = tiny_tokenizer(False)
+    (ids,) = text_ids(tokenizer, ["<s>Lyon"])
+    assert ids == [tokenizer.bos_token_id, *text_ids(tokenizer, ["Lyon"])[0]]
+
+
+@pytest.mark.parametrize("merged", ["▁20", "▁2"])
+@pytest.mark.parametrize("doubling", [True, False])
+def test_a_sentencepiece_target_without_a_space_gets_no_space_mark(doubling, merged):
+    tokenizer = bpe(["▁is▁P", "s$2", merged, "\n", "0"], metaspace=True)
+    if doubling:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    prompt, target = prompt_and_target_ids(tokenizer, "it is$", ("20", ""))
+    assert prompt == tokenizer("it is$")["input_ids"], "although 's$2' would merge across the border"
+    assert "".join(tokenizer.convert_ids_to_tokens(target)) == "20"
+
+
+def test_two_spellings_of_a_subject_end_at_the_same_token():
+    tokenizer = tiny_tokenizer()
+    from d4s.edits import Edit
+
+    rows = [
+        subject_row(tokenizer, edit.prompt, edit.subject)
+        for edit in (Edit("Where is {}? In", name, "x") for name in ("Beyonce\u0301", "Beyonc\u00e9"))
+    ]
+    assert rows[0] == rows[1]
+    spelt = tokenizer.convert_ids_to_tokens(list(rows[0].ids[: rows[0].subject_last + 1]))
+    assert "".join(spelt).endswith("".join(tokenizer.convert_ids_to_tokens(tokenizer("é")["input_ids"][1:])))

@@ -170,3 +170,11 @@ def test_a_statement_is_judged_and_has_two_choices(seed: int) -> None:
     called = re.search(r"calls it (true|false)", forms.true_false.text)
     assert called is not None and forms.true_false.target_new == ("yes" if called[1] == "false" else "no")
     assert forms.directly_generated.text == "Chairs make noise"
+
+
+def test_forms_of_a_target_without_a_space_keep_it_where_it_stands() -> None:
+    bread = Edit("{} costs $", "Bread", "20", "30", target_prefix="")
+    claim, choice, open_ = question_forms(bread)
+    assert open_.text == "Bread costs $" and open_.target_prefix == ""
+    assert claim.target_prefix is None and choice.target_prefix is None
+    assert re.match(r"Claim: Bread costs \$(20|30)\. ", claim.text)

@@ -24,7 +24,7 @@ from d4s.cli import main
 from d4s.errors import DataError, ModelError
 from d4s.files import check_folder, whole
 from d4s.interrupts import Terminated
-from d4s.kept import load_changes_
+from d4s.saving import load_changes_
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = [
@@ -116,7 +116,7 @@ def test_changes_of_another_model_or_of_no_model_are_refused_and_change_nothing(
     assert same(before, other.state_dict())
     for content in (b"", b"\0" * 100, changes.read_bytes()[:-9]):
         changes.write_bytes(content)
-        assert "not the changes that d4s edit kept" in fails(capsys, *EDIT, "--out", "run")
+        assert "not a readable safetensors file" in fails(capsys, *EDIT, "--out", "run")
     save_file({"a": torch.zeros(1)}, changes, {"format": "pt"})
     with pytest.raises(DataError, match="format 'pt'"):
         load_changes_(other, tiny_tokenizer(), changes)

@@ -11,14 +11,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from d4s.datasets import commonsense, counterfact, elken, knowedit, mquake, plain, qaedit, zsre
+from d4s.datasets import commonsense, counterfact, elken, knowedit, mquake, plain, qaedit, unke, zsre
 from d4s.datasets.fields import FieldError
 from d4s.datasets.files import Record, read_records
+from d4s.datasets.zsre import ZsreTarget
 from d4s.edits import Edit
-from d4s.errors import ConfigError, DataError, EditError, unknown_name
+from d4s.errors import ConfigError, DataError, EditError, shown, unknown_name
 from d4s.files import whole
 
 logger = logging.getLogger("d4s.datasets")
@@ -42,6 +44,8 @@ FORMATS: dict[str, Format] = {
     "counterfact": Format(counterfact.LOOKS_FOR, counterfact.recognises, counterfact.edits_of),
     "mquake": Format(mquake.LOOKS_FOR, mquake.recognises, mquake.edits_of),
     "zsre": Format(zsre.LOOKS_FOR, zsre.recognises, zsre.edits_of),
+    "zsre_flat": Format(zsre.FLAT_LOOKS_FOR, zsre.is_flat, zsre.edits_of_flat),
+    "unke": Format(unke.LOOKS_FOR, unke.recognises, unke.edits_of),
     "elken": Format(elken.LOOKS_FOR, elken.recognises, elken.edits_of),
     "commonsense_probe": Format(
         commonsense.PROBE_LOOKS_FOR, commonsense.is_probe, commonsense.edits_of_probe
@@ -50,6 +54,7 @@ FORMATS: dict[str, Format] = {
     "qaedit": Format(qaedit.LOOKS_FOR, qaedit.recognises, qaedit.edits_of),
     "knowedit": Format(knowedit.LOOKS_FOR, knowedit.recognises, knowedit.edits_of),
     "counterfact_flat": Format(counterfact.FLAT_LOOKS_FOR, counterfact.is_flat, counterfact.edits_of_flat),
+    "wikibigedit": Format(counterfact.CHANGES_LOOKS_FOR, counterfact.is_change, counterfact.edits_of_changes),
     "edits": Format(plain.LOOKS_FOR, plain.recognises, plain.edits_of),
 }
 
@@ -64,6 +69,7 @@ def load_edits(
     format: str | None = None,
     skip_bad: bool = False,
     skipped: list[str] | None = None,
+    zsre_target: ZsreTarget = "alt",
 ) -> list[Edit]:
     """Read edits from a file in any known format (the keys of `FORMATS`), in the file's order.
 
@@ -73,6 +79,10 @@ def load_edits(
     skip_bad: leave out records that cannot be read, with one warning in the log, instead of stopping at the
               first. Of a file that was cut off, the complete records are read.
     skipped:  a list that receives one line for each record left out
+    zsre_target: what edits of zsRE write. "alt", the default: the made-up answer, as EasyEdit does and all
+              figures of this project do, with the true one as `target_true`. "answer": the true one, as ROME and
+              MEMIT do, with a "?" behind the unrelated question, as they ask it, and without what would follow
+              from the made-up answer
 
     Every edit's `tags` say where it comes from: 'source' is the format, 'case' the record (the data's own
     case number where it has one). Ids are unique: in the published sets, where the same fact occurs more
@@ -86,17 +96,24 @@ def load_edits(
         )
     if format is not None and format not in FORMATS:
         raise ConfigError(unknown_name("format", str(format), FORMATS))
+    if zsre_target not in get_args(ZsreTarget):
+        raise ConfigError(unknown_name("zsre_target", str(zsre_target), get_args(ZsreTarget)))
     file = os.fspath(path)
     records = read_records(Path(file))
     name = format or _recognise(file, records)
 
+    edits_of = FORMATS[name].edits_of
+    if zsre_target != "alt" and edits_of in (zsre.edits_of, zsre.edits_of_flat):
+        edits_of = partial(edits_of, towards=zsre_target)
+
     edits: list[Edit] = []
     owners: dict[str, Record] = {}
+    repeats: dict[str, int] = {}
     left_out: list[str] = []
     for record in records:
         try:
             # A record's edits are kept or left out together: half of a case would be no case.
-            of_record = _edits_of(name, record, owners)
+            of_record = _edits_of(name, edits_of, record, owners, repeats)
         except (FieldError, EditError) as error:
             message = f"{file}, {record.place}: {error}"
             if not skip_bad:
@@ -137,38 +154,54 @@ def _recognise(file: str, records: list[Record]) -> str:
                 return name
     looked_for = "\n".join(f"  {name}: {format_.looks_for}" for name, format_ in FORMATS.items())
     if asked:
-        found = f"found, in {asked[0].place}: {', '.join(map(repr, asked[0].value)) or 'no fields at all'}"
+        found = f"found, in {asked[0].place}: {_named(asked[0].value)}"
     else:
         found = f"found, in {records[0].place}: {records[0].problem or type(records[0].value).__name__}"
     raise DataError(f"{file}: not a known format of edits.\nLooked for, in a record:\n{looked_for}\n{found}")
 
 
-def _edits_of(name: str, record: Record, owners: Mapping[str, Record]) -> list[Edit]:
+def _named(fields: Iterable[str], most: int = 40) -> str:
+    names = list(fields)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more or "no fields at all"
+
+
+def _edits_of(
+    name: str,
+    edits_of: Callable[[Mapping[str, Any]], list[Edit]],
+    record: Record,
+    owners: Mapping[str, Record],
+    repeats: dict[str, int],
+) -> list[Edit]:
     if record.problem is not None:
         raise FieldError(record.problem)
     if not isinstance(record.value, Mapping):
         raise FieldError(f"must be an object with fields, not {type(record.value).__name__}")
-    edits = FORMATS[name].edits_of(record.value)
+    edits = edits_of(record.value)
     if name == "edits":
         for edit in edits:
             if edit.id in owners:
                 raise FieldError(
-                    f"has the id {edit.id!r}, like {owners[edit.id].place}; an id names one edit only"
+                    f"has the id {shown(edit.id)}, like {owners[edit.id].place}; an id names one edit only"
                 )
         return edits
     return [
         dataclasses.replace(
             edit,
-            id=_free_id(edit.id, owners),
+            id=_free_id(edit.id, owners, repeats),
             tags={"source": name, "case": str(record.number), **edit.tags},
         )
         for edit in edits
     ]
 
 
-def _free_id(id_: str, taken: Mapping[str, Record]) -> str:
-    free, count = id_, 1
+def _free_id(id_: str, taken: Mapping[str, Record], repeats: dict[str, int]) -> str:
+    """The id, or the first free one of id~2, id~3, …
+
+    repeats: id → the number given last, from where the search goes on: a fact may occur thousands of times
+    """
+    free = id_
     while free in taken:
-        count += 1
-        free = f"{id_}~{count}"
+        repeats[id_] = repeats.get(id_, 1) + 1
+        free = f"{id_}~{repeats[id_]}"
     return free

@@ -10,6 +10,7 @@ import re
 
 from d4s.datasets.fields import FieldError, Fields, split_subject, text, texts
 from d4s.edits import Edit, Question
+from d4s.errors import shown
 
 LOOKS_FOR = "'prompt', 'label' (0, 1, 'True' or 'False')"
 PROBE_LOOKS_FOR = "'prompt', 'subject', 'label', 'affected_paraphrase'"
@@ -32,7 +33,7 @@ def edits_of(record: Fields) -> list[Edit]:
     statement = text(record, "prompt")
     opening = _OPENING.match(statement)
     if opening is None:
-        raise FieldError(f"field 'prompt' has no word for a subject: {statement!r}")
+        raise FieldError(f"field 'prompt' has no word for a subject: {shown(statement)}")
     prompt = statement[: opening.start(1)] + "{}" + statement[opening.end(1) :]
     return [_statement(prompt, opening.group(1), record)]
 
@@ -98,7 +99,7 @@ def _statement(
 
 def _label(record: Fields) -> str:
     value = record.get("label")
-    label = _LABELS.get(str(value).strip())
+    label = _LABELS.get(str(value).strip()) if isinstance(value, (str, int)) else None
     if label is not None:
         return label
-    raise FieldError(f"field 'label' is {value!r}; 0, 1, 'True' or 'False' would be right")
+    raise FieldError(f"field 'label' is {shown(value)}; 0, 1, 'True' or 'False' would be right")

@@ -9,9 +9,11 @@ alone locality.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from d4s.datasets.fields import FieldError, Fields, fetch, objects, optional_text, text, texts
 from d4s.edits import Edit, Question
+from d4s.errors import shown
 
 LOOKS_FOR = "'event', 'fact', 'tendency' (objects with 'qas' and 'local_qas')"
 
@@ -51,6 +53,8 @@ def edits_of(record: Fields) -> list[Edit]:
 
 def _name_of(entry: Fields) -> str:
     subject = fetch(entry, "subject")
+    if not isinstance(subject, Mapping):
+        raise FieldError(f"field 'subject' of a question must be an object, not {type(subject).__name__}")
     return text(entry, "subject.name" if "name" in subject else "subject.ent2name")
 
 
@@ -75,7 +79,7 @@ def _cut(event: str, names: list[str]) -> tuple[str, str, str]:
             cut = event.find(" ", end)
         if cut > 0:
             return event[:start] + "{}" + event[end:cut], event[start:end], event[cut:].strip()
-    raise FieldError(f"field 'event' has too few words for a subject and what happens to it: {event!r}")
+    raise FieldError(f"field 'event' has too few words for a subject and what happens to it: {shown(event)}")
 
 
 def _opening(event: str) -> tuple[int, int]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d4s.errors import DataError
+from d4s.errors import DataError, shown
+from d4s.files import read_bytes
 
 _BLANKS = " \t\r\n"
 _BYTE_ORDER_MARK = "\ufeff"
@@ -53,14 +55,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: this is a folder; name the file with the edits in it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = read_bytes(path, "the edits")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}: the text is UTF-16; save it as UTF-8")
     if data.startswith(b"\x1f\x8b"):
@@ -106,8 +101,8 @@ def _json_list(text: str, start: int) -> Iterator[Record]:
         values = json.loads(text[start:])
     except json.JSONDecodeError:
         yield from _damaged_json_list(text, start)
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-        yield Record(1, "record 1", None, f"the file cannot be parsed: {error}")
+    except (RecursionError, ValueError):
+        yield from _damaged_json_list(text, start)
     else:
         for number, value in enumerate(values, start=1):
             yield Record(number, f"record {number}", value)
@@ -124,6 +119,10 @@ def _damaged_json_list(text: str, start: int) -> Iterator[Record]:
             value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             yield Record(number + 1, place, None, _json_problem(text, position, error, number))
+            return
+        except (RecursionError, ValueError) as error:
+            problem = f"cannot be parsed: {_unreadable(error)}, in what begins at {_where(text, position)}"
+            yield Record(number + 1, place, None, problem)
             return
         number += 1
         yield Record(number, place, value)
@@ -163,10 +162,29 @@ def _json_lines_or_object(path: Path, text: str) -> Iterator[Record]:
             f"{path}: the file {verb}: {error.msg} at {_where(text, error.pos + shift)}"
         ) from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: the file cannot be parsed: {error}") from None
-    only = next(iter(value.values())) if len(value) == 1 else None
-    values = only if isinstance(only, list) else [value]  # {"data": [...]}, as some hubs wrap their lists
+        # Of records a line, the others can still be read.
+        if _is_object(lines[0]) or any(line.startswith("{") for line in lines[1:2]):
+            return _json_lines(text)
+        raise DataError(f"{path}: the file cannot be parsed: {_unreadable(error)}") from None
+    values = _wrapped(value)
     return (Record(number, f"record {number}", record) for number, record in enumerate(values, start=1))
+
+
+def _wrapped(value: dict[str, Any]) -> list[Any]:
+    """The list in {"data": [...]}, as hubs wrap theirs, also beside a version or a name; else the object itself."""
+    lists = [one for one in value.values() if isinstance(one, list)]
+    if len(value) == 1 and lists:
+        return lists[0]
+    named = [value.get(name) for name in ("data", "edits", "records")]
+    found = next((one for one in named if isinstance(one, list) and one), None)
+    return found if found is not None and all(isinstance(one, dict) for one in found) else [value]
+
+
+def _unreadable(error: Exception) -> str:
+    """Why Python's parser gave up on what may well be JSON."""
+    return (
+        "it is nested too deeply" if isinstance(error, RecursionError) else "a number has thousands of digits"
+    )
 
 
 def _is_object(line: str) -> bool:
@@ -178,7 +196,7 @@ def _is_object(line: str) -> bool:
 
 def _json_lines(text: str) -> Iterator[Record]:
     number = 0
-    start = 0
+    bytes_before = 0  # counted on the way: each damaged line names its place, and there may be thousands
     for line_number, line in enumerate(text.split("\n"), start=1):
         content = line.strip(_BLANKS + _BYTE_ORDER_MARK)
         if content:
@@ -187,15 +205,27 @@ def _json_lines(text: str) -> Iterator[Record]:
             try:
                 yield Record(number, place, json.loads(content))
             except json.JSONDecodeError as error:
-                begin = start + line.index(content)
+                at = line.index(content) + error.pos
+                byte = bytes_before + len(line[:at].encode("utf-8", "surrogatepass"))
+                where = f"line {line_number}, column {at + 1} (byte {byte})"
                 verb = "the line is cut off" if _is_cut_off(content, error) else "not valid JSON"
-                yield Record(number, place, None, f"{verb}: {error.msg} at {_where(text, begin + error.pos)}")
+                yield Record(number, place, None, f"{verb}: {error.msg} at {where}")
             except (RecursionError, ValueError) as error:
-                yield Record(number, place, None, f"the line cannot be parsed: {error}")
-        start += len(line) + 1
+                yield Record(number, place, None, f"the line cannot be parsed: {_unreadable(error)}")
+        bytes_before += len(line.encode("utf-8", "surrogatepass")) + 1
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Record]:
+    """Rows under a header. An empty cell is a field left out; one that holds two quotation marks is an empty text."""
+    # Python's csv has a limit of its own, for the whole process, which long texts exceed.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    try:
+        yield from _rows_under_header(path, text)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows_under_header(path: Path, text: str) -> Iterator[Record]:
     header_line = text.lstrip(_BLANKS).split("\n", 1)[0]
     delimiter = max(",;\t", key=header_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -207,15 +237,15 @@ def _csv_rows(path: Path, text: str) -> Iterator[Record]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in row]
-                doubled = sorted({name for name in header if header.count(name) > 1})
+                doubled = sorted(name for name, count in Counter(header).items() if count > 1)
                 if doubled:
-                    raise DataError(f"{path}: the header names {', '.join(map(repr, doubled))} twice")
+                    raise DataError(f"{path}: the header names {shown(doubled[0])} twice")
                 continue
             number += 1
             place = f"record {number} (line {reader.line_num})"
             if len(row) == len(header):
-                # An empty cell is a field left out.
-                yield Record(number, place, {k: v for k, v in zip(header, row, strict=True) if v.strip()})
+                cells = {k: v for k, v in zip(header, row, strict=True) if v.strip()}
+                yield Record(number, place, {k: "" if v == '""' else v for k, v in cells.items()})
             else:
                 yield Record(
                     number,

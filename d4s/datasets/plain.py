@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
-from d4s.datasets.fields import FieldError, Fields
+from d4s.datasets.fields import FieldError, Fields, target
 from d4s.edits import Edit
+from d4s.errors import DataError
+from d4s.files import parse_json
 
 LOOKS_FOR = "'prompt' (with '{}' for the subject), 'subject', 'target_new' and any other field of Edit"
 
@@ -22,6 +24,9 @@ def edits_of(record: Fields) -> list[Edit]:
     """One edit. In CSV, where every cell is text, a list of texts is JSON if it begins with '[' and else
     divided by '|'; 'locality', 'portability' and 'tags' are JSON."""
     values = dict(record)
+    for name in ("target_new", "target_true"):
+        if isinstance(values.get(name), Mapping):
+            values[name] = target(record, name)
     for name in _LISTS:
         if isinstance(cell := values.get(name), str):
             values[name] = (
@@ -35,6 +40,6 @@ def edits_of(record: Fields) -> list[Edit]:
 
 def _json(cell: str, name: str) -> Any:
     try:
-        return json.loads(cell)
-    except json.JSONDecodeError as error:
-        raise FieldError(f"field {name!r} is not valid JSON: {error.msg} at character {error.pos}") from None
+        return parse_json(cell, f"field {name!r}")
+    except DataError as error:
+        raise FieldError(str(error)) from None

@@ -52,7 +52,9 @@ def causal_trace(
         end, last = len(row.ids) - 1, row.subject_last
         if last == end or first > last:
             continue
-        token = prompt_and_target_ids(tokenizer, edit.text, edit.target_true or edit.target_new)[1][0]
+        token = prompt_and_target_ids(tokenizer, edit.text, edit.target(edit.target_true or edit.target_new))[
+            1
+        ][0]
         with ExitStack() as stack:
             traces = [stack.enter_context(Trace(block)) for block in anatomy.blocks]
             p_clean = float(model(input_ids=ids, use_cache=False).logits[0, -1].softmax(-1)[token])

@@ -46,7 +46,10 @@ def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, fl
     import math
 
     found = []
-    questions = [(edit.text, (edit.target_new, edit.target_true or edit.target_new)) for edit in edits]
+    questions = [
+        (edit.text, (edit.target(edit.target_new), edit.target(edit.target_true or edit.target_new)))
+        for edit in edits
+    ]
     for edit, (new, true) in zip(edits, score(model, tokenizer, questions), strict=True):
         length = max(len(new.target), len(true.target))
         (said,) = generate_greedy(model, tokenizer, [edit.text], max_new_tokens=length)

@@ -12,7 +12,8 @@ from torch import Tensor
 from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.forward import most_tokens, run_in_batches
-from d4s.prompts import pad_id, padded, prompt_and_target_ids
+from d4s.prompts import pad_id, padded, prompt_and_target_ids, text_ids
+from d4s.spacing import continuation
 from d4s.trace import head_reads
 
 
@@ -39,7 +40,7 @@ def answer_rows(
     last: list[int] = []
     tokens: list[tuple[int, int, int]] = []
     for r, edit in enumerate(edits):
-        prompt, target = prompt_and_target_ids(tokenizer, edit.text, edit.target_new)
+        prompt, target = prompt_and_target_ids(tokenizer, edit.text, edit.target(edit.target_new))
         last.append(len(prompt) - 1)
         rows.append(prompt if from_last else prompt + target[:-1])
         tokens += [(r, last[r] + (0 if from_last else t), token) for t, token in enumerate(target)]
@@ -77,7 +78,8 @@ def losses_in_batches(
     Parts hold as many tokens as go through a backward pass together.
     """
     found = torch.zeros(len(edits), device=anatomy.device)
-    lengths = [len(tokenizer(f"{edit.text} {edit.target_new}")["input_ids"]) for edit in edits]
+    texts = [edit.text + continuation(edit.text, edit.target(edit.target_new)) for edit in edits]
+    lengths = [len(ids) for ids in text_ids(tokenizer, texts)]
 
     def run(chosen: list[int]) -> None:
         rows = answer_rows(tokenizer, [edits[i] for i in chosen], anatomy.device, from_last=from_last)

@@ -185,7 +185,7 @@ class Editor(ABC):
             )
         check_batch(batch)
         for edit in batch:
-            if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)[1]:
+            if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target(edit.target_new))[1]:
                 raise EditError(
                     f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary"
                 )

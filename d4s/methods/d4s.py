@@ -122,7 +122,7 @@ class D4SEditor(LocateEditor):
                 self.closed_form.subtract_(already[again] if old is None else old / share, keys[again], layer)
             self.weights.write_(layer, self.closed_form.delta(layer))
         if self.replaces:
-            self.held |= {_place(edit): _fact(edit.prompt, edit.subject, edit.target_new) for edit in batch}
+            self.held |= {_place(edit): _fact(*_told(edit)) for edit in batch}
         return step_of(targets)
 
     def base_residuals(self, edits: Sequence[Edit]) -> Tensor:
@@ -151,9 +151,7 @@ class D4SEditor(LocateEditor):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, and "held": the edits in them, as bytes of JSON."""
-        held = json.dumps(
-            [(edit.prompt, edit.subject, edit.target_new) for edit in self.held.values()]
-        ).encode()
+        held = json.dumps([_told(edit) for edit in self.held.values()]).encode()
         return self.closed_form.state_dict() | {"held": torch.frombuffer(bytearray(held), dtype=torch.uint8)}
 
     def take_state(self, state: Mapping[str, Tensor]) -> None:
@@ -165,9 +163,14 @@ class D4SEditor(LocateEditor):
             self.weights.write_(layer, delta)
 
 
-def _fact(prompt: str, subject: str, target_new: str) -> Edit:
-    """What its target is searched by again, and nothing else of an edit."""
-    return Edit(prompt, subject, target_new, kind="question")
+def _told(edit: Edit) -> tuple[str, str, str, str | None]:
+    """What an edit's target is searched by again."""
+    return edit.prompt, edit.subject, edit.target_new, edit.target_prefix
+
+
+def _fact(prompt: str, subject: str, target_new: str, target_prefix: str | None = None) -> Edit:
+    """The edit that `_told` tells of, and nothing else of it."""
+    return Edit(prompt, subject, target_new, kind="question", target_prefix=target_prefix)
 
 
 def _place(edit: Edit) -> tuple[str, int]:

@@ -84,11 +84,11 @@ class KNEditor(Editor):
         return not_optimised(batch)
 
     def apply_one(self, edit: Edit) -> None:
-        prompt, new = prompt_and_target_ids(self.tokenizer, edit.text, edit.target_new)
+        prompt, new = prompt_and_target_ids(self.tokenizer, edit.text, edit.target(edit.target_new))
         if edit.target_true is None:
             old = int(self.last_probabilities(prompt).argmax())
         else:
-            old = prompt_and_target_ids(self.tokenizer, edit.text, edit.target_true)[1][0]
+            old = prompt_and_target_ids(self.tokenizer, edit.text, edit.target(edit.target_true))[1][0]
         texts = [prompt]
         if self.method.paraphrases:
             texts += text_ids(self.tokenizer, edit.paraphrases)

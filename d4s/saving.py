@@ -7,15 +7,13 @@ import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from d4s.covariance import fingerprint_of
 from d4s.errors import D4SError, DataError, ModelError
-from d4s.files import whole
 from d4s.methods import Workbench
 from d4s.methods.grace import GRACE, GRACEEditor
 from d4s.sequence import Result
+from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-weights-1"
 
@@ -34,9 +32,7 @@ def save_changes(result: Result, fingerprint: str, path: str | os.PathLike[str])
             weights.anatomy.weight_name(i): weights.anatomy.weight(i).detach() for i in weights.changed()
         }
         grace = None
-    metadata = {"format": FORMAT, "unedited": fingerprint, "grace": json.dumps(grace)}
-    with whole(path) as beside:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+    save_tensors(path, tensors, {"format": FORMAT, "unedited": fingerprint, "grace": json.dumps(grace)})
 
 
 def load_changes_(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
@@ -45,18 +41,13 @@ def load_changes_(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> N
     Raises ModelError if the model is not the one that was edited, DataError if the file is not such a file; the
     model is then left as it was.
     """
+    file = load_tensors(path, FORMAT, "d4s edit", DataError)
+    if not file.intact:
+        raise DataError(f"{path}: damaged: what it holds is not what was written (its digest differs)")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"format {metadata.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        grace = json.loads(metadata["grace"])
-        unedited = metadata["unedited"]
-    except (KeyError, ValueError, RecursionError, SafetensorError) as error:
-        raise DataError(
-            f"{path}: not the changes that d4s edit kept ({error}); its format is {FORMAT!r}"
-        ) from None
+        grace, unedited, tensors = json.loads(file.facts["grace"]), file.facts["unedited"], file.tensors
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not the changes that d4s edit kept ({error})") from None
     if unedited != (mine := fingerprint_of(model)):
         raise ModelError(
             f"{path} belongs to another model (weights {unedited[:12]}, this one {mine[:12]}); name the one that was "
