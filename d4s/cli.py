@@ -179,6 +179,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def edit(options: argparse.Namespace) -> None:
     from d4s.covariance import fingerprint_of
+    from d4s.kept_targets import KeptTargets
     from d4s.methods import METHODS
     from d4s.saving import bytes_of
     from d4s.sequence import Result, edit_sequence
@@ -193,6 +194,11 @@ def edit(options: argparse.Namespace) -> None:
     needs = getattr(METHODS.get(options.method), "needs", ())
     covariance = _covariance_for(options, model, tokenizer) if "covariance" in needs else None
     unedited = fingerprint_of(model)
+    kept: KeptTargets | None = None
+    if options.targets is not None:
+        kept = KeptTargets.load(options.targets)
+    elif options.method == "d4s" and (config or {}).get("anchor", "base") == "base":
+        kept = KeptTargets()
     try:
         result = edit_sequence(
             model,
@@ -201,6 +207,7 @@ def edit(options: argparse.Namespace) -> None:
             method=options.method,
             config=config,
             covariance=covariance,
+            targets=kept,
             batch_size=options.batch_size,
             evaluate_every=options.evaluate_every,
             generate=options.generate,
@@ -251,6 +258,8 @@ def _save(result: Any, unedited: str, out: Path) -> None:
             write("result.json", result.save)
             write("baseline.json", result.baseline.save)
             write("history.csv", lambda path: write_table(result.to_frame(), path))
+            if (kept := result.editor.bench.targets) is not None and len(kept):
+                write("targets.safetensors", kept.save)
         write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path))
     except KeyboardInterrupt:
         if (out / _CHANGES).exists():
@@ -293,6 +302,19 @@ def _save_again(options: argparse.Namespace) -> None:
         f"the edits of {out} had been made, and their model is saved now; no other was made\n"
         f"edited model: {out / 'model'}"
     )
+
+
+def targets(options: argparse.Namespace) -> None:
+    from d4s.target_search import search_targets
+
+    _new_file(options.out)
+    edits, config = _load_edits(options), _config(options)
+    model, tokenizer = _load_model(options)
+    kept = search_targets(model, tokenizer, edits, config=config, out=options.out, seed=options.seed)
+    if options.json:
+        _print_json({"file": str(options.out), "targets": len(kept)})
+    else:
+        print(f"{options.out}: {len(kept)} targets")
 
 
 def _print_notes(records: Sequence[Any]) -> None:
@@ -402,6 +424,7 @@ def compare(options: argparse.Namespace) -> None:
         options.methods,
         out=options.out,
         covariance=_covariance_for(options, model, tokenizer),
+        targets=options.targets,
         batch_size=options.batch_size or 1,
         evaluate_every=options.evaluate_every,
         seeds=options.seeds or options.seed,
@@ -667,6 +690,22 @@ def parser() -> argparse.ArgumentParser:
             help="run the Python that the task files in --task-folder name (!function)",
         )
 
+    def fields(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            metavar="FIELD=VALUE",
+            help="fields of the method's configuration",
+        )
+
+    def kept(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--targets",
+            type=Path,
+            help="file made by d4s targets, or an earlier run's: the targets in it are not searched again",
+        )
+
     made = verb(
         edit,
         "edit a model in sequence. Where the edits were made but the model could not be saved (a full disk), the same "
@@ -681,15 +720,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--covariance", type=Path, help="file made by d4s covariance")
     made.add_argument("--batch-size", type=_count, default=1, help="edits a step")
     made.add_argument("--evaluate-every", type=_count, help="edits between evaluations")
-    made.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        metavar="FIELD=VALUE",
-        help="fields of the method's configuration",
-    )
-
+    fields(made)
+    kept(made)
     scored(made)
+
+    made = verb(
+        targets,
+        "search the targets of edits on the unedited model, for edit and compare --targets; repeated, it goes on",
+        model=True,
+        edits=True,
+    )
+    made.add_argument("--out", type=Path, required=True, help="safetensors file")
+    fields(made)
 
     made = verb(evaluate, "score a model on edits", model=True, edits=True)
     scored(made)
@@ -727,6 +769,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=_seeds, help="as 0,1,2: means over them; default: --seed")
     made.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     made.add_argument("--count", type=_count, help="edits made, the first of that order; default: all")
+    kept(made)
     scored(made)
 
     made = verb(

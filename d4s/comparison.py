@@ -21,6 +21,7 @@ from d4s.covariance import Covariance
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import write_table, write_text
+from d4s.kept_targets import KeptTargets
 from d4s.methods import Method, method_for
 from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
@@ -200,6 +201,7 @@ def compare(
     methods: Configs = ("d4s", "memit"),
     *,
     covariance: Covariance | str | os.PathLike[str] | None = None,
+    targets: KeptTargets | str | os.PathLike[str] | None = None,
     batch_size: int = 1,
     evaluate_every: int | Collection[int] | None = None,
     seeds: int | Sequence[int] = (0,),
@@ -222,6 +224,8 @@ def compare(
     shuffle: each seed also has its own order of the edits, the same for all methods; those of an MQuAKE case stay
         together
     count: edits made, the first of that order; None: all
+    targets: of the unedited model, for the methods that search them there; None: those that one sequence has searched
+        are kept in `out`, and serve all later ones with the same contexts, last layer and target optimiser
     baseline: the unedited model's answers to the edits; None: taken once, for all methods
     out: folder in which each sequence is kept as soon as it ends, so that a comparison that was interrupted, or
         gets more methods or seeds, goes on where it was; sequences made otherwise are refused. None: nowhere
@@ -240,6 +244,8 @@ def compare(
         raise ConfigError(f"count={count}: must be from 1 to {len(edits)}, the edits that were given")
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
+    if isinstance(targets, (str, os.PathLike)):
+        targets = KeptTargets.load(targets)
     configured = _configured(methods, Anatomy(model, architecture))
     orders = _orders(edits, seeds, shuffle, count)
     before = weights_digest(model)
@@ -277,6 +283,13 @@ def compare(
             stage(
                 f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
             )
+            place_of_targets = None
+            own_targets = targets if method.searches_ahead else None
+            if own_targets is None and method.searches_ahead and kept is not None:
+                place_of_targets = _targets_place(kept.folder, method, seed)
+                there = place_of_targets.exists()
+                own_targets = KeptTargets.load(place_of_targets) if there else KeptTargets()
+            known = 0 if own_targets is None else len(own_targets)
             try:
                 result = edit_sequence(
                     model,
@@ -284,6 +297,7 @@ def compare(
                     order,
                     method=method,
                     covariance=covariance,
+                    targets=own_targets,
                     batch_size=batch_size,
                     evaluate_every=evaluate_every,
                     neighborhood_limit=neighborhood_limit,
@@ -316,6 +330,9 @@ def compare(
                 del result  # and with it the copy of the weights
                 if kept is not None:
                     results[label][seed].save(_place(kept.folder, label, seed))
+            finally:  # also what a sequence that was interrupted has found
+                if place_of_targets is not None and own_targets is not None and len(own_targets) > known:
+                    own_targets.save(place_of_targets)
             if weights_digest(model) != before:
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
@@ -351,6 +368,14 @@ def _told_apart(measure: Callable[[], Mapping[str, float]] | None) -> Any:
 def _place(folder: Path, label: str, seed: int) -> Path:
     # Quoted, so that no two labels share a file: a/b is a%2Fb, and a-b stays as it is.
     return folder / "results" / f"{quote(label, safe=' +,=()[]')}-{seed}.json"
+
+
+def _targets_place(folder: Path, method: Method, seed: int) -> Path:
+    """One file for all configurations that ask for the same targets."""
+    fields = asdict(method)
+    decides = [fields[name] for name in ("target", "contexts", "context_lengths")]
+    name = hashlib.sha256(json.dumps([decides, fields["layers"][-1], seed]).encode()).hexdigest()[:12]
+    return folder / "targets" / f"{name}.safetensors"
 
 
 class _Kept:

@@ -168,7 +168,9 @@ class Record:
                 ],
                 None if stored["failure"] is None else files.as_text(stored["failure"], "failure"),
                 {
-                    name: files.as_number(value, f"chosen, {shown(name)}")
+                    name: math.nan
+                    if (found := files.as_number(value, f"chosen, {shown(name)}")) is None
+                    else found
                     for name, value in files.as_object(stored.get("chosen", {}), "chosen").items()
                 },
             )

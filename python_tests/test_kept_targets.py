@@ -9,7 +9,9 @@ import torch
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from workbench import EDITS
 
+from d4s.cli import main
 from d4s.covariance import estimate_covariance
+from d4s.datasets import save_edits
 from d4s.errors import ConfigError, DataError
 from d4s.kept_targets import KeptTargets
 from d4s.methods import locate
@@ -114,3 +116,32 @@ def test_a_damaged_file_is_refused(seed, tmp_path):
             KeptTargets.load(path)
     with pytest.raises(DataError, match="no targets"):
         KeptTargets().save(path)
+
+
+def test_targets_are_searched_kept_and_used_from_the_shell(tmp_path, monkeypatch, capsys):
+    """d4s targets; d4s edit --targets; d4s edit and d4s compare keep their own beside their results."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", 1).save_pretrained("m")
+    tiny_tokenizer().save_pretrained("m")
+    save_edits(EDITS, "edits.jsonl")
+    (tmp_path / "corpus.txt").write_text("\n".join(TEXTS * 6))
+    common = ("--set", "steps=3", "contexts=0", "layers=[0,1]", "ridge=0.1")
+    assert main(["covariance", "m", "corpus.txt", "--out", "c.safetensors"]) == 0
+    assert main(["targets", "m", "edits.jsonl", "--out", "t.safetensors", "--limit", "2", *common]) == 0
+    assert len(KeptTargets.load("t.safetensors")) == 2
+    assert main(["targets", "m", "edits.jsonl", "--out", "t.safetensors", *common]) == 0  # it goes on
+    assert len(KeptTargets.load("t.safetensors")) == len(EDITS)
+    searched = searches(monkeypatch)
+    edit = ["edit", "m", "edits.jsonl", "--covariance", "c.safetensors", *common]
+    assert main([*edit, "--out", "one", "--targets", "t.safetensors"]) == 0
+    assert searched == []
+    assert main([*edit, "--out", "two"]) == 0
+    assert searched == list(EDITS) and len(KeptTargets.load("two/targets.safetensors")) == len(EDITS)
+    searched.clear()
+    compare = ["compare", "m", "edits.jsonl", "--covariance", "c.safetensors", "--methods", "d4s"]
+    assert main([*compare, "--out", "three"]) == 0 and searched == list(EDITS)
+    (kept,) = (tmp_path / "three" / "targets").iterdir()
+    assert len(KeptTargets.load(kept)) == len(EDITS)
+    capsys.readouterr()
+    assert main([*edit, "--out", "four", "--targets", str(kept)]) == 1
+    assert "another" in capsys.readouterr().err

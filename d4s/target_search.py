@@ -1,0 +1,66 @@
+"""The targets of many edits on the unedited model, searched once and kept in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d4s.architectures import Architecture
+from d4s.edits import Edit, check_sequence
+from d4s.errors import ConfigError
+from d4s.forward import evaluating
+from d4s.kept_targets import KeptTargets
+from d4s.methods import Method, Step, Workbench, method_for
+from d4s.methods.locate import EDITS_AHEAD, Ahead, LocateEditor, TargetMethod, step_of
+from d4s.progress import progress_bar
+from d4s.readiness import check_ready
+
+
+class _Search(LocateEditor):
+    """An editor that finds targets and writes nothing."""
+
+    def apply(self, batch: Sequence[Edit]) -> Step:
+        return step_of(self.targets(batch))
+
+
+def search_targets(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    method: str | Method = "d4s",
+    config: Mapping[str, Any] | Method | None = None,
+    out: str | os.PathLike[str] | None = None,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> KeptTargets:
+    """Targets for `edit_sequence(targets=…)`: the same as that would search, for the same configuration and seed.
+
+    config: as of `edit_sequence`; what of it decides a target is the last layer, the target optimiser and the contexts
+    out: file that they are kept in as they are found; where it is there already, it is gone on with
+
+    Raises DataError if the file is there and of something else, naming what differs.
+    """
+    check_sequence(edits)
+    check_ready(model, tokenizer, edits)
+    place = None if out is None else Path(out)
+    kept = KeptTargets.load(place) if place is not None and place.exists() else KeptTargets()
+    bench = Workbench(model, tokenizer, targets=kept, architecture=architecture, seed=seed)
+    configured = method_for(method, bench.anatomy, config)
+    if not isinstance(configured, TargetMethod) or not configured.searches_ahead:
+        raise ConfigError(
+            f"{configured.name} has no targets of the unedited model; d4s with anchor='base' has"
+        )
+    with evaluating(model), progress_bar(len(edits), "edit", "targets", shown=progress) as bar:
+        ahead = Ahead(_Search(configured, bench))
+        for at in range(0, len(edits), EDITS_AHEAD):
+            window = edits[at : at + EDITS_AHEAD]
+            before = len(kept)
+            ahead.targets(window)
+            if place is not None and len(kept) > before:
+                kept.save(place)
+            bar.update(len(window))
+    return kept
