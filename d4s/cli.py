@@ -167,6 +167,7 @@ def demo(options: argparse.Namespace) -> None:
     _without_loading_bars()
     figures = run_demo(
         options.out,
+        model_name=options.model,
         count=options.edits,
         method=options.method,
         against=options.against,
@@ -670,7 +671,12 @@ def parser() -> argparse.ArgumentParser:
 
     made = verb(demo, "edit the embedded model, and compare with a method that collapses")
     made.add_argument("--out", type=Path, default=Path("d4s-demo"), help="folder for the figures")
-    made.add_argument("--edits", type=_count, default=200, help="edits, one at a time")
+    made.add_argument(
+        "--model", default="embedded", help="as of the other verbs, as smollm2; default: embedded"
+    )
+    made.add_argument(
+        "--edits", type=_count, help="edits, one at a time; default: 200 of the embedded model, else 20"
+    )
     made.add_argument("--method", default="d4s")
     made.add_argument("--against", default="memit")
 

@@ -1,4 +1,4 @@
-"""The main job: edits the embedded model in sequence with D4S, and for comparison with plain MEMIT."""
+"""The main job: edits the embedded model, or another, in sequence with D4S, and for comparison with plain MEMIT."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from d4s.architectures import Anatomy
 from d4s.covariance import Covariance, estimate_covariance
-from d4s.demo import folder, load_demo_edits, load_model
+from d4s.demo import folder, load_demo_edits
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.files import check_folder
 from d4s.generation import generate_greedy
+from d4s.loading import load_model
 from d4s.methods import method_for
 from d4s.metrics import take_baseline
 from d4s.plots import plot_metrics, plot_norms
@@ -29,7 +30,7 @@ FIGURES = ("efficacy", "paraphrase", "specificity", "average")
 def demo_covariance(
     model: Any, tokenizer: Any, *, layers: tuple[int, ...], progress: bool = False
 ) -> Covariance:
-    """Key statistics over sentences of the facts that the model was trained on, in a seeded order."""
+    """Key statistics over sentences of the facts that the embedded model was trained on, in a seeded order."""
     from d4s.demo.facts import facts_of, read_records
 
     sentences = facts_of(read_records(folder() / "counterfact.json")).sentences
@@ -61,7 +62,8 @@ def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, fl
 def run_demo(
     out: Path,
     *,
-    count: int = 200,
+    model_name: str = "embedded",
+    count: int | None = None,
     method: str = "d4s",
     against: str = "memit",
     seed: int = 0,
@@ -71,9 +73,13 @@ def run_demo(
     """Edits, prints, draws; returns the figures that `d4s demo --json` prints.
 
     out: folder for metrics.png, norms.png, their data, and the two results
-    count: edits made, one at a time
+    model_name: as of `d4s.load_model`
+    count: edits made, one at a time; None: 200 of the embedded model, 20 of another one, which is larger
     """
     check_folder(out)
+    embedded = model_name == "embedded"
+    if count is None:
+        count = 200 if embedded else 20
     edits = load_demo_edits()
     if not 10 <= count <= len(edits):
         raise ConfigError(
@@ -81,15 +87,20 @@ def run_demo(
         )
     Random(seed).shuffle(edits)
     edits = edits[:count]
-    model, tokenizer = load_model()
+    model, tokenizer = load_model(model_name, dtype="float32")
     anatomy = Anatomy(model)
     layers = {
         layer for name in (method, against) for layer in getattr(method_for(name, anatomy), "layers", ())
     }
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(
-        f"The embedded model: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{len(anatomy)} blocks."
+        f"{'The embedded model' if embedded else model_name}: {millions:.1f} M parameters, {len(anatomy)} blocks."
     )
+    if not embedded:
+        say(
+            f"It is larger than the embedded one, so {count} edits are made of facts that it may or may not know; "
+            "--edits N for more."
+        )
     before = answers(model, tokenizer, edits[:SHOWN])
     stage(f"baseline: the unedited model is asked about {count} edits", shown=progress)
     baseline = take_baseline(model, tokenizer, edits, progress=progress)
