@@ -226,7 +226,7 @@ class Anatomy:
             self.check_layers((layer,))
             try:
                 module = other.projection(layer)
-            except AttributeError:
+            except ModelError:
                 module = None
             if not isinstance(module, nn.Linear | Conv1D):
                 linear = (

@@ -94,6 +94,7 @@ def test_wrapped_models_are_told_what_to_give():
                 call(wrapped, tiny_tokenizer(), EDITS)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.")  # asked for by peft
 def test_a_model_of_peft_is_told_to_be_merged():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")
