@@ -137,7 +137,7 @@ def _choose(logits: Tensor, top_k: int, draws: Sequence[random.Random]) -> list[
         return logits.argmax(-1).tolist()
     values, tokens = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
     reached = values.softmax(-1).cumsum(-1)
-    drawn = torch.tensor([draw.random() for draw in draws], device=logits.device)
+    drawn = torch.tensor([draw.random() for draw in draws], dtype=reached.dtype, device=logits.device)
     place = (reached < drawn.unsqueeze(1)).sum(1).clamp_max(tokens.shape[1] - 1)
     return tokens.gather(1, place.unsqueeze(1)).squeeze(1).tolist()
 

@@ -345,7 +345,9 @@ def _sparing_agrees(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> 
         requests.append(Request(before, [tail, tail, tail[:1]], [end, end, (0,)], [target, target, (0,)]))
 
     plain = RequestRows(anatomy, 0, requests, layer, places, whole=True)
-    noise = [torch.randn(start.shape, generator=generator).to(start) for start in plain.start]
+    noise = [
+        torch.randn(start.shape, dtype=torch.float32, generator=generator).to(start) for start in plain.start
+    ]
     deltas = [
         start.norm(dim=1, keepdim=True) * one / one.norm(dim=1, keepdim=True)
         for one, start in zip(noise, plain.start, strict=True)

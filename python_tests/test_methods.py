@@ -484,3 +484,20 @@ def test_the_share_that_arrives_is_that_of_the_written_change_in_one_layer(seed)
     moved = editor.weights.delta(1) @ k
     expected = float(arriving(q.view(1, 1), 3.0, True))
     assert float(moved @ delta / (delta @ delta)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float64_as_the_default_type_changes_nothing(name, seed):
+    """torch.set_default_dtype is the user's own; a float32 model is edited to the same weights under it."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        bench = bench_of("llama", seed)
+        torch.set_default_dtype(dtype)
+        try:
+            editor_of(name, bench).edit(SUBJECT_LAST)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(state_of(bench))
+    assert found[0].keys() == found[1].keys()
+    for one, other in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

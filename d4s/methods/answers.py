@@ -77,7 +77,7 @@ def losses_in_batches(
 
     Parts hold as many tokens as go through a backward pass together.
     """
-    found = torch.zeros(len(edits), device=anatomy.device)
+    found = torch.zeros(len(edits), dtype=torch.float32, device=anatomy.device)
     texts = [edit.text + continuation(edit.text, edit.target(edit.target_new)) for edit in edits]
     lengths = [len(ids) for ids in text_ids(tokenizer, texts)]
 

@@ -257,7 +257,8 @@ class MasterEditor(Editor):
     def reset(self) -> None:
         anatomy = self.anatomy
         self.deltas = {
-            layer: torch.zeros(anatomy.shape(layer), device=anatomy.device) for layer in self.weights.layers
+            layer: torch.zeros(anatomy.shape(layer), dtype=torch.float32, device=anatomy.device)
+            for layer in self.weights.layers
         }
 
     def write(self) -> None:

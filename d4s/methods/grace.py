@@ -83,9 +83,9 @@ class Codebook:
 
     def __init__(self, d_in: int, d_out: int, epsilon: float, device: torch.device) -> None:
         self.epsilon = epsilon
-        self.keys = torch.zeros(0, d_in, device=device)
-        self.values = torch.zeros(0, d_out, device=device)
-        self.radii = torch.zeros(0, device=device)
+        self.keys = torch.zeros(0, d_in, dtype=torch.float32, device=device)
+        self.values = torch.zeros(0, d_out, dtype=torch.float32, device=device)
+        self.radii = torch.zeros(0, dtype=torch.float32, device=device)
         self.labels: list[tuple[int, ...]] = []
 
     def nearest(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,7 @@ class GRACEEditor(Editor):
                     break
                 (value.grad,) = torch.autograd.grad(loss, [value])
                 optimiser.step()
-        return best, torch.tensor([lowest])
+        return best, torch.tensor([lowest], dtype=torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.codebook.state_dict()

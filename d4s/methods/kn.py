@@ -155,7 +155,7 @@ class KNEditor(Editor):
         steps = self.method.steps
         own = self.anatomy.projection(layer).forward
         neurons = self.neurons(ids, layer)
-        alphas = (torch.arange(steps, device=neurons.device) + 0.5) / steps
+        alphas = (torch.arange(steps, dtype=neurons.dtype, device=neurons.device) + 0.5) / steps
         scaled = (alphas.unsqueeze(1) * neurons).requires_grad_(True)
         p = self.last_probabilities(
             ids, steps, lambda inputs: own(scaled.to(inputs.dtype).view(inputs.shape)), layer

@@ -106,7 +106,7 @@ def arriving(squares: Tensor, weight: float, measured: bool) -> Tensor:
     measured: layer i is asked for its part of what the layers below have left; else of the whole
     Returns [edits].
     """
-    shares = squares / (weight + squares) / torch.arange(squares.shape[1], 0, -1)
+    shares = squares / (weight + squares) / torch.arange(squares.shape[1], 0, -1, dtype=squares.dtype)
     return 1 - (1 - shares).prod(1) if measured else shares.sum(1)
 
 
