@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from d4s.comparison import Comparison, compare
     from d4s.downstream import run_tasks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
