@@ -67,7 +67,10 @@ def _config(options: argparse.Namespace) -> dict[str, Any] | None:
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
-            fields[name] = value
+            try:
+                fields[name] = float(value)  # .1, which is no JSON
+            except ValueError:
+                fields[name] = value
         except (
             ValueError,
             RecursionError,

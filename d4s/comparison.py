@@ -23,10 +23,12 @@ from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import write_table, write_text
 from d4s.kept_targets import KeptTargets
 from d4s.methods import Method, method_for
+from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
 from d4s.progress import stage
 from d4s.sequence import HEADLINES, Record, edit_sequence
+from d4s.target_search import check_targets
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -247,6 +249,15 @@ def compare(
     if isinstance(targets, (str, os.PathLike)):
         targets = KeptTargets.load(targets)
     configured = _configured(methods, Anatomy(model, architecture))
+    if targets is not None:
+        ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
+        if len(seeds) > 1 and any(one.contexts for one in ahead):
+            raise ConfigError(
+                "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
+                "each seed are kept in out"
+            )
+        for one in ahead:
+            check_targets(model, tokenizer, one, targets, architecture=architecture, seed=seeds[0])
     orders = _orders(edits, seeds, shuffle, count)
     before = weights_digest(model)
     kept = None

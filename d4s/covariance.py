@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d4s import ops
 from d4s.architectures import Anatomy, Architecture, text_config
 from d4s.errors import CovarianceError, DataError, ModelError
+from d4s.files import check_regular
 from d4s.progress import progress_bar
 from d4s.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.readiness import check_askable
@@ -163,6 +164,7 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
                 yield text
         return
     try:
+        check_regular(corpus, "texts")
         with open(corpus, encoding="utf-8") as file:
             yield from (line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:

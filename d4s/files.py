@@ -235,6 +235,15 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not readable JSON: a number of thousands of digits") from None
 
 
+def check_regular(path: str | os.PathLike[str], what: str) -> None:
+    """Raises DataError for a folder, and for a pipe or device, which has no end: waiting for it would be a hang."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{path}: this is a folder; name the file with {what} in it")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{path}: is a pipe or a device; save {what} to a file and name that")
+
+
 def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
     """All bytes of a regular file, of which at most `MOST_BYTES`.
 
@@ -242,11 +251,8 @@ def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
     Raises DataError for anything else: a pipe or device has no end, and waiting for it would be a hang.
     """
     try:
+        check_regular(path, what)
         status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise DataError(f"{path}: this is a folder; name the file with {what} in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{path}: is a pipe or a device; save {what} to a file and name that")
         if status.st_size > MOST_BYTES:
             raise DataError(f"{path}: has more than {MOST_BYTES >> 30} GiB, too much for {what}; divide it")
         return Path(path).read_bytes()

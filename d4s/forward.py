@@ -47,7 +47,8 @@ class Calling:
 
     @classmethod
     def of(cls, model: nn.Module) -> Calling:
-        accepted = signature(model.forward).parameters
+        # torch.compile's wrapper takes anything, and hands it on to the model inside.
+        accepted = signature(getattr(model, "_orig_mod", model).forward).parameters
         rest = any(one.kind is Parameter.VAR_KEYWORD for one in accepted.values())
         cache = next((name for name in CACHE_NAMES if name in accepted), None)
         return cls(cache, "use_cache" in accepted or (rest and cache is not None), "position_ids" in accepted)

@@ -59,7 +59,7 @@ class KeptTargets:
 
     def __init__(self, identity: dict[str, str] | None = None) -> None:
         self.identity = identity
-        self._rows: dict[Fact, int] = {}
+        self._rows: dict[Fact, tuple[int, int]] = {}  # (part, row in it)
         self._parts: list[Targets] = []
 
     def __len__(self) -> int:
@@ -84,18 +84,24 @@ class KeptTargets:
             )
 
     def add(self, edits: Sequence[Edit], targets: Targets) -> None:
-        """Those of edits that are not yet held."""
-        new = [i for i, edit in enumerate(edits) if edit not in self]
-        for i in new:
-            self._rows.setdefault(_fact(edits[i]), len(self._rows))
+        """Those of facts that are not yet held; of several edits of one fact the first counts."""
+        new: dict[Fact, int] = {}
+        for i, edit in enumerate(edits):
+            if edit not in self:
+                new.setdefault(_fact(edit), i)
+        for row, fact in enumerate(new):
+            self._rows[fact] = (len(self._parts), row)
         if new:
-            self._parts.append(_on(targets[new], torch.device("cpu")))
+            self._parts.append(_on(targets[list(new.values())], torch.device("cpu")))
+
+    def lacking(self, edits: Sequence[Edit]) -> list[Edit]:
+        """One edit of each fact that is not held."""
+        return list({_fact(edit): edit for edit in edits if edit not in self}.values())
 
     def take(self, edits: Sequence[Edit], device: torch.device) -> Targets:
         """Targets of edits that are all held, in their order."""
-        if len(self._parts) > 1:
-            self._parts = [Targets.concatenate(self._parts)]
-        return _on(self._parts[0][[self._rows[_fact(edit)] for edit in edits]], device)
+        places = [self._rows[_fact(edit)] for edit in edits]
+        return _on(Targets.concatenate([self._parts[part][row : row + 1] for part, row in places]), device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
@@ -118,10 +124,10 @@ class KeptTargets:
         try:
             kept = KeptTargets(json.loads(file.facts["identity"]))
             facts = json.loads(file.facts["edits"])
-            kept._rows = {(prompt, *rest): i for i, (prompt, *rest) in enumerate(facts)}
+            kept._rows = {(prompt, *rest): (0, i) for i, (prompt, *rest) in enumerate(facts)}
             kept._parts = [Targets(*(file.tensors[name] for name in _PARTS))]
             lengths = {len(file.tensors[name]) for name in _PARTS}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not what KeptTargets.save wrote ({error!r})") from None
         if lengths != {len(kept._rows)}:
             raise DataError(f"{path}: {len(kept._rows)} edits, and targets of {sorted(lengths)}")

@@ -29,6 +29,7 @@ _UNSPACED = (
     (0x1B000, 0x1B16F),  # Kana supplements
     (0x20000, 0x3FFFF),  # Chinese characters
 )
+_CJK = 0x2E80  # from here on: Chinese and Japanese, and little else without spaces
 _FIRST = [first for first, _ in _UNSPACED]
 
 
@@ -39,9 +40,10 @@ def joint(prompt: str, target: str, target_prefix: str | None = None) -> str:
     - nothing behind an opening bracket or quotation mark (“, «, not ") or a currency sign: "costs ${}";
     - nothing before %, ‰, °, a closing bracket or quotation mark, or one of . , ; : ! ? … that no letter or digit
       follows (".NET" takes its space);
+    - nothing behind a " that has been opened, nor behind / or - at a word's end (http://, pre-);
     - nothing between two scripts that are written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Myanmar,
       Tibetan …): the prompt's last letter and the target's first character decide, so that a Chinese name in an
-      English sentence keeps its space.
+      English sentence keeps its space. Behind Chinese and Japanese, digits and opening marks do without one, too.
     """
     if target_prefix is not None:
         return target_prefix
@@ -54,7 +56,15 @@ def joint(prompt: str, target: str, target_prefix: str | None = None) -> str:
         return ""
     if first in ".,;:!?…" and not second.isalnum():
         return ""
+    if (last == '"' and prompt.count('"') % 2) or (last in "/-" and not prompt[-2:-1].isspace()):
+        return ""
     letter = next((c for c in reversed(prompt) if c.isalpha()), last)
+    if (
+        ord(letter) >= _CJK
+        and _unspaced(letter)
+        and (first.isdigit() or unicodedata.category(first) in ("Ps", "Pi"))
+    ):
+        return ""
     return "" if _unspaced(first) and _unspaced(letter) else " "
 
 

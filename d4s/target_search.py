@@ -25,6 +25,19 @@ class _Search(LocateEditor):
         return step_of(self.targets(batch))
 
 
+def check_targets(
+    model: Any,
+    tokenizer: Any,
+    method: TargetMethod,
+    kept: KeptTargets,
+    *,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+) -> None:
+    """Raises DataError, naming what differs, unless these are targets for this unedited model, method and seed."""
+    Ahead(_Search(method, Workbench(model, tokenizer, targets=kept, architecture=architecture, seed=seed)))
+
+
 def search_targets(
     model: Any,
     tokenizer: Any,
@@ -56,11 +69,14 @@ def search_targets(
         )
     with evaluating(model), progress_bar(len(edits), "edit", "targets", shown=progress) as bar:
         ahead = Ahead(_Search(configured, bench))
+        saved = len(kept)
         for at in range(0, len(edits), EDITS_AHEAD):
             window = edits[at : at + EDITS_AHEAD]
-            before = len(kept)
             ahead.targets(window)
-            if place is not None and len(kept) > before:
+            # Each time as much again: what is written stays within a few times the file.
+            last = at + EDITS_AHEAD >= len(edits)
+            if place is not None and len(kept) > saved and (last or len(kept) >= saved + max(64, saved // 4)):
                 kept.save(place)
+                saved = len(kept)
             bar.update(len(window))
     return kept

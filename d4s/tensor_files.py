@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ def load_tensors(
     made_by: the command that makes such files, for the text of the error
     """
     try:
+        if not stat.S_ISDIR(mode := os.stat(path).st_mode) and not stat.S_ISREG(mode):
+            raise OSError("is a pipe or a device")
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
             if facts.get("format") != wanted:

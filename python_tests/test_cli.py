@@ -552,6 +552,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
         ("--method d5s", ["unknown method 'd5s'. Did you mean 'd4s'"]),
         ("--set prior_wieght=3", ["'prior_wieght'. Did you mean 'prior_weight'"]),
         ("--set prior_weight", ["--set 'prior_weight'", "FIELD=VALUE"]),
+        ("--set ridge=-.1", ["ridge is -0.1"]),
         ("--set layers=[7]", ["layers=[7]", "0…2"]),
         ("--covariance none.safetensors", ["none.safetensors: not a readable safetensors file"]),
         ("--covariance corpus.txt", ["corpus.txt: not a readable safetensors file"]),

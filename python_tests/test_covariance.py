@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 
 import pytest
@@ -479,3 +480,11 @@ def test_float64_as_the_default_type_changes_nothing(seed):
         assert torch.equal(estimate(model, TEXTS, layers=[1]).moments[1], expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_pipe_is_no_corpus_and_no_file_of_statistics(tmp_path, seed):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe or a device"):
+        estimate(tiny_model("gpt2", seed), tmp_path / "pipe")
+    with pytest.raises(CovarianceError, match="pipe or a device"):
+        Covariance.load(tmp_path / "pipe")

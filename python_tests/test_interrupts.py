@@ -142,6 +142,13 @@ def test_signals_wait_for_the_end_and_a_second_ctrl_c_does_not(capfd):
     assert capfd.readouterr().err.count("stopping after this step") == 3
 
 
+def test_a_signal_is_not_lost_in_a_step_that_fails():
+    with pytest.raises(Terminated) as ended, ending_signals_raise(), deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise EditError("the step failed")
+    assert ended.value.status == 143 and isinstance(ended.value.__context__, EditError)
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import TEXTS, tiny_model, tiny_tokenizer
 from workbench import EDITS
 
+from d4s import sequence
 from d4s.cli import main
+from d4s.comparison import compare
 from d4s.covariance import estimate_covariance
 from d4s.datasets import save_edits
 from d4s.errors import ConfigError, DataError
@@ -102,6 +106,37 @@ def test_a_method_that_searches_on_edited_weights_takes_none(seed):
         made(seed, KeptTargets(), anchor="current")
 
 
+def test_a_fact_that_stands_twice_is_kept_once_and_moves_no_other(seed, tmp_path):
+    twice = [EDITS[0], replace(EDITS[0], id="again"), *EDITS[1:]]
+    kept = KeptTargets()
+    for one, other in zip(made(seed, kept, edits=twice), made(seed, edits=twice), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # another batch: another rounding
+    assert len(kept) == len(EDITS)
+    kept.save(tmp_path / "t.safetensors")
+    loaded = KeptTargets.load(tmp_path / "t.safetensors")
+    for edit in EDITS:
+        one, other = (k.take([edit], torch.device("cpu")).delta for k in (loaded, kept))
+        assert torch.equal(one, other)
+
+
+def test_targets_that_do_not_fit_are_refused_before_the_model_is_asked_anything(seed, monkeypatch):
+    kept = KeptTargets()
+    made(seed, kept)
+    for name in ("take_baseline", "evaluate"):
+        monkeypatch.setattr(sequence, name, lambda *_a, **_k: pytest.fail("the model was asked"))
+    with pytest.raises(DataError, match="another model"):
+        made(seed + 1, kept)
+
+
+def test_a_comparison_of_several_seeds_takes_no_targets_that_hang_on_one(seed):
+    model, kept = tiny_model("llama", seed), KeptTargets()
+    with pytest.raises(ConfigError, match="each seed has of its own"):
+        compare(model, tiny_tokenizer(), EDITS, {"d4s": FIELDS}, targets=kept, seeds=(0, 1), progress=False)
+    made(seed, kept)
+    with pytest.raises(DataError, match="contexts"):
+        compare(model, tiny_tokenizer(), EDITS, {"d4s": FIELDS}, targets=kept, seeds=3, progress=False)
+
+
 def test_a_damaged_file_is_refused(seed, tmp_path):
     kept, path = KeptTargets(), tmp_path / "t.safetensors"
     made(seed, kept)
@@ -145,3 +180,9 @@ def test_targets_are_searched_kept_and_used_from_the_shell(tmp_path, monkeypatch
     capsys.readouterr()
     assert main([*edit, "--out", "four", "--targets", str(kept)]) == 1
     assert "another" in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_file_of_targets(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe or a device"):
+        KeptTargets.load(tmp_path / "pipe")

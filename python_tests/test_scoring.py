@@ -253,3 +253,8 @@ def test_perplexity_refuses_what_it_cannot_measure(seed: int) -> None:
         perplexity(model, tokenizer, [])
     with pytest.raises(ConfigError, match="overlap=20"):
         perplexity(model, tokenizer, TEXTS, window=10, overlap=20)
+
+
+def test_a_compiled_model_keeps_its_cache(seed: int) -> None:
+    model = tiny_model("llama", seed=seed)
+    assert Calling.of(torch.compile(model)) == Calling.of(model)

@@ -31,7 +31,13 @@ from d4s.spacing import continuation, joint, opened
         ("Es kostet €", "20", ""),
         ("Its other name (", "Lutetia", ""),
         ("Its other name is “", "Lutetia", ""),
-        ('Its other name is "', "Lutetia", " "),  # which of the two marks it is cannot be told
+        ('Its other name is "', "Lutetia", ""),
+        ('The word "Lutetia"', "names", " "),  # the second of two marks closes
+        ("Its address is http://", "x.com", ""),
+        ("The rivers -", "Seine", " "),
+        ("他出生于", "1990年", ""),
+        ("这本书的名字是", "“红楼梦”", ""),
+        ("ราคา", "100 บาท", " "),
         ("The share is 20", "%", ""),
         ("It has 20", "°C", ""),
         ("The end", ".", ""),

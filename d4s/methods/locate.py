@@ -188,13 +188,26 @@ class LocateEditor(Editor):
 
 class Ahead:
     """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and the keys of
-    the lowest edited layer, whose input no edit changes. Targets that the workbench keeps are not searched again."""
+    the lowest edited layer, whose input no edit changes. Targets that the workbench keeps are not searched again.
+
+    Made while the model is unedited; raises DataError where kept targets were found for something else.
+    """
 
     def __init__(self, editor: LocateEditor) -> None:
         self.editor = editor
         self._coming: list[Edit] = []
         self._ready: dict[str, tuple[Edit, Targets, Tensor]] = {}
-        self._checked = False
+        if (kept := editor.bench.targets) is not None:
+            kept.check(
+                target_identity(
+                    editor.anatomy,
+                    editor.tokenizer,
+                    editor.prefixes,
+                    editor.last,
+                    editor.places,
+                    editor.method.target,
+                )
+            )
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self._coming = list(edits)
@@ -222,19 +235,7 @@ class Ahead:
         editor, kept = self.editor, self.editor.bench.targets
         if kept is None:
             return editor.targets(edits)
-        if not self._checked:
-            kept.check(
-                target_identity(
-                    editor.anatomy,
-                    editor.tokenizer,
-                    editor.prefixes,
-                    editor.last,
-                    editor.places,
-                    editor.method.target,
-                )
-            )
-            self._checked = True
-        if new := [edit for edit in edits if edit not in kept]:
+        if new := kept.lacking(edits):
             kept.add(new, editor.targets(new))
         return kept.take(edits, editor.anatomy.device)
 
