@@ -22,7 +22,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import write_table, write_text
 from d4s.kept_targets import KeptTargets
-from d4s.methods import Method, method_for
+from d4s.methods import Method, Workbench, method_for
 from d4s.methods.locate import TargetMethod
 from d4s.metrics import Baseline, finite_or_none, is_share, spelled, take_baseline
 from d4s.plots import plot_metrics, plot_norms, plot_target_probability
@@ -256,8 +256,9 @@ def compare(
                 "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
                 "each seed are kept in out"
             )
-        for one in ahead:
-            check_targets(model, tokenizer, one, targets, architecture=architecture, seed=seeds[0])
+        bench = Workbench(model, tokenizer, targets=targets, architecture=architecture, seed=seeds[0])
+        for one in {_decides_targets(one): one for one in ahead}.values():
+            check_targets(bench, one)
     orders = _orders(edits, seeds, shuffle, count)
     before = weights_digest(model)
     kept = None
@@ -383,10 +384,16 @@ def _place(folder: Path, label: str, seed: int) -> Path:
 
 def _targets_place(folder: Path, method: Method, seed: int) -> Path:
     """One file for all configurations that ask for the same targets."""
-    fields = asdict(method)
-    decides = [fields[name] for name in ("target", "contexts", "context_lengths")]
-    name = hashlib.sha256(json.dumps([decides, fields["layers"][-1], seed]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{_decides_targets(method)} {seed}".encode()).hexdigest()[:12]
     return folder / "targets" / f"{name}.safetensors"
+
+
+def _decides_targets(method: Method) -> str:
+    """All of a configuration that targets hang on."""
+    fields = asdict(method)
+    return json.dumps(
+        [fields[name] for name in ("target", "contexts", "context_lengths")] + [fields["layers"][-1]]
+    )
 
 
 class _Kept:

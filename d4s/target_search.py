@@ -25,17 +25,10 @@ class _Search(LocateEditor):
         return step_of(self.targets(batch))
 
 
-def check_targets(
-    model: Any,
-    tokenizer: Any,
-    method: TargetMethod,
-    kept: KeptTargets,
-    *,
-    architecture: Architecture | None = None,
-    seed: int = 0,
-) -> None:
-    """Raises DataError, naming what differs, unless these are targets for this unedited model, method and seed."""
-    Ahead(_Search(method, Workbench(model, tokenizer, targets=kept, architecture=architecture, seed=seed)))
+def check_targets(bench: Workbench, method: TargetMethod) -> None:
+    """Raises DataError, naming what differs, unless the workbench's targets are of its unedited model, for the method
+    and its contexts."""
+    Ahead(_Search(method, bench))
 
 
 def search_targets(
