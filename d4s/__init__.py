@@ -38,6 +38,7 @@ from d4s.methods import METHODS, Method
 from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.questions import question_forms
 from d4s.sequence import Result, consolidate, edit_sequence
+from d4s.target_search import search_targets
 from d4s.targets import TargetConfig
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ __all__ = [
     "question_forms",
     "run_tasks",
     "save_edits",
+    "search_targets",
     "take_baseline",
     "without_contradictions",
 ]
