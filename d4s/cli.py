@@ -262,8 +262,8 @@ def _save(result: Any, unedited: str, out: Path) -> None:
             write("result.json", result.save)
             write("baseline.json", result.baseline.save)
             write("history.csv", lambda path: write_table(result.to_frame(), path))
-            if (kept := result.editor.bench.targets) is not None and len(kept):
-                write("targets.safetensors", kept.save)
+            if (found := result.editor.bench.targets) is not None and len(found):
+                write("targets.safetensors", found.save)
         write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path))
     except KeyboardInterrupt:
         if (out / _CHANGES).exists():

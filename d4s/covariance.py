@@ -122,10 +122,7 @@ class Covariance:
             )
         except (KeyError, ValueError) as error:  # CovarianceError among them
             raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
-        if not file.intact:
-            raise CovarianceError(
-                f"{path}: damaged: what it holds is not what was written (its digest differs)"
-            )
+        file.check_intact(CovarianceError)
         return found
 
 

@@ -29,6 +29,8 @@ logger = logging.getLogger("d4s.forward")
 
 # What a forward may call its keys and values of the tokens so far: transformers from 5.20 or so on, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+# What a model raises whose cache is of another kind, or whose modules are not called as others' are.
+NOT_MADE_FOR_IT = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 # Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
 _CACHED_WAY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -190,8 +192,8 @@ class Forward:
             rest = self.further(prefix, tails[::-1], [range(2), range(4)])
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return False  # the model has a cache of another kind
+        except NOT_MADE_FOR_IT:
+            return False
         cached = torch.cat([first[:1], rest[2:], first[1:], rest[:2]])
         return same_logits(self.model, cached, whole)
 

@@ -119,8 +119,7 @@ class KeptTargets:
     def load(path: str | os.PathLike[str]) -> KeptTargets:
         """Raises DataError for a file that is not one that `save` wrote, or damaged."""
         file = load_tensors(path, FORMAT, "d4s targets", DataError)
-        if not file.intact:
-            raise DataError(f"{path}: damaged: what it holds is not what was written (its digest differs)")
+        file.check_intact(DataError)
         try:
             kept = KeptTargets(json.loads(file.facts["identity"]))
             facts = json.loads(file.facts["edits"])

@@ -31,8 +31,7 @@ from transformers import DynamicCache
 
 from d4s.architectures import Anatomy, text_config
 from d4s.edits import Edit
-from d4s.errors import ModelError
-from d4s.forward import Calling, positions_of, same_logits
+from d4s.forward import NOT_MADE_FOR_IT, Calling, positions_of, same_logits
 from d4s.prompts import padded, subject_row
 from d4s.trace import Trace, first_tensor, head_reads, replaced_forward, stopping
 
@@ -357,8 +356,7 @@ def _sparing_agrees(anatomy: Anatomy, layer: int, places: tuple[Place, ...]) -> 
         found = RequestRows(anatomy, 0, requests, layer, places).log_probabilities(deltas)
     except torch.OutOfMemoryError:
         raise
-    # The model keeps something else than keys and values, or its modules are not called as others are.
-    except (AttributeError, IndexError, ModelError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except NOT_MADE_FOR_IT:
         return False
     return same_logits(anatomy.model, found, right)
 

@@ -42,8 +42,7 @@ def load_changes_(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> N
     model is then left as it was.
     """
     file = load_tensors(path, FORMAT, "d4s edit", DataError)
-    if not file.intact:
-        raise DataError(f"{path}: damaged: what it holds is not what was written (its digest differs)")
+    file.check_intact(DataError)
     try:
         grace, unedited, tensors = json.loads(file.facts["grace"]), file.facts["unedited"], file.tensors
     except (KeyError, ValueError, RecursionError) as error:

@@ -22,12 +22,18 @@ class TensorFile:
     """What such a file holds.
 
     facts: its metadata, without the digest
-    intact: whether all of it is what was written; to be looked at once its shapes and types are known to be right
+    intact: whether all of it is what was written
     """
 
+    path: str
     tensors: dict[str, Tensor]
     facts: dict[str, str]
     intact: bool
+
+    def check_intact(self, error: type[D4SError]) -> None:
+        """Raises `error` if it is damaged; a wrong shape or type, where there is one, says more, and goes first."""
+        if not self.intact:
+            raise error(f"{self.path}: damaged: what it holds is not what was written (its digest differs)")
 
 
 def save_tensors(
@@ -59,7 +65,7 @@ def load_tensors(
     except (OSError, SafetensorError) as problem:
         raise error(f"{path}: not a readable safetensors file ({problem})") from None
     digest = facts.pop("digest", None)
-    return TensorFile(tensors, facts, digest == _digest(tensors, facts))
+    return TensorFile(os.fspath(path), tensors, facts, digest == _digest(tensors, facts))
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
