@@ -182,9 +182,10 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def edit(options: argparse.Namespace) -> None:
+    from d4s.architectures import Anatomy
     from d4s.covariance import fingerprint_of
     from d4s.kept_targets import KeptTargets
-    from d4s.methods import METHODS
+    from d4s.methods import METHODS, method_for
     from d4s.saving import bytes_of
     from d4s.sequence import Result, edit_sequence
 
@@ -201,7 +202,7 @@ def edit(options: argparse.Namespace) -> None:
     kept: KeptTargets | None = None
     if options.targets is not None:
         kept = KeptTargets.load(options.targets)
-    elif options.method == "d4s" and (config or {}).get("anchor", "base") == "base":
+    elif method_for(options.method, Anatomy(model), config).searches_ahead:
         kept = KeptTargets()
     try:
         result = edit_sequence(
