@@ -12,7 +12,7 @@
 
 PYTHON ?= python
 SANITIZED := $(CURDIR)/build/sanitize
-CHECKED ?= test_ops.py test_weights.py test_closed_form.py
+CHECKED ?= ops/test_ops.py change/test_weights.py change/test_closed_form.py
 
 .PHONY: style test bench sanitize
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.measure import compare, relative_error, seconds
-from d4s.closed_form import DELAYED_ROWS, ClosedForm, Prior
+from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior
 
 
 def prior_of(d_in: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Prior:

@@ -7,7 +7,7 @@ import torch
 from benchmarks import originals
 from benchmarks.measure import relative_error, seconds
 from benchmarks.subjects import subject_of_measurement
-from d4s.covariance import estimate_covariance
+from d4s.locate.covariance import estimate_covariance
 
 
 def test_covariance_of_all_layers(benchmark, claim, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import originals
 from benchmarks.measure import relative_error, seconds
 from benchmarks.subjects import subject_of_measurement
-from d4s.targets import TargetConfig, optimise_targets
+from d4s.locate.targets import TargetConfig, optimise_targets
 
 
 def test_targets_in_batches(benchmark, claim, device):

@@ -10,12 +10,12 @@ from torch import Tensor
 from benchmarks import originals
 from benchmarks.measure import relative_error, seconds
 from benchmarks.subjects import subject_of_measurement
-from d4s.closed_form import Prior
-from d4s.covariance import estimate_covariance
+from d4s.change.closed_form import Prior
 from d4s.edits import Edit
+from d4s.locate.covariance import estimate_covariance
+from d4s.locate.targets import TargetConfig
 from d4s.methods import Workbench
 from d4s.methods.d4s import D4S
-from d4s.targets import TargetConfig
 
 Way = Callable[[Sequence[Edit]], Tensor]  # edits -> Δ of the edited layer, [d_out, d_in] float64
 

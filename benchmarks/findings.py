@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from pandas import DataFrame
 
-from d4s import demo, edit_sequence, evaluate
-from d4s.analysis import frame_lines
-from d4s.comparison import compare
-from d4s.demo.run import demo_covariance
+from d4s import edit_sequence, evaluate
+from d4s.embedded import load_demo_edits
+from d4s.embedded.statistics import demo_covariance
 from d4s.files import write_table
 from d4s.methods import Workbench, method_for
+from d4s.models.loading import load_model
+from d4s.sequence.compare import compare
+from d4s.study.analysis import frame_lines
 
 OUT = Path(__file__).parent / "results" / "findings"
 LAYERS = (0, 1, 2)
@@ -33,9 +35,9 @@ class Bench:
     """The embedded model, its key statistics, and its edits in the order of seed 0."""
 
     def __init__(self) -> None:
-        self.model, self.tokenizer = demo.load_model(torch.bfloat16)
+        self.model, self.tokenizer = load_model("embedded", dtype=torch.bfloat16)
         self.covariance = demo_covariance(self.model, self.tokenizer, layers=LAYERS)
-        self.edits = demo.load_demo_edits()
+        self.edits = load_demo_edits()
         random.Random(0).shuffle(self.edits)
 
 

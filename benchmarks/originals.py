@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
-from d4s.prompts import pad_id, padded, subject_row
-from d4s.targets import TargetConfig, frozen
+from d4s.locate.targets import TargetConfig, frozen
+from d4s.models.architectures import Anatomy
+from d4s.models.prompts import pad_id, padded, subject_row
 
 
 def target(

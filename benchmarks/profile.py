@@ -14,13 +14,13 @@ import torch
 from benchmarks import originals
 from benchmarks.bench_whole_sequence import both_ways
 from benchmarks.measure import device_name, seconds, wait
-from d4s.closed_form import ClosedForm
-from d4s.methods import locate
-from d4s.weights import EditedWeights
+from d4s.change.closed_form import ClosedForm
+from d4s.change.weights import EditedWeights
+from d4s.methods import locate_then_edit
 
 OURS = {
-    "targets": [(locate, "optimise_targets")],
-    "keys": [(locate, "keys_at")],
+    "targets": [(locate_then_edit, "optimise_targets")],
+    "keys": [(locate_then_edit, "keys_at")],
     "closed form": [(ClosedForm, "add_"), (ClosedForm, "delta")],
     "weights and norms": [(EditedWeights, "write_")],
 }

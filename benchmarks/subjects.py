@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from d4s import demo
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
-from d4s.prompts import generate_contexts
+from d4s.embedded import load_demo_edits
+from d4s.models.architectures import Anatomy
+from d4s.models.loading import load_model
+from d4s.models.prompts import generate_contexts
 
 
 def subject_of_measurement(
     device: torch.device, *, count: int
 ) -> tuple[Anatomy, Any, Sequence[Edit], tuple[str, ...], int]:
     """(model, tokenizer, edits, contexts, edited layer); the tokenizer and edits are the embedded model's."""
-    model, tokenizer = demo.load_model()
-    edits = demo.load_demo_edits(count)
+    model, tokenizer = load_model("embedded")
+    edits = load_demo_edits(count)
     prefixes = generate_contexts(model, tokenizer)
     if device.type == "cpu":
         return Anatomy(model), tokenizer, edits, prefixes, 0

@@ -18,10 +18,9 @@ except ExtensionError as error:
     raise
 
 from d4s import methods
-from d4s.architectures import ARCHITECTURES, Architecture
-from d4s.covariance import Covariance, estimate_covariance
-from d4s.datasets import load_edits, save_edits
 from d4s.edits import Edit, Question, without_contradictions
+from d4s.edits.formats import load_edits, save_edits
+from d4s.edits.questions import question_forms
 from d4s.errors import (
     ConfigError,
     CovarianceError,
@@ -32,29 +31,31 @@ from d4s.errors import (
     NotPositiveDefiniteError,
     TokenizerError,
 )
-from d4s.kept_targets import KeptTargets
-from d4s.loading import load_model
+from d4s.locate.covariance import Covariance, estimate_covariance
+from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.targets import TargetConfig
+from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import METHODS, Method
-from d4s.metrics import Baseline, Evaluation, evaluate, take_baseline
-from d4s.questions import question_forms
-from d4s.sequence import Result, consolidate, edit_sequence
-from d4s.target_search import search_targets
-from d4s.targets import TargetConfig
+from d4s.models.architectures import ARCHITECTURES, Architecture
+from d4s.models.loading import load_model
+from d4s.sequence.run import Result, consolidate, edit_sequence
+from d4s.sequence.target_search import search_targets
 
 if TYPE_CHECKING:
-    from d4s.analysis import analyze_data, analyze_model
-    from d4s.comparison import Comparison, compare
-    from d4s.downstream import run_tasks
+    from d4s.measure.downstream import run_tasks
+    from d4s.sequence.compare import compare
+    from d4s.sequence.comparison import Comparison
+    from d4s.study.analysis import analyze_data, analyze_model
 
 __version__ = "0.2.0"
 
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
-    "Comparison": "d4s.comparison",
-    "analyze_data": "d4s.analysis",
-    "analyze_model": "d4s.analysis",
-    "compare": "d4s.comparison",
-    "run_tasks": "d4s.downstream",
+    "Comparison": "d4s.sequence.comparison",
+    "analyze_data": "d4s.study.analysis",
+    "analyze_model": "d4s.study.analysis",
+    "compare": "d4s.sequence.compare",
+    "run_tasks": "d4s.measure.downstream",
 }
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from d4s.errors import DataError
 from d4s.files import digest, parse_json, read_bytes, read_json, write_json
-from d4s.metrics import Baseline, Evaluation, Metric
-from d4s.scoring import Score
-from d4s.sequence import Record
+from d4s.measure.metrics import Baseline, Evaluation, Metric
+from d4s.models.scoring import Score
+from d4s.sequence.record import Record
 
 READ = {"writer": "Thing.save", "format": "thing-1", "fields": ("text", "rows")}
 THING = {"format": "thing-1", "text": "naïve sha256:", "rows": [1.5, None, {"a": []}]}

@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from d4s.comparison import _Kept
-from d4s.covariance import Covariance
-from d4s.datasets import load_edits, save_edits
 from d4s.edits import Edit, Question
+from d4s.edits.formats import load_edits, save_edits
 from d4s.errors import D4SError
-from d4s.kept_targets import KeptTargets
-from d4s.metrics import Baseline, Evaluation, Metric
-from d4s.scoring import Score
-from d4s.sequence import Record
-from d4s.targets import Targets
+from d4s.locate.covariance import Covariance
+from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.targets import Targets
+from d4s.measure.metrics import Baseline, Evaluation, Metric
+from d4s.models.scoring import Score
+from d4s.sequence.compare import _Kept
+from d4s.sequence.record import Record
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parent / "support" / "fixtures"
 MUTATED = 1_000  # inputs a reader
 LONGEST = 2.0  # seconds of the processor that one of them may take
 HANGS = 300  # seconds by the clock after which a reader's inputs count as hanging, on a machine however busy

@@ -9,15 +9,15 @@ import threading
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
-from d4s import sequence
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import EditError
 from d4s.interrupts import Terminated, deferred, ending_signals_raise
 from d4s.methods import base
-from d4s.sequence import edit_sequence
+from d4s.models.architectures import Anatomy
+from d4s.sequence import run as sequence
+from d4s.sequence.run import edit_sequence
 
 EDITS = [
     Edit("{} worked for", "Steve Jobs", "Manila", id="a"),

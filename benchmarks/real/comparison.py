@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import d4s
-from d4s.covariance import Covariance
+from d4s.locate.covariance import Covariance
 
 # Label → what differs from the preset. memit-seq is d4s with anchor="current", but for facts that change twice.
 SEQUENCES: dict[str, dict[str, str]] = {

@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = d4s.load_model(options.model)
-    preset = method_for("d4s", d4s.architectures.Anatomy(model))
+    preset = method_for("d4s", d4s.models.architectures.Anatomy(model))
     found = d4s.compare(
         model,
         tokenizer,

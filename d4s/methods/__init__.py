@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from d4s.architectures import Anatomy
 from d4s.errors import ConfigError, unknown_name
 from d4s.methods.alphaedit import AlphaEdit
 from d4s.methods.base import Editor, Method, Step, Workbench
@@ -25,6 +24,7 @@ from d4s.methods.memit_seq import MEMITSeq
 from d4s.methods.pmet import PMET
 from d4s.methods.rome import ROME, RROME
 from d4s.methods.ultraedit import UltraEdit
+from d4s.models.architectures import Anatomy
 
 METHODS: dict[str, type[Method]] = {
     "d4s": D4S,

@@ -21,14 +21,14 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy
-from d4s.closed_form import Prior
+from d4s.change.closed_form import Prior
 from d4s.errors import ConfigError
-from d4s.keys import SubjectRows
+from d4s.locate.keys import SubjectRows
 from d4s.methods.base import Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate import TargetMethod
+from d4s.methods.locate_then_edit import TargetMethod
 from d4s.methods.presets import alphaedit_preset
+from d4s.models.architectures import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
-from d4s.forward import most_tokens, run_in_batches
-from d4s.prompts import pad_id, padded, prompt_and_target_ids, text_ids
-from d4s.spacing import continuation
-from d4s.trace import head_reads
+from d4s.edits.spacing import continuation
+from d4s.models.architectures import Anatomy
+from d4s.models.forward import most_tokens, run_in_batches
+from d4s.models.prompts import pad_id, padded, prompt_and_target_ids, text_ids
+from d4s.models.trace import head_reads
 
 
 @dataclass(frozen=True)

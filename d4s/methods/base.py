@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy, Architecture
+from d4s.change.weights import EditedWeights
 from d4s.configuration import Configuration
-from d4s.covariance import Covariance, cached_covariance
 from d4s.edits import Edit, check_batch
 from d4s.errors import ConfigError, D4SError, EditError, unknown_name
-from d4s.kept_targets import KeptTargets
-from d4s.prompts import generate_contexts, prompt_and_target_ids
-from d4s.targets import TargetConfig, frozen
-from d4s.weights import EditedWeights
+from d4s.locate.covariance import Covariance, cached_covariance
+from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.targets import TargetConfig, frozen
+from d4s.models.architectures import Anatomy, Architecture
+from d4s.models.prompts import generate_contexts, prompt_and_target_ids
 
 
 class Workbench:

@@ -30,10 +30,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from d4s.closed_form import ClosedForm
+from d4s.change.closed_form import ClosedForm
 from d4s.edits import Edit, check_batch
 from d4s.methods.base import Step, Workbench
-from d4s.methods.locate import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
+from d4s.methods.locate_then_edit import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from d4s.architectures import Anatomy
-from d4s.closed_form import Prior
+from d4s.change.closed_form import Prior
 from d4s.errors import ConfigError
 from d4s.methods.base import Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate import LocateMethod
+from d4s.methods.locate_then_edit import LocateMethod
 from d4s.methods.presets import encore_preset
+from d4s.models.architectures import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)

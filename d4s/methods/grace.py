@@ -28,14 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import whole
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.presets import grace_preset
-from d4s.trace import Trace, replaced_forward
+from d4s.models.architectures import Anatomy
+from d4s.models.trace import Trace, replaced_forward
 
 CODEBOOK_FILE = "grace_codebook.safetensors"
 MARGIN = 1e-5  # between two radii that meet

@@ -28,14 +28,14 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
-from d4s.forward import Calling, Forward
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.presets import kn_preset
-from d4s.prompts import prompt_and_target_ids, text_ids
-from d4s.trace import Trace, head_reads, replaced_forward
+from d4s.models.architectures import Anatomy
+from d4s.models.forward import Calling, Forward
+from d4s.models.prompts import prompt_and_target_ids, text_ids
+from d4s.models.trace import Trace, head_reads, replaced_forward
 
 
 @dataclass(frozen=True, kw_only=True)

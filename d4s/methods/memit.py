@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from d4s.closed_form import solve
+from d4s.change.closed_form import solve
 from d4s.edits import Edit
 from d4s.methods.base import Step, Workbench
-from d4s.methods.locate import LocateEditor, LocateMethod, step_of
+from d4s.methods.locate_then_edit import LocateEditor, LocateMethod, step_of
 
 
 @dataclass(frozen=True, kw_only=True)

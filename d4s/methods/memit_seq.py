@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from d4s.methods.base import Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate import LocateMethod
+from d4s.methods.locate_then_edit import LocateMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
-from d4s.architectures import Anatomy
 from d4s.methods.base import Workbench
-from d4s.methods.locate import LocateMethod
+from d4s.methods.locate_then_edit import LocateMethod
 from d4s.methods.memit import MEMITEditor
 from d4s.methods.presets import pmet_preset
+from d4s.models.architectures import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)

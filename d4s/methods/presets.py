@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
-from d4s.architectures import Anatomy, text_config
-from d4s.targets import TargetConfig
+from d4s.locate.targets import TargetConfig
+from d4s.models.architectures import Anatomy, text_config
 
 # What tells a model of the literature from its relatives: type, blocks, width, and about how many words.
 _KNOWN: dict[tuple[str, int, int, int], str] = {

@@ -17,14 +17,14 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from d4s.architectures import Anatomy
-from d4s.closed_form import Prior
+from d4s.change.closed_form import Prior
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.locate.targets import Targets
 from d4s.methods.base import Step, Workbench
-from d4s.methods.locate import LocateEditor, TargetMethod, step_of
+from d4s.methods.locate_then_edit import LocateEditor, TargetMethod, step_of
 from d4s.methods.presets import rome_preset
-from d4s.targets import Targets
+from d4s.models.architectures import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)

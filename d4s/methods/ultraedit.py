@@ -21,14 +21,14 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from d4s.architectures import Anatomy
-from d4s.closed_form import Prior, solve
+from d4s.change.closed_form import Prior, solve
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
 from d4s.methods.presets import ultraedit_preset
-from d4s.trace import Trace
+from d4s.models.architectures import Anatomy
+from d4s.models.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)

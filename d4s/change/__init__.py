@@ -1,0 +1,1 @@
+"""How weights change: the closed form, and the only writer of weights."""

@@ -1,0 +1,1 @@
+"""Where an edit goes and toward what: key statistics, keys and targets."""

@@ -1,0 +1,358 @@
+"""Key statistics: the uncentred second moment C = E[k kᵀ] of every edited layer, in one pass over a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d4s import ops
+from d4s.errors import CovarianceError, DataError, ModelError
+from d4s.files import check_regular
+from d4s.models.architectures import Anatomy, Architecture, text_config
+from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
+from d4s.models.readiness import check_askable
+from d4s.models.trace import Trace, stopping
+from d4s.progress import progress_bar
+from d4s.tensor_files import load_tensors, save_tensors
+
+logger = logging.getLogger("d4s.locate.covariance")
+
+KEYS_A_DIMENSION = 10  # key vectors per d_in: within .3 % of the full statistics (arXiv 2506.04226)
+LONGEST_TEXT = 128  # tokens, the tokenizer's start token among them; longer texts are cut into pieces
+FORMAT = "d4s-covariance-2"
+
+
+class Covariance:
+    """Sums of k kᵀ a layer and their counts, so that two statistics of one model add up.
+
+    moments: layer -> [d_in, d_in] symmetric, float32 | float64
+    count: key vectors behind each sum
+    fingerprint: of the model's weights, in float32 or bfloat16; "" matches every model
+    """
+
+    def __init__(
+        self, moments: Mapping[int, Tensor], count: int, *, fingerprint: str = "", corpus: str = ""
+    ) -> None:
+        for layer, moment in moments.items():
+            if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+                raise CovarianceError(
+                    f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]"
+                )
+            if moment.dtype not in (torch.float32, torch.float64):
+                raise CovarianceError(f"layer {layer}: moment is {moment.dtype}, must be float32 or float64")
+            if not torch.isfinite(moment).all():
+                raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
+            largest = float(moment.diagonal().abs().max()) if len(moment) else 0.0
+            if len(moment) and float(moment.diagonal().min()) < 0:
+                raise CovarianceError(f"layer {layer}: a sum of squares in the key statistics is negative")
+            if float((moment - moment.T).abs().max() if len(moment) else 0) > 1e-5 * largest:
+                raise CovarianceError(f"layer {layer}: the key statistics are not symmetric")
+        if count < 1:
+            raise CovarianceError("key statistics of no key vector; the corpus has no text")
+        self.moments, self.count = dict(moments), count
+        self.fingerprint, self.corpus = fingerprint, corpus
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.moments))
+
+    def mean(self, layer: int) -> Tensor:
+        """C of a layer, [d_in, d_in] float64, on the statistics' device. CovarianceError if it is not held."""
+        if layer not in self.moments:
+            raise CovarianceError(
+                f"no key statistics of layer {layer}; held are those of {list(self.layers)}. "
+                f"Estimate again with layers including {layer}"
+            )
+        return self.moments[layer].double() / self.count
+
+    def check(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        """CovarianceError unless these are statistics of this model, of all the layers, of the right size."""
+        for layer in layers:
+            wanted, found = anatomy.shape(layer)[1], self.mean(layer).shape[0]
+            if wanted != found:
+                raise CovarianceError(
+                    f"layer {layer}: the key statistics are {found} × {found}, the model's keys have {wanted} "
+                    "dimensions; they belong to another model"
+                )
+        if self.fingerprint and self.fingerprint != (mine := fingerprint_of(anatomy.model, exact=False)):
+            raise CovarianceError(
+                f"the key statistics were taken on another model (weights {self.fingerprint[:12]}, "
+                f"this one {mine[:12]}), or on this one before it was changed; estimate them on the unedited model"
+            )
+
+    def merge(self, other: Covariance) -> Covariance:
+        """Statistics over both corpora."""
+        if self.layers != other.layers or self.fingerprint != other.fingerprint:
+            raise CovarianceError("only statistics of the same layers of the same model add up")
+        return Covariance(
+            {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
+            self.count + other.count,
+            fingerprint=self.fingerprint,
+            corpus=f"{self.corpus}+{other.corpus}",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One safetensors file, written beside its place and then renamed."""
+        facts = {
+            "format": FORMAT,
+            "count": str(self.count),
+            "fingerprint": self.fingerprint,
+            "corpus": self.corpus,
+        }
+        save_tensors(path, {f"layer.{layer}": moment for layer, moment in self.moments.items()}, facts)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Covariance:
+        """Raises CovarianceError for a file that is not one that `save` wrote, or damaged."""
+        file = load_tensors(path, FORMAT, "d4s covariance", CovarianceError)
+        try:
+            found = Covariance(
+                {int(name.removeprefix("layer.")): tensor for name, tensor in file.tensors.items()},
+                int(file.facts["count"]),
+                fingerprint=file.facts["fingerprint"],
+                corpus=file.facts["corpus"],
+            )
+        except (KeyError, ValueError) as error:  # CovarianceError among them
+            raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
+        file.check_intact(CovarianceError)
+        return found
+
+
+def fingerprint_of(model: nn.Module, *, exact: bool = True) -> str:
+    """Hex digest of the parameters' names, shapes, a few hundred values and the sums of all: one read.
+
+    exact: of types and values as they are. Otherwise of the values rounded to bfloat16, so that a model has the same
+        one in float32 and in bfloat16; its float16 weights, rounded otherwise, have one of their own.
+
+    The sums are of 64 bits at a time as whole numbers: exact in any order, so the same on every device; compiled or
+    not makes no difference.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        if not exact and flat.is_floating_point():
+            flat = flat.to(torch.bfloat16)
+        some = flat[:: max(1, flat.numel() // 256)][:256].double().tolist()
+        rest = flat.numel() % (8 // flat.element_size())
+        if flat.storage_offset() * flat.element_size() % 8:
+            flat = flat.clone()
+        total = int(flat[: flat.numel() - rest].view(torch.int64).sum())
+        some += flat[flat.numel() - rest :].double().tolist()
+        plain = name.replace("_orig_mod.", "")  # what torch.compile puts in front
+        digest.update(f"{plain} {tuple(parameter.shape)} {flat.dtype} {total} {some}".encode())
+    return digest.hexdigest()
+
+
+def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
+    """Non-blank lines of a text file, or the texts themselves."""
+    if not isinstance(corpus, (str, os.PathLike)):
+        for number, text in enumerate(corpus, 1):
+            if not isinstance(text, str):
+                raise DataError(f"text {number} of the corpus is a {type(text).__name__}, must be a string")
+            if text.strip():
+                yield text
+        return
+    try:
+        check_regular(corpus, "texts")
+        with open(corpus, encoding="utf-8") as file:
+            yield from (line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error})") from None
+
+
+def _longest(model: Any) -> int:
+    """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
+    return min(LONGEST_TEXT, getattr(text_config(model), "max_position_embeddings", LONGEST_TEXT))
+
+
+@torch.no_grad()
+def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator[list[int]]:
+    """Texts that the model itself says, from its start token on, at temperature 1."""
+    device = next(model.parameters()).device
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
+    made = 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while made < tokens:
+            begin = torch.full((64, 1), start, device=device)
+            rows = sample(model, tokenizer, begin, max_new_tokens=_longest(model) - 1).tolist()
+            for row in rows:
+                # After the first end token there is padding only.
+                ends = [
+                    i for i, t in enumerate(row[1:], 1) if t in (tokenizer.eos_token_id, pad_id(tokenizer))
+                ]
+                kept = row[: ends[0]] if ends else row
+                if len(kept) > 1:
+                    made += len(kept)
+                    yield kept
+            if made == 0:
+                raise CovarianceError(
+                    "the model samples no text from its start token; pass a corpus of texts"
+                )
+
+
+def estimate_covariance(
+    model: Any,
+    tokenizer: Any,
+    corpus: str | os.PathLike[str] | Iterable[str] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_tokens: int = 4_096,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> Covariance:
+    """C of the layers in one pass that ends after the last of them.
+
+    corpus: a UTF-8 text file, one text a line; or texts; or None: texts sampled from the model itself.
+    layers: which blocks; None: all.
+    tokens: key vectors to take; None: 10 · d_in (arXiv 2506.04226).
+    dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
+    on_batch: called with the number of key vectors after each batch.
+
+    Every token of a text counts, padding does not. Texts longer than 128 tokens are cut into pieces, each of which
+    starts as the tokenizer starts a text: a model's first positions are like no others, and what stands there without
+    the start token is no key that it ever sees.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise CovarianceError(f"dtype={dtype}: sums are float32 or float64, never half precision")
+    anatomy = Anatomy(model, architecture)
+    chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(len(anatomy)))
+    anatomy.check_layers(chosen)
+    if tokens is not None and tokens < 1:
+        raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
+    wanted = tokens if tokens is not None else KEYS_A_DIMENSION * max(anatomy.shape(i)[1] for i in chosen)
+    check_askable(model, tokenizer)
+    device, longest = anatomy.device, _longest(model)
+    known = getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)
+    print_digest = hashlib.sha256()
+
+    def pieces() -> Iterator[list[int]]:
+        if corpus is None:
+            yield from _sampled_ids(model, tokenizer, wanted, seed)
+            return
+        start = start_ids(tokenizer)
+        for text in _texts_of(corpus):
+            (ids,) = text_ids(tokenizer, (text,))
+            if max(ids, default=0) >= known:
+                raise ModelError(
+                    f"the corpus has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and the "
+                    f"model's embeddings end at {known - 1}; take the tokenizer the model was trained with"
+                )
+            body = ids[len(start) :]
+            step = max(1, longest - len(start))
+            for at in range(0, len(body), step):
+                yield start + body[at : at + step]
+
+    moments = {
+        i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen
+    }
+    training = model.training
+    model.eval()
+    try:
+        rows: list[list[int]] = []
+        total = 0
+        for ids in pieces():
+            rows.append(list(ids[: wanted - total]))
+            total += len(rows[-1])
+            print_digest.update(repr(rows[-1]).encode())
+            if total == wanted:
+                break
+        rows.sort(key=len)  # little padding
+        with progress_bar(total, "key", "key covariance", shown=progress, unit_scale=True) as bar:
+            at = 0
+            while at < len(rows):
+                stop = at + 1
+                while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
+                    stop += 1
+                batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
+                counted = _add_batch(anatomy, moments, batch, mask)
+                bar.update(counted)
+                if at == 0:
+                    _check_finite(moments, next(model.parameters()).dtype)
+                if on_batch is not None:
+                    on_batch(counted)
+                at = stop
+    finally:
+        model.train(training)
+    for moment in moments.values():
+        ops.symmetrize_(moment)
+    return Covariance(
+        moments, total, fingerprint=fingerprint_of(model, exact=False), corpus=print_digest.hexdigest()
+    )
+
+
+def _check_finite(moments: Mapping[int, Tensor], dtype: torch.dtype) -> None:
+    for layer, moment in moments.items():
+        if not torch.isfinite(moment.diagonal()).all():
+            half = dtype == torch.float16
+            hint = "; float16 ends at 65504: load the model in bfloat16 or float32" if half else ""
+            raise CovarianceError(f"layer {layer}: the model's keys are NaN or infinite{hint}")
+
+
+@torch.no_grad()
+def _add_batch(anatomy: Anatomy, moments: dict[int, Tensor], ids: Tensor, mask: Tensor) -> int:
+    layers = list(moments)
+    # Rows of one length, of which most batches are, need no gathering in any layer.
+    keep = None if bool(mask.all()) else mask.bool()
+    with ExitStack() as stack:
+        stack.enter_context(stopping())
+        traces = {i: stack.enter_context(Trace(anatomy.projection(i), stop=i == layers[-1])) for i in layers}
+        anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for layer, trace in traces.items():
+        keys = trace.input.view(ids.shape[0], ids.shape[1], -1)
+        counted = ops.accumulate_key_covariance_(moments[layer], keys, keep)
+    return counted
+
+
+def cached_covariance(
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[int],
+    *,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Covariance:
+    """Statistics over text sampled from the model itself, kept in the user's cache folder for the next time.
+
+    The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
+    fingerprint, the layers and the seed.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("D4S_CACHE") or os.path.join(caches, "d4s")
+    weights = fingerprint_of(model, exact=False)
+    identity = f"{FORMAT} {weights} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
+    path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+    homeless = root.startswith("~")  # what expanduser leaves where nobody's home is known
+    if not homeless and path.exists():
+        try:
+            return Covariance.load(path)
+        except CovarianceError as error:
+            logger.warning("%s; it is made again", error)
+    found = estimate_covariance(
+        model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
+    )
+    if homeless:
+        logger.warning(
+            "there is no home folder: the key statistics are not kept; D4S_CACHE names a place for them"
+        )
+        return found
+    try:
+        found.save(path)
+    except OSError as error:  # a home that is read-only or full: the statistics are there all the same
+        logger.warning(
+            "%s: the key statistics are not kept for the next time (%s)", path, error.strerror or error
+        )
+    return found

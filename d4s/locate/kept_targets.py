@@ -1,0 +1,142 @@
+"""Targets of the unedited model, kept for the next time: their search is nearly all of what an edit costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from d4s.edits import Edit
+from d4s.errors import DataError
+from d4s.locate.covariance import fingerprint_of
+from d4s.locate.request_rows import Place
+from d4s.locate.targets import TargetConfig, Targets
+from d4s.models.architectures import Anatomy
+from d4s.tensor_files import load_tensors, save_tensors
+
+FORMAT = "d4s-targets-1"
+Fact = tuple[str, str, str, str | None]
+_PARTS = ("start", "delta", "first_probability", "last_probability")
+
+
+def target_identity(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    prefixes: Sequence[str],
+    layer: int,
+    places: tuple[Place, ...],
+    config: TargetConfig,
+) -> dict[str, str]:
+    """All that decides an edit's target but the edit, by name; to be asked for while the model is unedited."""
+    return {
+        "model": fingerprint_of(anatomy.model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "contexts": json.dumps(list(prefixes)),
+        "layer": str(layer),
+        "places": ", ".join(places),
+        "target configuration": json.dumps(asdict(config), sort_keys=True),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex digest of what decides the ids of a text."""
+    stored = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    for passing in ("truncation", "padding"):  # set and unset by whoever calls it
+        stored.pop(passing, None)
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+class KeptTargets:
+    """Targets by edit, all under one identity. It grows: what is not in it is searched and added.
+
+    len(): how many there are
+    """
+
+    def __init__(self, identity: dict[str, str] | None = None) -> None:
+        self.identity = identity
+        self._rows: dict[Fact, tuple[int, int]] = {}  # (part, row in it)
+        self._parts: list[Targets] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, edit: Edit) -> bool:
+        return _fact(edit) in self._rows
+
+    def check(self, identity: dict[str, str]) -> None:
+        """DataError, naming what differs, unless these are targets of this identity. The first one asked is taken."""
+        if self.identity is None:
+            self.identity = identity
+        differ = [name for name, value in identity.items() if self.identity.get(name) != value]
+        if differ:
+            short = [name for name in differ if name in ("layer", "places", "target configuration")]
+            details = "; ".join(
+                f"{name} {self.identity.get(name)} there, {identity[name]} here" for name in short
+            )
+            raise DataError(
+                f"the kept targets were found for another {' and another '.join(differ)}"
+                f"{f' ({details})' if details else ''}; search them again (d4s targets)"
+            )
+
+    def add(self, edits: Sequence[Edit], targets: Targets) -> None:
+        """Those of facts that are not yet held; of several edits of one fact the first counts."""
+        new: dict[Fact, int] = {}
+        for i, edit in enumerate(edits):
+            if edit not in self:
+                new.setdefault(_fact(edit), i)
+        for row, fact in enumerate(new):
+            self._rows[fact] = (len(self._parts), row)
+        if new:
+            self._parts.append(_on(targets[list(new.values())], torch.device("cpu")))
+
+    def lacking(self, edits: Sequence[Edit]) -> list[Edit]:
+        """One edit of each fact that is not held."""
+        return list({_fact(edit): edit for edit in edits if edit not in self}.values())
+
+    def take(self, edits: Sequence[Edit], device: torch.device) -> Targets:
+        """Targets of edits that are all held, in their order."""
+        places = [self._rows[_fact(edit)] for edit in edits]
+        return _on(Targets.concatenate([self._parts[part][row : row + 1] for part, row in places]), device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One safetensors file, written beside its place and then renamed."""
+        if not self._parts or self.identity is None:
+            raise DataError(f"{os.fspath(path)}: there are no targets to be saved")
+        whole = Targets.concatenate(self._parts)
+        facts = {
+            "format": FORMAT,
+            "identity": json.dumps(self.identity),
+            "edits": json.dumps(list(self._rows)),
+        }
+        save_tensors(path, {name: getattr(whole, name) for name in _PARTS}, facts)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> KeptTargets:
+        """Raises DataError for a file that is not one that `save` wrote, or damaged."""
+        file = load_tensors(path, FORMAT, "d4s targets", DataError)
+        file.check_intact(DataError)
+        try:
+            kept = KeptTargets(json.loads(file.facts["identity"]))
+            facts = json.loads(file.facts["edits"])
+            kept._rows = {(prompt, *rest): (0, i) for i, (prompt, *rest) in enumerate(facts)}
+            kept._parts = [Targets(*(file.tensors[name] for name in _PARTS))]
+            lengths = {len(file.tensors[name]) for name in _PARTS}
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not what KeptTargets.save wrote ({error!r})") from None
+        if lengths != {len(kept._rows)}:
+            raise DataError(f"{path}: {len(kept._rows)} edits, and targets of {sorted(lengths)}")
+        return kept
+
+
+def _fact(edit: Edit) -> Fact:
+    """What of an edit decides its target."""
+    return (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
+
+
+def _on(targets: Targets, device: torch.device) -> Targets:
+    return Targets(*(getattr(targets, name).to(device, torch.float32) for name in _PARTS))

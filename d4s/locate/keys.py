@@ -1,0 +1,78 @@
+"""Keys and outputs at the subject's last token.
+
+Nothing after that token can change them, so a row ends there, and the forward pass ends at the module that
+is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d4s.edits import Edit
+from d4s.models.architectures import Anatomy
+from d4s.models.forward import most_tokens, run_in_batches
+from d4s.models.prompts import pad_id, padded, subject_row
+from d4s.models.trace import Trace, stopping
+
+
+@dataclass(frozen=True)
+class SubjectRows:
+    """Token ids up to the subject's last token, and how the rows of one edit are averaged."""
+
+    ids: tuple[tuple[int, ...], ...]
+    shares: Tensor  # [rows of one edit] float32: what each counts in the edit's mean; they add up to 1
+    fill: int
+
+
+def subject_rows(
+    tokenizer: Any, edits: Sequence[Edit], prefixes: Sequence[str] = (), *, bare_share: float | None = 0.5
+) -> SubjectRows:
+    """Rows of the bare prompt and of the prompt behind each prefix.
+
+    bare_share: weight of the bare prompt (MEMIT: ½, the prefixed ones share the rest); None: all rows alike.
+    """
+    ids: list[tuple[int, ...]] = []
+    for edit in edits:
+        for prefix in ("", *prefixes):
+            row = subject_row(tokenizer, edit.prompt, edit.subject, prefix=prefix)
+            ids.append(row.ids[: row.subject_last + 1])
+    bare = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
+    shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes], dtype=torch.float32)
+    return SubjectRows(tuple(ids), shares, pad_id(tokenizer))
+
+
+def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int) -> Tensor:
+    """Keys: the input of W at the subject's last token, averaged an edit. [edits, d_in] float32."""
+    return _at_last(anatomy, rows, anatomy.projection(layer), take_input=True)
+
+
+def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
+    """What a module puts out at the subject's last token, averaged an edit. [edits, width] float32."""
+    return _at_last(anatomy, rows, module, take_input=False)
+
+
+@torch.no_grad()
+def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_input: bool) -> Tensor:
+    model, device = anatomy.model, anatomy.device
+    # Rows of one text but for its end are equal here; each distinct one runs once, short ones together.
+    distinct = list(dict.fromkeys(rows.ids))
+    taken: dict[tuple[int, ...], Tensor] = {}
+
+    def run(chosen: list[int]) -> None:
+        part = [distinct[i] for i in chosen]
+        ids, mask = padded(part, rows.fill)
+        with Trace(module, stop=True) as trace, stopping():
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        values = trace.input if take_input else trace.output
+        values = values.view(len(part), ids.shape[1], -1)  # OPT flattens rows and positions
+        last = torch.as_tensor([len(row) - 1 for row in part], device=device)
+        taken.update(zip(part, values[torch.arange(len(part), device=device), last].float(), strict=True))
+
+    run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))
+    found = torch.stack([taken[ids] for ids in rows.ids])
+    return rows.shares.to(device) @ found.view(-1, len(rows.shares), found.shape[1])

@@ -1,0 +1,1 @@
+"""What a model does: metrics of edits, and downstream tasks."""

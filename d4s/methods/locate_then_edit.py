@@ -1,0 +1,244 @@
+"""Plumbing of the locate-then-edit family: contexts, keys, targets and the prior, each made in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from d4s.change.closed_form import Prior
+from d4s.edits import Edit
+from d4s.errors import ConfigError
+from d4s.locate.kept_targets import target_identity
+from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
+from d4s.locate.request_rows import Place
+from d4s.locate.targets import TargetConfig, Targets, optimise_targets
+from d4s.methods.base import Editor, Method, Step, Workbench
+from d4s.methods.presets import spread_preset
+from d4s.models.architectures import Anatomy
+
+EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
+PROBES = 16  # edits whose keys choose λ; a key costs about a sixtieth of a target's search
+ARRIVES = 0.9  # share of a probe's residual that is to arrive over all edited layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetMethod(Method):
+    """Fields shared by methods that search a target and solve for the weights."""
+
+    layers: Annotated[tuple[int, ...], "whose W is changed; targets are those of the last"]
+    target: TargetConfig = field(default_factory=TargetConfig)
+    contexts: Annotated[
+        int, "generated contexts a seed word (five words), of each length; 0: the bare prompt alone"
+    ] = 1
+    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included"] = (10,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contexts < 0 or min(self.context_lengths, default=1) < 1:
+            raise ConfigError(
+                f"contexts={self.contexts} must be 0 or more, and context_lengths={list(self.context_lengths)} "
+                "1 or more each"
+            )
+
+    def prefixes(self, bench: Workbench) -> tuple[str, ...]:
+        """The generated contexts."""
+        return tuple(p for length in self.context_lengths for p in bench.contexts(self.contexts, length))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateMethod(TargetMethod):
+    """And with the prior λC."""
+
+    prior_weight: Annotated[
+        float | None, "λ, the weight of the prior C; None: by the share of an edit that arrives"
+    ] = 15_000.0
+    ridge: Annotated[
+        float, "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular"
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_weight is not None and self.prior_weight <= 0:
+            raise ConfigError(f"prior_weight (λ) is {self.prior_weight}, must be positive")
+        if self.ridge < 0:
+            raise ConfigError(f"ridge is {self.ridge}, must be 0 or more")
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> Method:
+        return cls(**spread_preset(anatomy))
+
+    @property
+    def measures_again(self) -> bool:
+        """Whether a layer's residual is measured behind the layers edited before it."""
+        return True
+
+    def weighed(self, weight: float) -> LocateMethod:
+        """With λC weighing as much as `weight` does in ΔW = R Kᵀ (λC + …)⁻¹."""
+        return replace(self, prior_weight=weight)
+
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them).
+
+        A single edit with key k moves its layer by the share q / (λ + q) of what is asked, q = kᵀ C⁻¹ k.
+        """
+        if self.prior_weight is not None:
+            return self
+        anatomy = bench.anatomy
+        anatomy.check_layers(self.layers)
+        covariance = bench.covariance(self.layers)
+        rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
+        squares = []
+        for layer in self.layers:
+            prior = Prior(covariance.mean(layer).to(anatomy.device), 1.0, self.ridge)
+            keys = prior.rows(keys_at(anatomy, rows, layer)).T
+            squares.append((keys * prior.solve(keys)).sum(0))
+        return self.weighed(weight_at_which(torch.stack(squares, 1).cpu(), ARRIVES, self.measures_again))
+
+
+def arriving(squares: Tensor, weight: float, measured: bool) -> Tensor:
+    """Share of a residual that arrives over n layers, each of which is asked for 1 / (n − i) of it.
+
+    squares: q = kᵀ C⁻¹ k of the layers, ascending, [edits, layers]; weight: λ
+    measured: layer i is asked for its part of what the layers below have left; else of the whole
+    Returns [edits].
+    """
+    shares = squares / (weight + squares) / torch.arange(squares.shape[1], 0, -1, dtype=squares.dtype)
+    return 1 - (1 - shares).prod(1) if measured else shares.sum(1)
+
+
+def weight_at_which(squares: Tensor, share: float, measured: bool) -> float:
+    """λ at which the median over edits of `arriving` is `share`, to two digits."""
+    low, high = 1e-9, 1e9  # times the mean square: what arrives falls with λ
+    scale = float(squares.mean())
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        if float(arriving(squares, middle * scale, measured).median()) > share:
+            low = middle
+        else:
+            high = middle
+    return float(f"{low * scale:.2g}")
+
+
+class LocateEditor(Editor):
+    """An editor with keys, targets and a prior."""
+
+    bare_share: float | None = 0.5  # weight of the bare prompt in a key
+
+    # Where δ is added in the last edited layer, and targets are measured: the first of these.
+    places: tuple[Place, ...] = ("block",)
+
+    def __init__(self, method: TargetMethod, bench: Workbench) -> None:
+        if isinstance(method, LocateMethod) and method.prior_weight is None:
+            # No edits to choose by: E[kᵀ C⁻¹ k] = d_in, of which half arrives in each of several layers.
+            d_in = bench.anatomy.shape(method.layers[-1])[1]
+            method = method.weighed(d_in if len(method.layers) > 1 else d_in / 10)
+        super().__init__(method, bench, method.layers)
+        self.prefixes = method.prefixes(bench)
+        if self.anatomy.architecture.normed_mlp_output and self.places == ("block",):
+            self.places = ("mlp",)
+
+    @property
+    def last(self) -> int:
+        return self.weights.layers[-1]
+
+    def second_moments(self) -> dict[int, Tensor]:
+        """C of every edited layer, on the model's device, float64."""
+        covariance = self.bench.covariance(self.weights.layers)
+        return {layer: covariance.mean(layer).to(self.anatomy.device) for layer in self.weights.layers}
+
+    def priors(self) -> dict[int, Prior]:
+        """λ (C + ridge · mean(diag C) · I) of every edited layer."""
+        method = self.method
+        return {
+            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
+        }
+
+    def rows(self, edits: Sequence[Edit]) -> SubjectRows:
+        return subject_rows(self.tokenizer, edits, self.prefixes, bare_share=self.bare_share)
+
+    def bare_rows(self, edits: Sequence[Edit]) -> SubjectRows:
+        return subject_rows(self.tokenizer, edits)
+
+    def keys(self, rows: SubjectRows, layer: int) -> Tensor:
+        """[edits, d_in] float64, with the layers below as they are now."""
+        return keys_at(self.anatomy, rows, layer).double()
+
+    def state(self, rows: SubjectRows) -> Tensor:
+        """What targets are measured against: h after the last edited layer (or its MLP output). [edits, d_model]"""
+        block = self.places[0] == "block"
+        module = self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
+        return output_at(self.anatomy, rows, module).double()
+
+    def targets(self, edits: Sequence[Edit]) -> Targets:
+        """Targets on the model's current weights."""
+        return optimise_targets(
+            self.anatomy,
+            self.tokenizer,
+            edits,
+            self.prefixes,
+            self.last,
+            self.method.target,
+            places=self.places,
+        )
+
+
+class Ahead:
+    """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and the keys of
+    the lowest edited layer, whose input no edit changes. Targets that the workbench keeps are not searched again.
+
+    Made while the model is unedited; raises DataError where kept targets were found for something else.
+    """
+
+    def __init__(self, editor: LocateEditor) -> None:
+        self.editor = editor
+        self._coming: list[Edit] = []
+        self._ready: dict[str, tuple[Edit, Targets, Tensor]] = {}
+        if (kept := editor.bench.targets) is not None:
+            kept.check(
+                target_identity(
+                    editor.anatomy,
+                    editor.tokenizer,
+                    editor.prefixes,
+                    editor.last,
+                    editor.places,
+                    editor.method.target,
+                )
+            )
+
+    def announce(self, edits: Sequence[Edit]) -> None:
+        self._coming = list(edits)
+
+    def take(self, batch: Sequence[Edit]) -> tuple[Targets, Tensor]:
+        """Targets and lowest keys [edits, d_in] of the batch; the announced edits that follow it are done in the
+        same pass."""
+        if any(edit.id not in self._ready or self._ready[edit.id][0] != edit for edit in batch):
+            window = list(batch)
+            if batch[0] in self._coming:
+                at = self._coming.index(batch[0])
+                window = self._coming[at : at + max(EDITS_AHEAD, len(batch))]
+                window += [edit for edit in batch if edit not in window]
+            with self.editor.weights.at_base():
+                targets = self.targets(window)
+                keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
+            self._ready = {
+                edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
+            }
+        ready = [self._ready[edit.id] for edit in batch]
+        return Targets.concatenate([t for _, t, _ in ready]), torch.cat([k for _, _, k in ready])
+
+    def targets(self, edits: Sequence[Edit]) -> Targets:
+        """Those kept, and those of other edits searched on the unedited weights, which the model has to hold now."""
+        editor, kept = self.editor, self.editor.bench.targets
+        if kept is None:
+            return editor.targets(edits)
+        if new := kept.lacking(edits):
+            kept.add(new, editor.targets(new))
+        return kept.take(edits, editor.anatomy.device)
+
+
+def step_of(targets: Targets) -> Step:
+    return Step(tuple(targets.first_probability.tolist()), tuple(targets.last_probability.tolist()))

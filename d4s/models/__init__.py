@@ -1,0 +1,1 @@
+"""What edits are written into: models, their anatomy, and what they say."""

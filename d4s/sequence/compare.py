@@ -1,0 +1,296 @@
+"""The same edits with several methods, one after another, from the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from d4s import files
+from d4s.edits import Edit
+from d4s.errors import ConfigError, D4SError, ModelError
+from d4s.files import write_text
+from d4s.locate.covariance import Covariance
+from d4s.locate.kept_targets import KeptTargets
+from d4s.measure.metrics import Baseline, take_baseline
+from d4s.methods import Method, Workbench, method_for
+from d4s.methods.locate_then_edit import TargetMethod
+from d4s.models.architectures import Anatomy, Architecture
+from d4s.progress import stage
+from d4s.sequence.comparison import Comparison, record_place
+from d4s.sequence.record import Record
+from d4s.sequence.run import edit_sequence
+from d4s.sequence.target_search import check_targets
+
+if TYPE_CHECKING:
+    pass
+
+Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    methods: Configs = ("d4s", "memit"),
+    *,
+    covariance: Covariance | str | os.PathLike[str] | None = None,
+    targets: KeptTargets | str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
+    evaluate_every: int | Collection[int] | None = None,
+    seeds: int | Sequence[int] = (0,),
+    shuffle: bool = False,
+    count: int | None = None,
+    neighborhood_limit: int | None = None,
+    original: bool = True,
+    generate: bool = False,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    baseline: Baseline | None = None,
+    architecture: Architecture | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """The same edits with each method, from the same weights, which are put back bit for bit after each.
+
+    methods: names from `d4s.methods()`; or label → what differs from the preset, as {"d4s": None,
+        "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method
+    seeds: of contexts and samples; several: figures are means over them with Student's t intervals
+    shuffle: each seed also has its own order of the edits, the same for all methods; those of an MQuAKE case stay
+        together
+    count: edits made, the first of that order; None: all
+    targets: of the unedited model, for the methods that search them there; None: those that one sequence has searched
+        are kept in `out`, and serve all later ones with the same contexts, last layer and target optimiser
+    baseline: the unedited model's answers to the edits; None: taken once, for all methods
+    out: folder in which each sequence is kept as soon as it ends, so that a comparison that was interrupted, or
+        gets more methods or seeds, goes on where it was; sequences made otherwise are refused. None: nowhere
+    All others: as `edit_sequence`.
+
+    A method that fails after some edits, or cannot begin, is kept with what was measured up to there and the
+    reason; the others go on. Memory: one copy of the edited weights of one method at a time.
+    Raises ConfigError for a method or field that does not exist, before anything is changed; the error of the
+    first method if none could begin; ModelError if a method does not give the weights back.
+    """
+    edits = list(edits)
+    seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
+    if not seeds:
+        raise ConfigError("seeds is empty; give one or more, as seeds=(0, 1, 2)")
+    if count is not None and not 1 <= count <= len(edits):
+        raise ConfigError(f"count={count}: must be from 1 to {len(edits)}, the edits that were given")
+    if isinstance(covariance, (str, os.PathLike)):
+        covariance = Covariance.load(Path(covariance))
+    if isinstance(targets, (str, os.PathLike)):
+        targets = KeptTargets.load(targets)
+    configured = _configured(methods, Anatomy(model, architecture))
+    if targets is not None:
+        ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
+        if len(seeds) > 1 and any(one.contexts for one in ahead):
+            raise ConfigError(
+                "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
+                "each seed are kept in out"
+            )
+        bench = Workbench(model, tokenizer, targets=targets, architecture=architecture, seed=seeds[0])
+        for one in {_decides_targets(one): one for one in ahead}.values():
+            check_targets(bench, one)
+    orders = _orders(edits, seeds, shuffle, count)
+    before = weights_digest(model)
+    kept = None
+    if out is not None:
+        settings = {
+            "weights": before,
+            "edits": hashlib.blake2b(json.dumps([asdict(edit) for edit in edits]).encode()).hexdigest(),
+            "key statistics": [covariance.corpus, covariance.count] if covariance is not None else None,
+            "batch_size": batch_size,
+            "evaluate_every": sorted(evaluate_every)
+            if isinstance(evaluate_every, Collection)
+            else evaluate_every,
+            "shuffle": shuffle,
+            "count": count,
+            "neighborhood_limit": neighborhood_limit,
+            "original": original,
+            "generate": generate,
+            "measure": _told_apart(measure),
+        }
+        kept = _Kept(Path(out), settings)
+    if baseline is None:
+        made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
+        stage(f"baseline: the unedited model is asked about {len(set(made))} edits", shown=progress)
+        baseline = take_baseline(model, tokenizer, made, progress=progress)
+    results: dict[str, dict[int, Record]] = {label: {} for label in configured}
+    errors: list[D4SError] = []
+    unfinished: set[tuple[str, int]] = set()
+    for seed, order in orders.items():
+        for label, method in configured.items():
+            if kept is not None and (stored := kept.record(label, seed, method)) is not None:
+                results[label][seed] = stored
+                continue
+            place = 1 + sum(len(by_seed) for by_seed in results.values())
+            stage(
+                f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
+            )
+            place_of_targets = None
+            own_targets = targets if method.searches_ahead else None
+            if own_targets is None and method.searches_ahead and kept is not None:
+                place_of_targets = _targets_place(kept.folder, method, seed)
+                there = place_of_targets.exists()
+                own_targets = KeptTargets.load(place_of_targets) if there else KeptTargets()
+            known = 0 if own_targets is None else len(own_targets)
+            try:
+                result = edit_sequence(
+                    model,
+                    tokenizer,
+                    order,
+                    method=method,
+                    covariance=covariance,
+                    targets=own_targets,
+                    batch_size=batch_size,
+                    evaluate_every=evaluate_every,
+                    neighborhood_limit=neighborhood_limit,
+                    original=original,
+                    generate=generate,
+                    measure=measure,
+                    stop_at_failure=True,
+                    baseline=baseline,
+                    architecture=architecture,
+                    seed=seed,
+                    progress=progress,
+                )
+            except D4SError as error:
+                unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
+                partial = getattr(error, "result", None)
+                if partial is None or not partial.edits_table:
+                    errors.append(error)
+                if partial is None:
+                    results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+                else:  # an evaluation failed
+                    results[label][seed] = partial.record()
+                    partial.restore()
+            except BaseException as error:
+                if hasattr(error, "result"):
+                    error.result.restore()
+                raise
+            else:
+                results[label][seed] = result.record()
+                result.restore()
+                del result  # and with it the copy of the weights
+                if kept is not None:
+                    results[label][seed].save(record_place(kept.folder, label, seed))
+            finally:  # also what a sequence that was interrupted has found
+                if place_of_targets is not None and own_targets is not None and len(own_targets) > known:
+                    own_targets.save(place_of_targets)
+            if weights_digest(model) != before:
+                raise ModelError(f"{label} did not give back the weights it began with; load the model again")
+    if len(errors) == len(configured) * len(seeds):
+        raise errors[0]
+    return Comparison(results, frozenset(unfinished))
+
+
+def _orders(
+    edits: Sequence[Edit], seeds: Sequence[int], shuffle: bool, count: int | None
+) -> dict[int, list[Edit]]:
+    """Seed → the edits it makes, in their order. What follows from a case's edits is asked after its last one,
+    so a shuffle moves whole cases."""
+    cases: list[list[Edit]] = []
+    for edit in edits:
+        case = edit.tags.get("case")
+        if case is not None and cases and cases[-1][-1].tags.get("case") == case:
+            cases[-1].append(edit)
+        else:
+            cases.append([edit])
+    orders = {}
+    for seed in seeds:
+        shuffled = Random(seed).sample(cases, len(cases)) if shuffle else cases
+        orders[seed] = [edit for case in shuffled for edit in case][:count]
+    return orders
+
+
+def _told_apart(measure: Callable[[], Mapping[str, float]] | None) -> Any:
+    """What a folder keeps of a measure: its `settings`; of any other callable that there was one."""
+    owner = getattr(measure, "__self__", measure)
+    return getattr(owner, "settings", measure is not None)
+
+
+def _targets_place(folder: Path, method: Method, seed: int) -> Path:
+    """One file for all configurations that ask for the same targets."""
+    name = hashlib.sha256(f"{_decides_targets(method)} {seed}".encode()).hexdigest()[:12]
+    return folder / "targets" / f"{name}.safetensors"
+
+
+def _decides_targets(method: Method) -> str:
+    """All of a configuration that targets hang on."""
+    fields = asdict(method)
+    return json.dumps(
+        [fields[name] for name in ("target", "contexts", "context_lengths")] + [fields["layers"][-1]]
+    )
+
+
+class _Kept:
+    """The sequences of a comparison in a folder, and what they have in common."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        if not path.exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ConfigError(f"{folder}: already holds something else; name a new or empty folder")
+            write_text(json.dumps(wanted, indent=1), path)
+            return
+        data = files.read_bytes(path, "the settings of a comparison")
+        stored = files.parse_json(data.decode("utf-8", "replace"), f"{path}: not what a comparison wrote")
+        with files.checking(path, "a comparison"):
+            files.as_json(files.as_object(stored, "it"), "it")
+        for name, value in wanted.items():
+            if stored.get(name) != value:
+                there, here = _short(stored.get(name)), _short(value)
+                raise ConfigError(
+                    f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
+                    "name a new folder, or ask for the same"
+                )
+
+    def record(self, label: str, seed: int, method: Method) -> Record | None:
+        """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""
+        path = record_place(self.folder, label, seed)
+        if not path.exists():
+            return None
+        record = Record.load(path)
+        if record.method != method.name or record.config != json.loads(json.dumps(asdict(method))):
+            raise ConfigError(
+                f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
+            )
+        return record
+
+
+def _short(value: Any, most: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
+    named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    configured: dict[str, Method] = {}
+    for label, config in named.items():
+        if isinstance(config, Method):
+            configured[label] = config
+        else:
+            fields = dict(config or {})
+            configured[label] = method_for(str(fields.pop("method", label)), anatomy, fields)
+    if not configured:
+        raise ConfigError("no methods were given; d4s methods lists them")
+    return configured
+
+
+def weights_digest(model: Any) -> str:
+    """Hex digest of every bit of every parameter."""
+    digest = hashlib.blake2b()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        flat = parameter.detach().reshape(-1).cpu().contiguous()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

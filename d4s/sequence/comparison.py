@@ -1,0 +1,272 @@
+"""The same edits with several methods: one order, one seed, the same weights to begin with, one table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from d4s.figures.plots import plot_metrics, plot_norms, plot_target_probability
+from d4s.files import write_table, write_text
+from d4s.measure.metrics import finite_or_none, is_share, spelled
+from d4s.sequence.record import HEADLINES, Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+# 97.5 % quantiles of Student's t, by degrees of freedom from 1 on.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
+_CLOCKS = ("step", "seconds", "edit_seconds")
+_MOST_LAYERS = 8  # of a method whose norms are drawn layer by layer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What each method did.
+
+    results: label of the method → seed → what was measured; a sequence that broke off has a `failure`. Row 0
+        of every history is the unedited model, the same for all
+    unfinished: (label, seed) of sequences worth another try, which `save` does not keep
+    """
+
+    results: dict[str, dict[int, Record]]
+    unfinished: frozenset[tuple[str, int]] = frozenset()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(seed for by_seed in self.results.values() for seed in by_seed))
+
+    @property
+    def interval(self) -> str:
+        """What the 95 % intervals are taken over, and how."""
+        return "; ".join(dict.fromkeys(_interval(len(by_seed)) for by_seed in self.results.values()))
+
+    @property
+    def collapsed(self) -> dict[str, str]:
+        """Label → where and why it broke off; methods that went through are not in it."""
+        several = len(self.seeds) > 1
+        found = {}
+        for label, by_seed in self.results.items():
+            ends = [
+                f"seed {seed}, {record.failure}" if several else record.failure
+                for seed, record in by_seed.items()
+                if record.failure is not None
+            ]
+            if ends:
+                found[label] = "; ".join(ends)
+        return found
+
+    def histories(self) -> dict[str, DataFrame]:
+        """Label → history as a DataFrame, mean over seeds with intervals <name>.low and <name>.high.
+
+        Up to where all seeds went: a mean over those that are left would rise where another one broke off.
+        """
+        import pandas
+
+        frames = {}
+        for label, by_seed in self.results.items():
+            if common := _common_steps(by_seed.values()):
+                rows = {step: [_row_at(record, step) for record in by_seed.values()] for step in common}
+                frames[label] = pandas.DataFrame([over_seeds([r for r in rows[s] if r]) for s in common])
+        return frames
+
+    def table(self, points: Sequence[int] | None = None) -> DataFrame:
+        """A row a method (and a point): its figures, each with `.low` and `.high`.
+
+        points: numbers of edits, of those at which was evaluated; None: the last that all seeds reached
+        Columns: method, edits, the figures of the history, l1_growth, seconds_an_edit (evaluation not counted),
+        interval (what the bounds are), collapsed (where and why the method broke off; empty: it did not).
+        """
+        import pandas
+
+        rows = []
+        for label, by_seed in self.results.items():
+            common = _common_steps(by_seed.values())
+            for point in points if points is not None else common[-1:] or (0,):
+                found = [row for r in by_seed.values() if point in common and (row := _row_at(r, point))]
+                if not found and points is not None and label not in self.collapsed:
+                    continue  # of one that broke off the row says so
+                cells: dict[str, Any] = {"method": label, "edits": point}
+                if found:
+                    timed = [
+                        row
+                        | {"seconds_an_edit": row["edit_seconds"] / row["step"] if row["step"] else math.nan}
+                        for row in found
+                    ]
+                    figures = over_seeds(timed)
+                    cells |= {name: value for name, value in figures.items() if _is_figure(name)}
+                cells |= {"interval": _interval(len(by_seed)), "collapsed": self.collapsed.get(label, "")}
+                rows.append(cells)
+        last = ["interval", "collapsed"]
+        table = pandas.DataFrame(rows, columns=None if rows else ["method", "edits", "l1_growth", *last])
+        return table[[c for c in table.columns if c not in last] + last]
+
+    def target_probabilities(self) -> dict[str, DataFrame]:
+        """Label → edits_table, mean over seeds edit by edit in the order made, of methods that search a target."""
+        import pandas
+
+        tables = {}
+        for label, by_seed in self.results.items():
+            parts = [pandas.DataFrame(record.edits_table) for record in by_seed.values()]
+            columns = ["first_probability", "last_probability"]
+            parts = [part[columns] for part in parts if set(columns) <= set(part.columns)]
+            if parts and not (mean := sum(parts) / len(parts)).isna().all(axis=None):
+                tables[label] = mean
+        return tables
+
+    def summary(self, points: Sequence[int] | None = None) -> str:
+        """The table as text: growth and what is known to be a share in percent, other figures as they are; intervals
+        in brackets."""
+        table = self.table(points)
+        measured = dict.fromkeys(n for r in self.results.values() for one in r.values() for n in one.measured)
+        names = [n for n in HEADLINES if n in table] + [
+            n for n in table.columns if n.endswith("_argmax") or n in measured
+        ]
+        shown = [_spelled(table, name) for name in names]
+        columns = [("method", list(table["method"])), ("edits", [str(n) for n in table["edits"]])]
+        columns += list(zip([n.replace("_", " ") for n in names], shown, strict=True))
+        if "l1_growth" in table:
+            columns.append(("mean |w|", [f"{100 * g:+.2f} %" if g == g else "" for g in table["l1_growth"]]))
+            columns.append(("s/edit", [f"{s:.3f}" if s == s else "" for s in table["seconds_an_edit"]]))
+        lines = aligned(columns)
+        others = [name.replace("_", " ") for name in names if not is_share(name)]
+        plain = f" ({', '.join(others)}: as measured)" if others else ""
+        lines.append(
+            f"Shares in percent{plain}, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
+        )
+        lines += [f"{label} broke off: {why}" for label, why in self.collapsed.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values of the table; figures that are not finite are None."""
+        return {
+            "format": "d4s-comparison-1",
+            "interval": self.interval,
+            "seeds": list(self.seeds),
+            "collapsed": self.collapsed,
+            "rows": finite_or_none(self.table().to_dict("records")),
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """table.csv, table.json, history.csv, the figures, and each sequence as results/<label>-<seed>.json."""
+        import pandas
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(self.table(), folder / "table.csv")
+        write_text(json.dumps(self.to_dict(), indent=1), folder / "table.json")
+        frames = []
+        for label, by_seed in self.results.items():
+            for seed, record in by_seed.items():
+                if (label, seed) not in self.unfinished:
+                    record.save(record_place(folder, label, seed))
+                frame = record.to_frame()
+                frame.insert(0, "seed", seed)
+                frame.insert(0, "method", label)
+                frames.append(frame)
+        write_table(pandas.concat(frames, ignore_index=True), folder / "history.csv")
+        histories = self.histories()
+        plot_metrics(histories, folder / "metrics.png")
+        plot_norms(few_layers(histories), folder / "norms.png")
+        if probabilities := self.target_probabilities():
+            plot_target_probability(probabilities, folder / "target_probability.png")
+
+
+def record_place(folder: Path, label: str, seed: int) -> Path:
+    # Quoted, so that no two labels share a file: a/b is a%2Fb, and a-b stays as it is.
+    return folder / "results" / f"{quote(label, safe=' +,=()[]')}-{seed}.json"
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of history rows of several seeds, with 95 % intervals by Student's t; one row stays as it is."""
+    if len(rows) == 1:
+        return dict(rows[0])
+    combined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name.endswith((".low", ".high")):
+            continue
+        values = [float(row[name]) for row in rows if row.get(name) is not None]
+        if not values:
+            continue
+        combined[name] = mean = sum(values) / len(values)
+        if name not in (*_CLOCKS, "seconds_an_edit") and len(values) > 1:  # the machine's, not the seed's
+            # Products, since a square that overflows raises; a collapsed model's perplexity may.
+            deviation = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1))
+            half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
+            low, high = mean - half, mean + half
+            if is_share(name):  # Student's t does not know that these end at 0 and 1
+                low, high = max(low, 0.0), min(high, 1.0)
+            combined |= {f"{name}.low": low, f"{name}.high": high}
+    combined["step"] = min(row["step"] for row in rows)
+    return combined
+
+
+def student_t(freedom: int) -> float:
+    """97.5 % quantile of Student's t; beyond the table's end to .1 %."""
+    return _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.4 / freedom + 2.7 / freedom**2
+
+
+def few_layers(histories: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
+    """Without methods that edit too many layers to be drawn a panel each, if others remain."""
+    few = {
+        label: frame
+        for label, frame in histories.items()
+        if sum(str(c).startswith("l1_norm.") and str(c).count(".") == 1 for c in frame.columns)
+        <= _MOST_LAYERS
+    }
+    chosen = few or histories
+    # Means over seeds carry intervals of the norms too, which are no layers.
+    return {
+        label: frame[[c for c in frame.columns if not (c.startswith("l1_norm.") and c.count(".") > 1)]]
+        for label, frame in chosen.items()
+    }
+
+
+def _is_figure(name: str) -> bool:
+    stem = name.removesuffix(".low").removesuffix(".high")
+    return stem not in _CLOCKS and "." not in stem
+
+
+def _interval(seeds: int) -> str:
+    return f"over {seeds} seeds, Student's t" if seeds > 1 else "over edits, bootstrap"
+
+
+def _common_steps(records: Iterable[Record]) -> list[int]:
+    """Numbers of edits at which every sequence that began was evaluated, ascending."""
+    steps = [{row["step"] for row in record.history} for record in records if record.history]
+    return sorted(set.intersection(*steps)) if steps else []
+
+
+def _row_at(record: Record, point: int) -> dict[str, Any] | None:
+    return next((row for row in record.history if row["step"] == point), None)
+
+
+def _spelled(table: DataFrame, name: str) -> list[str]:
+    def number(value: float) -> str:
+        return spelled(name, value).removesuffix(" %")  # said once, below the table
+
+    cells = []
+    for _, row in table.iterrows():
+        value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
+        text = "" if value != value else number(value)
+        cells.append(text if low != low or not text else f"{text} [{number(low)}, {number(high)}]")
+    return cells
+
+
+def aligned(columns: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Lines of a text table: the first column to the left, the others to the right."""
+    widths = [max(len(head), *map(len, cells)) for head, cells in columns]
+    rows = zip(*([head, *cells] for head, cells in columns), strict=True)
+    lines = []
+    for row in rows:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+    return lines

@@ -1,0 +1,367 @@
+"""Identities of the closed form, in float64 unless said otherwise."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior, keys_worth_a_solve, solve
+from d4s.errors import ConfigError, CovarianceError, D4SError, NotPositiveDefiniteError
+
+D_OUT, D_IN = 48, 160  # from 15 keys on a solve is cheaper than an update
+
+
+def covariance_of(d_in: int) -> torch.Tensor:
+    """A well-posed E[k kᵀ] with eigenvalues over two orders of magnitude."""
+    keys = torch.randn(4 * d_in, d_in, dtype=torch.float64) * torch.logspace(0, 1, d_in, dtype=torch.float64)
+    return keys.T @ keys / len(keys)
+
+
+def edits_of(n: int, d_out: int = D_OUT, d_in: int = D_IN) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, d_out, dtype=torch.float64), 3 * torch.randn(n, d_in, dtype=torch.float64)
+
+
+def true_delta(residuals: torch.Tensor, keys: torch.Tensor, prior: Prior) -> torch.Tensor:
+    """Rᵀ K (λC + Kᵀ K)⁻¹ by LU."""
+    matrix = prior.matrix.double() + keys.T @ keys
+    return torch.linalg.solve(matrix, keys.T @ residuals).T
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.fixture
+def prior() -> Prior:
+    return Prior(covariance_of(D_IN), weight=20.0)
+
+
+def single_steps(prior: Prior, residuals: torch.Tensor, keys: torch.Tensor) -> ClosedForm:
+    closed = ClosedForm({0: prior}, residuals.shape[1])
+    for i in range(len(keys)):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        closed.delta(0)
+    return closed
+
+
+def test_single_steps_equal_one_batch(prior):
+    residuals, keys = edits_of(3 * DELAYED_ROWS + 5)
+    closed = single_steps(prior, residuals, keys)
+    truth = true_delta(residuals, keys, prior)
+    assert relative_error(closed.delta(0), truth) <= 1e-9
+    assert relative_error(solve(residuals, keys, prior), truth) <= 1e-9
+    assert closed.refreshes == 0
+
+
+@pytest.mark.parametrize("step", [2, 7, 14, 15, 100])
+def test_steps_of_any_size_equal_one_batch(prior, step):
+    assert keys_worth_a_solve(D_OUT, D_IN) in range(10, 100)  # both ways are taken below
+    residuals, keys = edits_of(300)
+    closed = ClosedForm({0: prior}, D_OUT)
+    for r, k in zip(residuals.split(step), keys.split(step), strict=True):
+        closed.add_(r, k, 0)
+        closed.delta(0)
+    assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_delta_is_right_after_every_step(prior, transposed):
+    residuals, keys = edits_of(2 * DELAYED_ROWS)
+    closed = ClosedForm({0: prior}, D_OUT, transposed=transposed)
+    assert not closed.delta(0).any()
+    for i in range(len(keys)):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        truth = true_delta(residuals[: i + 1], keys[: i + 1], prior)
+        assert relative_error(closed.delta(0), truth) <= 1e-9
+        assert closed.delta(0).stride() == ((1, D_OUT) if transposed else (D_IN, 1))
+
+
+def test_the_order_of_edits_does_not_matter(prior):
+    residuals, keys = edits_of(100)
+    order = torch.randperm(100)
+    one, other = single_steps(prior, residuals, keys), single_steps(prior, residuals[order], keys[order])
+    assert relative_error(one.delta(0), other.delta(0)) <= 1e-9
+
+
+@pytest.mark.parametrize("asked_between", [True, False])
+@pytest.mark.parametrize("removed", [1, 3, 60])
+def test_an_edit_taken_out_leaves_the_run_without_it(prior, removed, asked_between):
+    residuals, keys = edits_of(100)
+    closed = single_steps(prior, residuals, keys)
+    for i in range(removed):
+        closed.subtract_(residuals[i : i + 1], keys[i : i + 1], 0)
+        if asked_between:
+            closed.delta(0)
+    more_residuals, more_keys = edits_of(2)
+    closed.add_(more_residuals, more_keys, 0)
+    rest = torch.cat([residuals[removed:], more_residuals]), torch.cat([keys[removed:], more_keys])
+    assert relative_error(closed.delta(0), true_delta(*rest, prior)) <= 1e-9
+    fresh = ClosedForm({0: prior}, D_OUT)
+    fresh.add_(*rest, 0)
+    for name, value in fresh.state_dict().items():
+        torch.testing.assert_close(closed.state_dict()[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_taking_out_more_than_was_added_is_refused(prior):
+    residuals, keys = edits_of(2)
+    closed = single_steps(prior, residuals, keys)
+    closed.delta(0)
+    closed.subtract_(residuals[:1], 100 * keys[:1], 0)
+    with pytest.raises(NotPositiveDefiniteError, match="layer 0"):
+        closed.delta(0)
+
+
+@pytest.mark.parametrize("good", [0, 64])  # rows that can be taken out, before the one that cannot
+def test_sums_stay_right_after_rows_that_cannot_be_taken_out(prior, good):
+    residuals, keys = edits_of(good + 20)
+    closed = single_steps(prior, residuals, keys)
+    closed.delta(0)
+    wrong = 100 * keys[:1]
+    out = torch.cat([residuals[:good], residuals[:1]]), torch.cat([keys[:good], wrong])
+    for row in range(good + 1):  # few at a time, or Δ would come from a solve
+        closed.subtract_(out[0][row : row + 1], out[1][row : row + 1], 0)
+    before = closed.state_dict()
+    with pytest.raises(NotPositiveDefiniteError):
+        closed.delta(0)
+    for name, tensor in closed.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-9, atol=1e-9)
+    closed.add_(residuals[:1], wrong, 0)
+    truth = true_delta(residuals[good:], keys[good:], prior)
+    assert relative_error(closed.delta(0), truth) <= 1e-8
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])  # times for Δ before: no solve, a solve, a kept inverse
+def test_a_delta_that_could_not_be_had_is_not_an_old_one_when_asked_for_again(prior, asked):
+    residuals, keys = edits_of(3)
+    closed = ClosedForm({0: prior}, D_OUT)
+    for i in range(asked):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        closed.delta(0)
+    closed.subtract_(residuals[:1], 100 * keys[:1], 0)
+    for _ in range(2):
+        with pytest.raises(NotPositiveDefiniteError):
+            closed.delta(0)
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_two_runs_add_up(prior, asked_before):
+    residuals, keys = edits_of(40)
+    if asked_before:
+        one, other = (
+            single_steps(prior, residuals[:25], keys[:25]),
+            single_steps(prior, residuals[25:], keys[25:]),
+        )
+    else:
+        one, other = ClosedForm({0: prior}, D_OUT), ClosedForm({0: prior}, D_OUT)
+        one.add_(residuals[:25], keys[:25], 0)
+        other.add_(residuals[25:], keys[25:], 0)
+    one.merge_(other)
+    assert relative_error(one.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
+    one.add_(*edits_of(1), 0)
+    assert relative_error(other.delta(0), true_delta(residuals[25:], keys[25:], prior)) <= 1e-9
+
+
+def test_runs_with_other_layers_or_priors_do_not_add_up(prior):
+    one = ClosedForm({0: prior}, D_OUT)
+    with pytest.raises(D4SError, match="layers"):
+        one.merge_(ClosedForm({1: prior}, D_OUT))
+    with pytest.raises(CovarianceError, match="layer 0"):
+        one.merge_(ClosedForm({0: Prior(covariance_of(D_IN), 20.0)}, D_OUT))
+
+
+def test_cached_residuals_put_back_on_the_base_are_recursive_least_squares(prior):
+    """W0 + A (B + λC)⁻¹ with A += (r + (W − W0) k) kᵀ equals W + r kᵀ (B + λC)⁻¹."""
+    residuals, keys = edits_of(90)
+    closed = ClosedForm({0: prior}, D_OUT)
+    matrix = prior.matrix.clone()
+    recursive = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    for r, k in zip(residuals, keys, strict=True):
+        closed.add_((r + closed.delta(0) @ k)[None], k[None], 0)
+        matrix += torch.outer(k, k)
+        recursive += torch.outer(r, torch.linalg.solve(matrix, k))
+        assert relative_error(closed.delta(0), recursive) <= 1e-9
+
+
+def test_layers_do_not_touch_each_other(prior):
+    small = Prior(covariance_of(40), 3.0)
+    closed = ClosedForm({3: prior, 7: small}, D_OUT)
+    edits = {3: edits_of(20), 7: edits_of(20, d_in=40)}
+    for i in range(20):
+        for layer, (residuals, keys) in edits.items():
+            closed.add_(residuals[i : i + 1], keys[i : i + 1], layer)
+            closed.delta(layer)
+    deltas = closed.deltas()
+    assert relative_error(deltas[3], true_delta(*edits[3], prior)) <= 1e-9
+    assert relative_error(deltas[7], true_delta(*edits[7], small)) <= 1e-9
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_thousands_of_steps_do_not_drift(dtype, bound):
+    d_out, d_in, steps = 12, 64, 4000
+    prior = Prior(covariance_of(d_in), 20.0, dtype=dtype)
+    residuals, keys = edits_of(steps, d_out, d_in)
+    closed = single_steps(prior, residuals, keys)
+    assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) <= bound
+
+
+def test_a_damaged_inverse_is_noticed_and_made_afresh(prior, caplog):
+    residuals, keys = edits_of(2 * DELAYED_ROWS)
+    closed = single_steps(prior, residuals[:10], keys[:10])
+    closed._layers[0].inverse[3] *= 1.001
+    with caplog.at_level(logging.INFO, logger="d4s"):
+        for i in range(10, len(keys)):
+            closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+            closed.delta(0)
+    assert closed.refreshes == 1
+    assert "made afresh" in caplog.text
+    assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
+
+
+@pytest.mark.parametrize("damage", [1e-6, torch.nan])
+def test_a_damaged_delta_is_noticed_and_made_afresh(prior, damage):
+    residuals, keys = edits_of(2 * DELAYED_ROWS)
+    closed = single_steps(prior, residuals[:10], keys[:10])
+    closed._layers[0].delta += damage
+    for i in range(10, len(keys)):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        closed.delta(0)
+    assert closed.refreshes == 1
+    assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
+
+
+def test_state_is_the_sums_and_comes_back(prior):
+    residuals, keys = edits_of(70)
+    closed = single_steps(prior, residuals[:66], keys[:66])
+    closed.add_(residuals[66:], keys[66:], 0)  # not asked for yet
+    state = closed.state_dict()
+    torch.testing.assert_close(state["0.residual_sum"], residuals.T @ keys, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(state["0.key_sum"], keys.T @ keys, rtol=1e-12, atol=1e-9)
+    again = ClosedForm({0: prior}, D_OUT)
+    again.load_state_dict(state)
+    assert relative_error(again.delta(0), true_delta(residuals, keys, prior)) <= 1e-9
+    state["0.key_sum"].zero_()  # a copy, on both sides
+    more = edits_of(1)
+    for run in (closed, again):
+        run.add_(*more, 0)
+        truth = true_delta(torch.cat([residuals, more[0]]), torch.cat([keys, more[1]]), prior)
+        assert relative_error(run.delta(0), truth) <= 1e-9
+
+
+def test_state_of_another_run_is_refused(prior):
+    closed = ClosedForm({0: prior}, D_OUT)
+    state = closed.state_dict()
+    with pytest.raises(D4SError, match=r"0\.residual_sum"):
+        closed.load_state_dict({"1.key_sum": state["0.key_sum"]})
+    with pytest.raises(D4SError, match=r"0\.key_sum"):
+        closed.load_state_dict(state | {"0.key_sum": torch.zeros(3, 3)})
+    with pytest.raises(D4SError, match="finite"):
+        closed.load_state_dict(state | {"0.key_sum": state["0.key_sum"] * torch.nan})
+
+
+def test_memory_does_not_grow_with_the_number_of_edits(prior):
+    residuals, keys = edits_of(5 * DELAYED_ROWS)
+    closed = single_steps(prior, residuals[:20], keys[:20])
+    early = closed.nbytes
+    for i in range(20, len(keys)):
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+        closed.delta(0)
+    assert closed.nbytes == early
+    for i in range(len(keys)):  # without asking for Δ
+        closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+    assert closed.nbytes <= early * 1.1
+
+
+@pytest.mark.parametrize("n", [1, 5, 150, 1000])
+def test_solve_takes_few_and_many_keys(prior, n):
+    residuals, keys = edits_of(n)
+    truth = true_delta(residuals, keys, prior)
+    for _ in range(2):  # the second time with the prior's factor kept
+        assert relative_error(solve(residuals, keys, prior), truth) <= 1e-9
+
+
+def test_solve_reads_half_precision_rows_in_float64(prior):
+    residuals, keys = edits_of(5)
+    residuals, keys = residuals.bfloat16(), keys.half()
+    delta = solve(residuals, keys, prior)
+    assert delta.dtype == torch.float64
+    assert relative_error(delta, true_delta(residuals.double(), keys.double(), prior)) <= 1e-9
+
+
+def test_prior_solves_for_the_direction_of_a_single_key(prior):
+    key = torch.randn(D_IN, 1, dtype=torch.float64)
+    torch.testing.assert_close(prior.matrix @ prior.solve(key), key, rtol=1e-9, atol=1e-9)
+
+
+def test_identity_prior_is_that_of_its_matrix():
+    residuals, keys = edits_of(9)
+    identity = Prior.identity(D_IN, 10.0)
+    assert relative_error(solve(residuals, keys, identity), true_delta(residuals, keys, identity)) <= 1e-9
+    assert torch.equal(identity.matrix, 10.0 * torch.eye(D_IN, dtype=torch.float64))
+
+
+def test_a_ridge_makes_a_singular_covariance_usable_and_is_logged(caplog):
+    keys = torch.randn(D_IN // 2, D_IN, dtype=torch.float64)
+    covariance = keys.T @ keys
+    residuals, new_keys = edits_of(3)
+    with pytest.raises(NotPositiveDefiniteError, match="ridge"):
+        solve(residuals, new_keys, Prior(covariance - 1e-6 * torch.eye(D_IN)))
+    with caplog.at_level(logging.INFO, logger="d4s"):
+        prior = Prior(covariance, weight=2.0, ridge=0.01)
+    assert "ridge" in caplog.text
+    expected = 2.0 * (covariance + 0.01 * covariance.diagonal().mean() * torch.eye(D_IN))
+    torch.testing.assert_close(prior.matrix, expected)
+    assert relative_error(solve(residuals, new_keys, prior), true_delta(residuals, new_keys, prior)) <= 1e-9
+
+
+def test_a_covariance_without_a_factor_names_its_layer():
+    covariance = covariance_of(D_IN)
+    covariance[5, 5] = -1.0
+    closed = ClosedForm({11: Prior(covariance)}, D_OUT)
+    closed.add_(*edits_of(1), 11)
+    with pytest.raises(NotPositiveDefiniteError, match="layer 11"):
+        closed.delta(11)
+
+
+def test_bad_arguments_are_refused(prior):
+    closed = ClosedForm({4: prior}, D_OUT)
+    residuals, keys = edits_of(2)
+    for bad_residuals, bad_keys, layer, word in [
+        (residuals, keys, 5, "layer 5"),
+        (residuals[:1], keys, 4, "layer 4"),
+        (residuals, keys[:, :-1], 4, str(D_IN)),
+        (residuals[0], keys[0], 4, "d_out"),
+        (residuals * torch.nan, keys, 4, "residuals must be finite"),
+        (residuals, keys.long(), 4, "keys must be finite"),
+    ]:
+        with pytest.raises(D4SError, match=word):
+            closed.add_(bad_residuals, bad_keys, layer)
+    assert not closed.delta(4).any()
+    for arguments, error in [
+        ((torch.zeros(3, 4),), CovarianceError),
+        ((torch.full((3, 3), torch.nan),), CovarianceError),
+        ((torch.eye(3), 0.0), ConfigError),
+        ((torch.eye(3), 1.0, -1.0), ConfigError),
+        ((torch.eye(3), 1.0, 0.0, torch.bfloat16), ConfigError),
+    ]:
+        with pytest.raises(error):
+            Prior(*arguments)
+
+
+def test_rows_given_to_the_sums_may_be_overwritten_afterwards(prior):
+    residuals, keys = edits_of(1)
+    closed = ClosedForm({0: prior}, D_OUT)
+    closed.add_(residuals, keys, 0)
+    truth = true_delta(residuals, keys, prior)
+    residuals.zero_(), keys.zero_()
+    assert relative_error(closed.delta(0), truth) <= 1e-9
+
+
+def test_everything_stays_on_the_device_of_the_prior(device):
+    prior = Prior(covariance_of(D_IN).to(device), 20.0)
+    residuals, keys = edits_of(DELAYED_ROWS + 5)
+    closed = single_steps(prior, residuals, keys)
+    assert closed.delta(0).device.type == device.type
+    truth = true_delta(residuals.to(device), keys.to(device), prior)
+    assert relative_error(closed.delta(0), truth) <= 1e-9

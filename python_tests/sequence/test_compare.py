@@ -1,0 +1,458 @@
+"""Several methods side by side: the same start, what a failure leaves, means over seeds, and what is written."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import random
+import statistics
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from support.sequences import EDITS, FAST, failing, ready, same, state, without_times
+from support.tiny import tiny_model, tiny_tokenizer
+
+from d4s import cli, save_edits
+from d4s.change.weights import EditedWeights
+from d4s.errors import ConfigError, DataError, ModelError
+from d4s.methods.d4s import D4SEditor
+from d4s.methods.memit import MEMITEditor
+from d4s.sequence.compare import compare, weights_digest
+from d4s.sequence.comparison import Comparison, _orders, _place, over_seeds, student_t
+from d4s.sequence.record import Record
+from d4s.sequence.run import edit_sequence
+
+BOTH = {"d4s": FAST, "memit": FAST}
+
+
+def compared(model, covariance, methods=BOTH, edits=EDITS, **options):
+    return compare(model, tiny_tokenizer(), edits, methods, covariance=covariance, progress=False, **options)
+
+
+def test_each_method_does_what_it_does_alone_and_the_weights_come_back_bit_for_bit(seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    found = compared(model, covariance, evaluate_every=3, seeds=seed)
+    assert same(state(model), before)
+    for label in BOTH:
+        alone = edit_sequence(
+            tiny_model("gpt2", seed),
+            tiny_tokenizer(),
+            EDITS,
+            method=label,
+            config=FAST,
+            covariance=covariance,
+            evaluate_every=3,
+            seed=seed,
+            progress=False,
+        )
+        record = found.results[label][seed]
+        assert without_times(record.history) == without_times(alone.history)
+        assert record.edits_table == alone.edits_table and record.failure is None
+    first, second = (found.results[label][seed].history for label in BOTH)
+    assert without_times(first[:1]) == without_times(second[:1])
+    assert first[-1]["l1_growth"] != second[-1]["l1_growth"]  # two methods
+
+
+def test_one_baseline_serves_all_methods(monkeypatch, seed):
+    taken = []
+    from d4s.sequence import compare as module
+
+    plain = module.take_baseline
+    monkeypatch.setattr(module, "take_baseline", lambda *a, **k: taken.append(1) or plain(*a, **k))
+    monkeypatch.setattr("d4s.sequence.run.take_baseline", lambda *a, **k: pytest.fail("taken again"))
+    model, covariance = ready(seed)
+    compared(model, covariance, edits=EDITS[:2], seeds=(0, 1))
+    assert len(taken) == 1
+
+
+def test_a_method_that_keeps_its_edits_is_found_out(monkeypatch, seed):
+    model, covariance = ready(seed)
+    monkeypatch.setattr(EditedWeights, "restore_", lambda self: None)
+    with pytest.raises(ModelError, match="d4s did not give back"):
+        compared(model, covariance, edits=EDITS[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_digest_sees_every_bit(dtype, seed):
+    model = tiny_model("llama", seed, dtype)
+    digest = weights_digest(model)
+    assert digest == weights_digest(tiny_model("llama", seed, dtype))
+    parameter = list(model.parameters())[int(torch.randint(len(list(model.parameters())), ()))]
+    flat = parameter.data.view(-1)
+    at = int(torch.randint(flat.numel(), ()))
+    flat[at] = torch.nextafter(flat[at].clone(), torch.full((), math.inf, dtype=dtype))
+    assert weights_digest(model) != digest
+    a, b = list(model.parameters())[:2]
+    assert weights_digest(model) == weights_digest(model) and a is not b
+
+
+def test_no_copy_of_the_weights_outlives_its_method(monkeypatch, seed):
+    made, alive = [], []
+    plain = EditedWeights.__init__
+
+    def init(self, *arguments):
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+        made.append(weakref.ref(self))
+        plain(self, *arguments)
+
+    monkeypatch.setattr(EditedWeights, "__init__", init)
+    model, covariance = ready(seed)
+    found = compared(model, covariance, edits=EDITS[:2])
+    gc.collect()
+    assert alive == [0, 0] and all(one() is None for one in made)
+    assert set(found.results) == set(BOTH)
+
+
+def test_a_method_that_breaks_off_is_recorded_and_the_others_go_on(monkeypatch, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    failing(monkeypatch, MEMITEditor, 4)
+    found = compared(model, covariance, {"memit": FAST, "d4s": FAST}, evaluate_every=2)
+    assert same(state(model), before)
+    assert [row["step"] for row in found.results["memit"][0].history] == [0, 2, 3]
+    assert found.collapsed == {"memit": "edit 4: no room"}
+    table = found.table().set_index("method")
+    assert list(table["edits"]) == [3, len(EDITS)]
+    assert table.loc["memit", "collapsed"] == "edit 4: no room" and table.loc["d4s", "collapsed"] == ""
+    assert table.loc["memit", "efficacy"] == found.results["memit"][0].history[-1]["efficacy"]
+    assert "memit broke off: edit 4: no room" in found.summary()
+
+
+def test_a_method_that_cannot_begin_is_recorded_but_not_if_none_can(monkeypatch, seed):
+    model, covariance = ready(seed)
+    with_a_hole = {"d4s": FAST, "memit": FAST | {"layers": [7]}}
+    found = compared(model, covariance, with_a_hole, edits=EDITS[:2])
+    assert found.collapsed["memit"].startswith("before the first edit: ")
+    assert found.table().set_index("method").loc["memit", "edits"] == 0
+    assert found.results["d4s"][0].history[-1]["step"] == 2
+    with pytest.raises(ConfigError, match="7"):
+        compared(model, covariance, {"memit": FAST | {"layers": [7]}}, edits=EDITS[:2])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"methods": ["d4s", "mennit"]}, "memit"),
+        ({"methods": {"d4s": {"stepz": 1}}}, "steps"),
+        ({"methods": []}, "no methods"),
+        ({"seeds": ()}, "seeds"),
+        ({"count": 9}, "count=9"),
+        ({"count": 0}, "count=0"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_done(options, text, monkeypatch, seed):
+    monkeypatch.setattr("d4s.sequence.compare.take_baseline", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ConfigError, match=text):
+        compared(tiny_model("gpt2", seed), None, **options)
+
+
+def test_a_label_may_name_another_configuration_of_a_method(seed):
+    model, covariance = ready(seed)
+    found = compared(
+        model,
+        covariance,
+        {"d4s": FAST, "again": FAST | {"method": "d4s", "anchor": "current"}},
+        edits=EDITS[:3],
+    )
+    plain, again = found.results["d4s"][0], found.results["again"][0]
+    assert (again.method, again.config["anchor"], plain.config["anchor"]) == ("d4s", "current", "base")
+    assert plain.history[-1]["delta_norm.1"] != again.history[-1]["delta_norm.1"]
+
+
+def test_seeds_give_means_with_students_intervals(seed):
+    model, covariance = ready(seed)
+    config = {"d4s": FAST | {"contexts": 1, "context_lengths": [7]}}
+    found = compared(model, covariance, config, edits=EDITS[:3], seeds=(0, 1, 2), evaluate_every=1)
+    rows = [found.results["d4s"][s].history[-1] for s in (0, 1, 2)]
+    growths = [row["l1_growth"] for row in rows]
+    assert len(set(growths)) == 3  # contexts differ
+    table = found.table().iloc[0]
+    half = 4.302653 * statistics.stdev(growths) / math.sqrt(3)  # t of 2 degrees of freedom
+    assert table["l1_growth"] == pytest.approx(statistics.mean(growths))
+    assert table["l1_growth.low"] == pytest.approx(statistics.mean(growths) - half, rel=1e-3)
+    assert table["l1_growth.high"] == pytest.approx(statistics.mean(growths) + half, rel=1e-3)
+    assert table["interval"] == "over 3 seeds, Student's t"
+    history = found.histories()["d4s"]
+    assert list(history["step"]) == [0, 1, 2, 3]
+    assert history["l1_growth"].iloc[-1] == pytest.approx(statistics.mean(growths))
+    single = compared(model, covariance, edits=EDITS[:1])
+    assert single.interval == single.table()["interval"][0] == "over edits, bootstrap"
+    metric = single.results["d4s"][0].evaluations[-1].metrics["efficacy"]
+    assert (single.table()["efficacy.low"][0], single.table()["efficacy.high"][0]) == (
+        metric.low,
+        metric.high,
+    )
+
+
+def test_a_seed_that_broke_off_does_not_leave_the_mean_to_the_others():
+    def record(steps, failure=None):
+        rows = [{"step": s, "efficacy": 1 - s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
+        return Record("memit", history=rows, failure=failure)
+
+    broken = record([0, 10], "edit 11: no room")
+    found = Comparison({"memit": {0: record([0, 10, 20]), 1: broken, 2: Record("memit", failure="no")}})
+    assert list(found.histories()["memit"]["step"]) == [0, 10]
+    table = found.table()
+    assert list(table["edits"]) == [10] and table["efficacy"][0] == pytest.approx(0.9)
+    assert "seed 1, edit 11: no room" in table["collapsed"][0]
+
+
+def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
+    def record(steps, failure=None):
+        rows = [{"step": s, "efficacy": 1 - s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
+        return Record("memit", history=rows, failure=failure)
+
+    found = Comparison({"d4s": {0: record([0, 10, 20])}, "memit": {0: record([0, 10], "edit 11: no room")}})
+    table = found.table((10, 20)).set_index(["method", "edits"])
+    assert list(table.index) == [("d4s", 10), ("d4s", 20), ("memit", 10), ("memit", 20)]
+    assert table["efficacy"]["memit", 10] == pytest.approx(0.9) and math.isnan(table["efficacy"]["memit", 20])
+    assert table["collapsed"]["memit", 20] == "edit 11: no room" and table["collapsed"]["d4s", 20] == ""
+    assert "memit" in found.summary((20,)) and not len(found.table((30,)).query("method == 'd4s'"))
+    assert not len(Comparison({"d4s": {0: record([0, 10])}}).table((30,)))
+
+
+def test_bounds_of_shares_end_at_0_and_1():
+    row = over_seeds(
+        [{"step": 4, "efficacy": 0.0, "l1_growth": 0.0}, {"step": 4, "efficacy": 1.0, "l1_growth": 1.0}]
+    )
+    assert (row["efficacy.low"], row["efficacy.high"]) == (0.0, 1.0) and row["l1_growth.high"] > 1.0
+
+
+def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_methods(tmp_path, seed):
+    model, covariance = ready(seed)
+    before, calls = state(model), []
+
+    def measure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise DataError("the network is gone")
+        return {"extra": 1.0}
+
+    run = dict(edits=EDITS[:2], evaluate_every=1, measure=measure, out=tmp_path / "out")
+    found = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
+    assert same(before, state(model)) and "save_pretrained" not in vars(model)
+    broken = found.results["d4s"][0]
+    assert broken.failure == "after edit 1: the network is gone" and len(broken.edits_table) == 1
+    assert found.results["grace"][0].failure is None
+    again = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
+    assert not again.collapsed, "what failed is tried again, what went through is not"
+    assert len(calls) == 2 + 3 + 3
+
+
+def test_a_mean_leaves_out_the_seeds_that_lack_a_figure():
+    row = over_seeds([{"step": 4, "x": 1.0, "x.low": 0.0}, {"step": 2, "x": 3.0}, {"step": 3, "x": None}])
+    assert (row["step"], row["x"]) == (2, 2.0)
+    assert row["x.high"] - 2.0 == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))  # one degree of freedom
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 20, 21, 40, 200])
+def test_students_quantiles_leave_two_and_a_half_percent_above(freedom):
+    t = torch.linspace(0, 1, 200_001, dtype=torch.float64) * student_t(freedom)
+    constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = torch.exp(constant - (freedom + 1) / 2 * torch.log1p(t**2 / freedom))
+    assert 0.5 - float(torch.trapezoid(density, t)) == pytest.approx(0.025, abs=1e-4)
+
+
+def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, seeds=(1, 2, 3), shuffle=True, count=4)
+    orders = {
+        label: [[r["id"] for r in rec.edits_table] for rec in found.results[label].values()] for label in BOTH
+    }
+    assert orders["d4s"] == orders["memit"] and all(len(order) == 4 for order in orders["d4s"])
+    assert len({tuple(order) for order in orders["d4s"]}) > 1
+    plain = compared(model, covariance, count=4)
+    assert [r["id"] for r in plain.results["d4s"][0].edits_table] == [edit.id for edit in EDITS[:4]]
+
+
+def test_a_table_may_be_of_the_points_on_the_way(seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, evaluate_every={2, 5}, measure=lambda: {"extra": 0.25})
+    table = found.table((2, 5))
+    assert list(table["method"]) == ["d4s", "d4s", "memit", "memit"] and list(table["edits"]) == [2, 5, 2, 5]
+    history = found.results["d4s"][0].history
+    assert list(table["efficacy"][:2]) == [history[1]["efficacy"], history[2]["efficacy"]]
+    assert table["seconds_an_edit"][1] == history[2]["edit_seconds"] / 5
+    assert set(table["extra"]) == {0.25} and "l1_norm.0" not in table
+
+
+def test_only_figures_known_to_be_shares_are_shown_in_percent(seed):
+    model, covariance = ready(seed)
+    measured = {
+        "weight": 3.0,
+        "loss": 0.0345,
+        "text_perplexity": 12.5,
+        "arc acc_norm": 0.3,
+        "wiki bits_per_byte": 0.9,
+    }
+    found = compared(model, covariance, edits=EDITS[:2], seeds=(0, 1), measure=lambda: measured)
+    head, *rows, said = found.summary().splitlines()
+    assert len(rows) == 2 and "weight, loss, text perplexity, wiki bits per byte: as measured" in said
+    for row in rows:
+        for name, text in (
+            ("weight", "3"),
+            ("loss", "0.0345"),
+            ("text perplexity", "12.5"),
+            ("arc acc norm", "30.0"),
+            ("wiki bits per byte", "0.9"),
+        ):
+            end = head.index(name) + len(name)
+            assert row[:end].endswith(f" {text} [{text}, {text}]"), name
+
+
+def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path, seed):
+    failing(monkeypatch, D4SEditor, 6)
+    model, covariance = ready(seed)
+    found = compared(model, covariance, evaluate_every=2)
+    found.save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    figures = {
+        f"{name}.{kind}" for name in ("metrics", "norms", "target_probability") for kind in ("png", "csv")
+    }
+    assert names == figures | {"table.csv", "table.json", "history.csv", "results"}
+    stored = json.loads((tmp_path / "table.json").read_text())
+    assert [row["method"] for row in stored["rows"]] == list(BOTH) and stored["collapsed"] == found.collapsed
+    assert stored["rows"][1]["efficacy"] == found.table()["efficacy"][1]
+    history = pandas.read_csv(tmp_path / "history.csv")
+    assert list(history[history["method"] == "d4s"]["step"]) == [0, 2, 4, 5]
+    loaded = Record.load(tmp_path / "results" / "memit-0.json")
+    assert loaded.history == found.results["memit"][0].history
+
+
+def test_an_interrupted_comparison_goes_on(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    run = dict(edits=EDITS[:2], out=tmp_path / "out")
+    whole = compared(model, covariance, {"d4s": FAST, "memit": FAST}, edits=EDITS[:2])
+    apply = MEMITEditor.apply
+    monkeypatch.setattr(MEMITEditor, "apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compared(model, covariance, {"d4s": FAST, "memit": FAST}, **run)
+    monkeypatch.setattr(MEMITEditor, "apply", apply)
+    monkeypatch.setattr(D4SEditor, "apply", lambda *_: pytest.fail("it was done already"))
+    found = compared(model, covariance, {"d4s": FAST, "memit": FAST}, **run)
+    for label in ("d4s", "memit"):
+        ours, theirs = (without_times(c.results[label][0].history) for c in (found, whole))
+        assert ours == theirs
+    with pytest.raises(ConfigError, match="another configuration"):
+        compared(model, covariance, {"d4s": FAST | {"steps": 1}}, **run)
+    with pytest.raises(ConfigError, match="other edits"):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[1:3], out=tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match="mine: already holds something else"):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[:2], out=tmp_path / "mine")
+
+
+def test_a_comparison_goes_on_over_figures_that_are_not_finite(tmp_path, seed):
+    """A collapsed model's perplexity is infinite, and so is a mean over it."""
+    model, covariance = ready(seed)
+    for name, values in {"infinite": [math.inf] * 4, "large": [1.0, 1e200, 1.0, 3e200]}.items():
+        run = dict(edits=EDITS[:1], seeds=(0, 1), out=tmp_path / name)
+        told = iter(values)
+        found = compared(
+            model, covariance, {"d4s": FAST}, **run, measure=lambda told=told: {"text_perplexity": next(told)}
+        )
+        assert "d4s" in found.summary()
+        found.save(tmp_path / name)
+        again = compared(model, covariance, {"d4s": FAST}, **run, measure=lambda: pytest.fail("done already"))
+        assert "d4s" in again.summary()
+        mean = again.table()["text_perplexity"][0]
+        assert math.isnan(mean) if name == "infinite" else mean == pytest.approx(2e200)
+
+
+def test_the_weights_come_back_also_after_an_error_that_nobody_expected(monkeypatch, seed):
+    model, covariance = ready(seed)
+    before, apply, calls = state(model), D4SEditor.apply, []
+
+    def fails_at_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return apply(*arguments)
+
+    monkeypatch.setattr(D4SEditor, "apply", fails_at_the_second)
+    with pytest.raises(ZeroDivisionError):
+        compared(model, covariance, {"d4s": FAST}, edits=EDITS[:3])
+    assert len(calls) == 2 and same(before, state(model))
+
+
+def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
+    model, _ = ready(seed)
+    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    save_edits(EDITS, tmp_path / "edits.jsonl")
+    asked = f"compare m {tmp_path}/edits.jsonl --methods ft-m,grace --seeds 0,1 --count 2 --shuffle --evaluate-every 1"
+    assert cli.main([*asked.split(), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "over 2 seeds, Student's t" in said and "grace" in said
+    history = pandas.read_csv(tmp_path / "out" / "history.csv")
+    assert list(history["step"]) == [0, 1, 2] * 4 and set(history["seed"]) == {0, 1}
+    assert cli.main([*asked.split(), "--batch-size", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "other batch_size (1 there, 2 here)" in capsys.readouterr().err
+    assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["method"], row["edits"]) for row in rows] == [("ft-m", 2), ("grace", 2)]
+
+
+class Measure:
+    """Measures 1 under the name of its task, but for one call."""
+
+    def __init__(self, task="t", fails=0):
+        self.settings, self.fails, self.calls = {"tasks": [task]}, fails, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == self.fails:
+            raise DataError("the task's data are gone")
+        return {self.settings["tasks"][0]: 1.0}
+
+
+def test_a_sequence_that_could_not_be_measured_is_tried_again(tmp_path, seed):
+    model, covariance = ready(seed)
+    found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure(fails=3))
+    assert found.unfinished == {("d4s", 0)} and found.collapsed == {
+        "d4s": "after edit 4: the task's data are gone"
+    }
+    found.save(tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c" / "results").iterdir()] == ["memit-0.json"]
+    again = Measure()
+    found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=again)
+    assert (
+        not found.unfinished and not found.collapsed and again.calls == len(found.results["d4s"][0].history)
+    )
+    with pytest.raises(ConfigError, match=r"with other measure .*'t'.*'another'"):
+        compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure("another"))
+
+
+def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    with pytest.raises(TypeError, match="JSON"):
+        compared(model, covariance, out=tmp_path / "c", measure=lambda: {"m": object()})
+    assert same(state(model), before)
+
+
+def test_no_two_labels_share_a_file():
+    labels = ("a/b", "a-b", "a%2Fb", "ft-l", "re-anchored", "..", "a b", "λ")
+    places = [_place(Path("c"), label, 0) for label in labels]
+    assert len(set(places)) == len(labels) and {place.parent for place in places} == {Path("c/results")}
+    assert places[3].name == "ft-l-0.json"
+
+
+def test_a_shuffle_keeps_the_edits_of_a_case_together():
+    cases = [str(i // 3) for i in range(30)]
+    edits = [replace(EDITS[0], id=f"{i}", tags={"case": case}) for i, case in enumerate(cases)]
+    orders = _orders(edits, (0, 1), True, 25)
+    assert len(orders[0]) == 25 and orders[0] != orders[1] != edits[:25]
+    for order in orders.values():
+        runs = [[int(e.id) for e in group] for _, group in itertools.groupby(order, lambda e: e.tags["case"])]
+        assert len(runs) == 9 and all(run == list(range(run[0], run[0] + len(run))) for run in runs)
+    alone = [replace(edit, tags={}) for edit in edits]
+    assert _orders(alone, (5,), True, None) == {5: random.Random(5).sample(alone, 30)}
