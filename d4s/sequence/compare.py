@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,9 +28,6 @@ from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
 from d4s.sequence.target_search import check_targets
-
-if TYPE_CHECKING:
-    pass
 
 Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
 

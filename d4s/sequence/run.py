@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,6 @@ from d4s.models.prompts import subject_row
 from d4s.models.readiness import check_ready
 from d4s.progress import progress_bar, stage
 from d4s.sequence.record import Record
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(kw_only=True)

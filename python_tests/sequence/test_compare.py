@@ -23,8 +23,8 @@ from d4s.change.weights import EditedWeights
 from d4s.errors import ConfigError, DataError, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
-from d4s.sequence.compare import compare, weights_digest
-from d4s.sequence.comparison import Comparison, _orders, _place, over_seeds, student_t
+from d4s.sequence.compare import _orders, compare, weights_digest
+from d4s.sequence.comparison import Comparison, over_seeds, record_place, student_t
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
 
@@ -441,7 +441,7 @@ def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
 
 def test_no_two_labels_share_a_file():
     labels = ("a/b", "a-b", "a%2Fb", "ft-l", "re-anchored", "..", "a b", "λ")
-    places = [_place(Path("c"), label, 0) for label in labels]
+    places = [record_place(Path("c"), label, 0) for label in labels]
     assert len(set(places)) == len(labels) and {place.parent for place in places} == {Path("c/results")}
     assert places[3].name == "ft-l-0.json"
 
