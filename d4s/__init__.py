@@ -27,6 +27,9 @@ from d4s.errors import (
     D4SError,
     DataError,
     EditError,
+    EditingFailed,
+    EditingInterrupted,
+    EditingStopped,
     ModelError,
     NotPositiveDefiniteError,
     TokenizerError,
@@ -38,7 +41,9 @@ from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import METHODS, Method
 from d4s.models.architectures import ARCHITECTURES, Architecture
 from d4s.models.loading import load_model
+from d4s.sequence.observers import Observer
 from d4s.sequence.run import Result, consolidate, edit_sequence
+from d4s.sequence.schedule import Schedule
 from d4s.sequence.target_search import search_targets
 
 if TYPE_CHECKING:
@@ -82,14 +87,19 @@ __all__ = [
     "DataError",
     "Edit",
     "EditError",
+    "EditingFailed",
+    "EditingInterrupted",
+    "EditingStopped",
     "Evaluation",
     "ExtensionError",
     "KeptTargets",
     "Method",
     "ModelError",
     "NotPositiveDefiniteError",
+    "Observer",
     "Question",
     "Result",
+    "Schedule",
     "TargetConfig",
     "TokenizerError",
     "analyze_data",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 _LONGEST_SHOWN = 100
 
@@ -42,6 +43,25 @@ class NotPositiveDefiniteError(D4SError, ArithmeticError):
 
 class ExtensionError(D4SError, ImportError):
     """The compiled extension is missing or was built against another torch."""
+
+
+class EditingInterrupted(BaseException):
+    """A sequence broke off after it had begun; what did it is the `__cause__`.
+
+    result: what was measured so far, with the model as the last whole step left it; `result.restore()` is the way back
+    """
+
+    def __init__(self, text: str, result: Any) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class EditingFailed(EditingInterrupted, D4SError):
+    """By an error: of a step, an evaluation, a measure or an observer."""
+
+
+class EditingStopped(EditingInterrupted, KeyboardInterrupt):
+    """By Ctrl-C, or a signal that ends the program."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

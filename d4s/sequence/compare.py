@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from d4s import files
 from d4s.edits import Edit
-from d4s.errors import ConfigError, D4SError, ModelError
+from d4s.errors import ConfigError, D4SError, EditingFailed, EditingInterrupted, ModelError
 from d4s.files import write_text
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
@@ -25,8 +26,10 @@ from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.progress import stage
 from d4s.sequence.comparison import Comparison, record_place
+from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record
-from d4s.sequence.run import edit_sequence
+from d4s.sequence.run import run
+from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.target_search import check_targets
 
 Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
@@ -48,10 +51,11 @@ def compare(
     neighborhood_limit: int | None = None,
     original: bool = True,
     generate: bool = False,
-    measure: Callable[[], Mapping[str, float]] | None = None,
+    measure: Measure | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     out: str | os.PathLike[str] | None = None,
+    observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> Comparison:
     """The same edits with each method, from the same weights, which are put back bit for bit after each.
@@ -80,11 +84,21 @@ def compare(
         raise ConfigError("seeds is empty; give one or more, as seeds=(0, 1, 2)")
     if count is not None and not 1 <= count <= len(edits):
         raise ConfigError(f"count={count}: must be from 1 to {len(edits)}, the edits that were given")
+    schedule = Schedule(
+        batch_size=batch_size,
+        evaluate_every=evaluate_every,
+        neighborhood_limit=neighborhood_limit,
+        original=original,
+        generate=generate,
+        measure=measure,
+        stop_at_failure=True,
+    )
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
     if isinstance(targets, (str, os.PathLike)):
         targets = KeptTargets.load(targets)
-    configured = _configured(methods, Anatomy(model, architecture))
+    anatomy = Anatomy(model, architecture)
+    configured = _configured(methods, anatomy)
     if targets is not None:
         ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
         if len(seeds) > 1 and any(one.contexts for one in ahead):
@@ -103,18 +117,10 @@ def compare(
             "weights": before,
             "edits": hashlib.blake2b(json.dumps([asdict(edit) for edit in edits]).encode()).hexdigest(),
             "key statistics": [covariance.corpus, covariance.count] if covariance is not None else None,
-            "batch_size": batch_size,
-            "evaluate_every": sorted(evaluate_every)
-            if isinstance(evaluate_every, Collection)
-            else evaluate_every,
             "shuffle": shuffle,
             "count": count,
-            "neighborhood_limit": neighborhood_limit,
-            "original": original,
-            "generate": generate,
-            "measure": _told_apart(measure),
         }
-        kept = _Kept(Path(out), settings)
+        kept = _Kept(Path(out), settings | schedule.told_apart())
     if baseline is None:
         made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
         stage(f"baseline: the unedited model is asked about {len(set(made))} edits", shown=progress)
@@ -131,56 +137,46 @@ def compare(
             stage(
                 f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
             )
-            place_of_targets = None
             own_targets = targets if method.searches_ahead else None
-            if own_targets is None and method.searches_ahead and kept is not None:
-                place_of_targets = _targets_place(kept.folder, method, seed)
-                there = place_of_targets.exists()
-                own_targets = KeptTargets.load(place_of_targets) if there else KeptTargets()
-            known = 0 if own_targets is None else len(own_targets)
             try:
-                result = edit_sequence(
-                    model,
-                    tokenizer,
-                    order,
-                    method=method,
-                    covariance=covariance,
-                    targets=own_targets,
-                    batch_size=batch_size,
-                    evaluate_every=evaluate_every,
-                    neighborhood_limit=neighborhood_limit,
-                    original=original,
-                    generate=generate,
-                    measure=measure,
-                    stop_at_failure=True,
-                    baseline=baseline,
-                    architecture=architecture,
-                    seed=seed,
-                    progress=progress,
-                )
-            except D4SError as error:
+                with ExitStack() as stack:
+                    if own_targets is None and method.searches_ahead and kept is not None:
+                        own_targets = stack.enter_context(kept.targets(method, seed))
+                    bench = Workbench(
+                        model,
+                        tokenizer,
+                        covariance=covariance,
+                        targets=own_targets,
+                        architecture=architecture,
+                        seed=seed,
+                        progress=progress,
+                    )
+                    result = run(
+                        bench,
+                        order,
+                        method,
+                        replace(schedule, seed=seed),
+                        baseline=baseline,
+                        observers=observers,
+                    )
+            except EditingInterrupted as error:
+                error.result.restore()
+                if not isinstance(error, EditingFailed) or not isinstance(error.__cause__, D4SError):
+                    raise
                 unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
-                partial = getattr(error, "result", None)
-                if partial is None or not partial.edits_table:
+                if not error.result.edits_table:
                     errors.append(error)
-                if partial is None:
-                    results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
-                else:  # an evaluation failed
-                    results[label][seed] = partial.record()
-                    partial.restore()
-            except BaseException as error:
-                if hasattr(error, "result"):
-                    error.result.restore()
-                raise
+                results[label][seed] = error.result.record()
+            except D4SError as error:
+                unfinished.add((label, seed))
+                errors.append(error)
+                results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
             else:
                 results[label][seed] = result.record()
                 result.restore()
                 del result  # and with it the copy of the weights
                 if kept is not None:
                     results[label][seed].save(record_place(kept.folder, label, seed))
-            finally:  # also what a sequence that was interrupted has found
-                if place_of_targets is not None and own_targets is not None and len(own_targets) > known:
-                    own_targets.save(place_of_targets)
             if weights_digest(model) != before:
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
@@ -205,12 +201,6 @@ def _orders(
         shuffled = Random(seed).sample(cases, len(cases)) if shuffle else cases
         orders[seed] = [edit for case in shuffled for edit in case][:count]
     return orders
-
-
-def _told_apart(measure: Callable[[], Mapping[str, float]] | None) -> Any:
-    """What a folder keeps of a measure: its `settings`; of any other callable that there was one."""
-    owner = getattr(measure, "__self__", measure)
-    return getattr(owner, "settings", measure is not None)
 
 
 def _targets_place(folder: Path, method: Method, seed: int) -> Path:
@@ -250,6 +240,18 @@ class _Kept:
                     f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
                     "name a new folder, or ask for the same"
                 )
+
+    @contextmanager
+    def targets(self, method: Method, seed: int) -> Iterator[KeptTargets]:
+        """Those that the folder has for the method; what is found is kept, also by a sequence that breaks off."""
+        place = _targets_place(self.folder, method, seed)
+        found = KeptTargets.load(place) if place.exists() else KeptTargets()
+        known = len(found)
+        try:
+            yield found
+        finally:
+            if len(found) > known:
+                found.save(place)
 
     def record(self, label: str, seed: int, method: Method) -> Record | None:
         """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""

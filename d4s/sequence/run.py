@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from d4s.edits import Edit, check_batch, check_sequence
-from d4s.errors import ConfigError, D4SError
+from d4s.errors import ConfigError, D4SError, EditingFailed, EditingStopped
 from d4s.interrupts import deferred
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
@@ -22,8 +22,10 @@ from d4s.models.architectures import Architecture
 from d4s.models.forward import evaluating
 from d4s.models.prompts import subject_row
 from d4s.models.readiness import check_ready
-from d4s.progress import progress_bar, stage
+from d4s.progress import stage
+from d4s.sequence.observers import Bar, Observer, Observers
 from d4s.sequence.record import Record
+from d4s.sequence.schedule import Measure, Schedule
 
 
 @dataclass(kw_only=True)
@@ -93,11 +95,12 @@ def edit_sequence(
     neighborhood_limit: int | None = None,
     original: bool = True,
     generate: bool = False,
-    measure: Callable[[], Mapping[str, float]] | None = None,
+    measure: Measure | None = None,
     stop_at_failure: bool = False,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     seed: int = 0,
+    observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> Result:
     """Makes the edits in order, `batch_size` a step, in place, and measures as it goes.
@@ -122,27 +125,23 @@ def edit_sequence(
         `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before
     seed: of contexts, samples and intervals; same seed, same machine: same result
+    observers: told of each step and point while it happens (`d4s.Observer`)
 
     Raises a D4SError before anything is changed if an edit, the model, the statistics or an argument is not
-    right. A step that fails leaves the weights as the step before it left them; whatever is raised after the
-    first edit carries the Result so far as its attribute `result`, whose `restore()` is the way back.
+    right. A step that fails leaves the weights as the step before it left them. What breaks a sequence off that has
+    begun is raised as EditingFailed or, by Ctrl-C or a signal, EditingStopped: both are EditingInterrupted, with the
+    cause behind them and the Result so far as `result`, whose `restore()` is the way back.
     """
-    edits = tuple(edits)
-    if not edits:
-        raise ConfigError("no edits were given")
-    points = evaluate_every if isinstance(evaluate_every, Collection) else ()
-    every = None if isinstance(evaluate_every, Collection) else evaluate_every
-    for name, value in (
-        ("batch_size", batch_size),
-        ("evaluate_every", every),
-        *(("evaluate_every", p) for p in points),
-    ):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
-    check_sequence(edits)
-    batches = [edits[i : i + batch_size] for i in range(0, len(edits), batch_size)]
-    for batch in batches:
-        check_batch(batch)
+    schedule = Schedule(
+        batch_size=batch_size,
+        evaluate_every=evaluate_every,
+        neighborhood_limit=neighborhood_limit,
+        original=original,
+        generate=generate,
+        measure=measure,
+        stop_at_failure=stop_at_failure,
+        seed=seed,
+    )
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
     if isinstance(targets, (str, os.PathLike)):
@@ -157,24 +156,31 @@ def edit_sequence(
         progress=progress,
     )
     configured = method_for(method, bench.anatomy, config)
-    if targets is not None and not configured.searches_ahead:
-        raise ConfigError(
-            f"targets: {configured.name} searches its targets on the weights as they are, so none of the unedited "
-            "model can be given; d4s with anchor='base' takes them"
-        )
-    check_ready(model, tokenizer, edits)
-    if isinstance(configured, TargetMethod):
-        for edit in edits:
-            subject_row(tokenizer, edit.prompt, edit.subject)
+    return run(bench, edits, configured, schedule, baseline=baseline, observers=observers)
+
+
+def run(
+    bench: Workbench,
+    edits: Sequence[Edit],
+    method: Method,
+    schedule: Schedule,
+    *,
+    baseline: Baseline | None = None,
+    observers: Sequence[Observer] = (),
+) -> Result:
+    """`edit_sequence`, where the workbench, the configuration and the schedule are there already."""
+    edits = tuple(edits)
+    _check(bench, edits, method, schedule)
+    model, tokenizer, shown = bench.model, bench.tokenizer, bench.progress
     with evaluating(model):
-        settled = configured.settled(bench, edits)
+        settled = method.settled(bench, edits)
         editor = settled.editor(bench)
         if baseline is None:
-            stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=progress)
-            baseline = take_baseline(model, tokenizer, edits, progress=progress)
-        fields, decided = asdict(configured), asdict(settled)
+            stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=shown)
+            baseline = take_baseline(model, tokenizer, edits, progress=shown)
+        fields, decided = asdict(method), asdict(settled)
         result = Result(
-            configured.name,
+            method.name,
             fields,
             chosen={name: value for name, value in decided.items() if value != fields[name]},
             model=model,
@@ -182,67 +188,79 @@ def edit_sequence(
             editor=editor,
             baseline=baseline,
         )
-        run = _Run(result, neighborhood_limit, generate, measure, seed, progress)
-        stage(f"{configured.name}: the unedited model is scored on {len(edits)} edits", shown=progress)
-        run.point(0, last=False)
-        stage(f"{configured.name}: {len(edits)} edits, {batch_size} a step", shown=progress)
+        under_way = _Run(result, schedule, shown)
+        stage(f"{method.name}: the unedited model is scored on {len(edits)} edits", shown=shown)
+        under_way.point(0)
+        stage(f"{method.name}: {len(edits)} edits, {schedule.batch_size} a step", shown=shown)
         editor.announce(edits)
-        made = 0
+        told = Observers([Bar(shown=shown), *observers])
         try:
-            with progress_bar(len(edits), "edit", configured.name, shown=progress) as bar:
-                for batch in batches:
-                    try:
-                        run.step(batch, original)
-                    except (D4SError, torch.OutOfMemoryError) as error:
-                        made = len(result.edits_table)  # the step itself may have been made
-                        result.failure = f"edit {made + 1}: {error}"
-                        if not stop_at_failure:
-                            raise
-                        if made and result.history[-1]["step"] != made:
-                            run.point(made, last=True)
-                        break
-                    before, made = made, made + len(batch)
-                    bar.update(len(batch))
-                    due = every is not None and made // every > before // every
-                    due |= any(before < point <= made for point in points)
-                    if due or made == len(edits):
-                        run.point(made, last=made == len(edits))
-                        shown = {k: f"{v:.3f}" for k, v in result.history[-1].items() if k == "average"}
-                        bar.set_postfix(
-                            shown, refresh=False
-                        )  # at its next turn: a log has a line every so often
+            told.began(result)
+            under_way.steps(told)
         except BaseException as error:
             why = str(error) or type(error).__name__
             result.failure = result.failure or f"after edit {len(result.edits_table)}: {why}"
-            error.result = result  # type: ignore[attr-defined]
-            raise
+            told.ended(result, error)
+            stopped = isinstance(error, KeyboardInterrupt)
+            raise (EditingStopped if stopped else EditingFailed)(result.failure, result) from error
+        told.ended(result, None)
     return result
+
+
+def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> None:
+    """Raises what `edit_sequence` raises before anything is changed."""
+    if not edits:
+        raise ConfigError("no edits were given")
+    check_sequence(edits)
+    for batch in schedule.batches(edits):
+        check_batch(batch)
+    if bench.targets is not None and not method.searches_ahead:
+        raise ConfigError(
+            f"targets: {method.name} searches its targets on the weights as they are, so none of the unedited "
+            "model can be given; d4s with anchor='base' takes them"
+        )
+    check_ready(bench.model, bench.tokenizer, edits)
+    if isinstance(method, TargetMethod):
+        for edit in edits:
+            subject_row(bench.tokenizer, edit.prompt, edit.subject)
 
 
 class _Run:
     """A sequence under way: clocks, and the tests right after each step."""
 
-    def __init__(
-        self,
-        result: Result,
-        neighborhood_limit: int | None,
-        generate: bool,
-        measure: Callable[[], Mapping[str, float]] | None,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        self.result, self.limit, self.generate, self.seed = result, neighborhood_limit, generate, seed
-        self.measure, self.progress = measure, progress
+    def __init__(self, result: Result, schedule: Schedule, progress: bool) -> None:
+        self.result, self.schedule, self.progress = result, schedule, progress
         self.began = time.perf_counter()
         self.edit_seconds = 0.0
         self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
         self.rows_before: dict[int | None, list[dict[str, Any]]] = {}  # by the limit on neighbourhood prompts
         self.unedited = result.editor.weights.mean_absolute()
 
-    def step(self, batch: Sequence[Edit], original: bool) -> None:
-        with deferred():  # an interruption finds the weights and the rows of the same edits
+    def steps(self, observers: Observer) -> None:
+        """All steps, and the points that are due behind them."""
+        result, schedule, made = self.result, self.schedule, 0
+        for batch in schedule.batches(result.edits):
+            try:
+                self.step(batch, observers)
+            except (D4SError, torch.OutOfMemoryError) as error:
+                made = len(result.edits_table)  # the step itself may have been made
+                result.failure = f"edit {made + 1}: {error}"
+                if not schedule.stop_at_failure:
+                    raise
+                if made and result.history[-1]["step"] != made:
+                    self.point(made, ended=True)
+                    observers.point(result)
+                return
+            before, made = made, made + len(batch)
+            if made == len(result.edits) or schedule.is_due(before, made):
+                self.point(made)
+                observers.point(result)
+
+    def step(self, batch: Sequence[Edit], observers: Observer) -> None:
+        with deferred():  # an interruption finds the weights, the rows and the observers of the same edits
             self._make(batch)
-        if original:
+            observers.step(self.result, batch)
+        if self.schedule.original:
             now = self._evaluate(batch, limit=0, only_edited=True)
             for table_row, found in zip(self.result.edits_table[-len(batch) :], now.rows, strict=True):
                 table_row["written_probability"] = found["target_probability"]
@@ -278,10 +296,10 @@ class _Run:
             self.result.editor.tokenizer,
             edits,
             baseline=self.result.baseline,
-            generate=self.generate and not only_edited,
+            generate=self.schedule.generate and not only_edited,
             neighborhood_limit=limit,
             portability=not only_edited,
-            seed=self.seed,
+            seed=self.schedule.seed,
             check=False,
             progress=self.progress and not only_edited,
         )
@@ -297,11 +315,14 @@ class _Run:
             found["average.unedited"] = sum(found[f"{name}.unedited"] for name in THREE) / len(THREE)
         return found
 
-    def point(self, made: int, *, last: bool) -> None:
-        """One history row: all edits made so far; before the first, all that are to be made."""
+    def point(self, made: int, *, ended: bool = False) -> None:
+        """One history row: all edits made so far; before the first, all that are to be made.
+
+        ended: no other point follows
+        """
         result, weights = self.result, self.result.editor.weights
         scored = result.edits[:made] if made else result.edits
-        limit = None if last or not made else self.limit
+        limit = None if ended else self.schedule.limit(made, len(result.edits))
         evaluation = self._evaluate(scored, limit)
         row: dict[str, Any] = {"step": made}
         for name, metric in evaluation.metrics.items():
@@ -314,14 +335,16 @@ class _Run:
             row |= self._unedited(made, limit)
         else:
             self.rows_before[None] = evaluation.rows
-            if self.limit is not None:  # fewer prompts have a level of their own
-                self.rows_before[self.limit] = self._evaluate(scored, self.limit, only_edited=True).rows
+            if (
+                fewer := self.schedule.neighborhood_limit
+            ) is not None:  # these prompts have a level of their own
+                self.rows_before[fewer] = self._evaluate(scored, fewer, only_edited=True).rows
         norms, changes = weights.mean_absolute(), weights.delta_norm()
         row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
         row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}
         row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
-        row |= self.measure() if self.measure is not None else {}
+        row |= self.schedule.measure() if self.schedule.measure is not None else {}
         result.history.append(row)
         result.evaluations.append(evaluation)

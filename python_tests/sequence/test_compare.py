@@ -20,7 +20,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
 from d4s.change.weights import EditedWeights
-from d4s.errors import ConfigError, DataError, ModelError
+from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.sequence.compare import _orders, compare, weights_digest
@@ -379,8 +379,9 @@ def test_the_weights_come_back_also_after_an_error_that_nobody_expected(monkeypa
         return apply(*arguments)
 
     monkeypatch.setattr(D4SEditor, "apply", fails_at_the_second)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(EditingFailed) as caught:
         compared(model, covariance, {"d4s": FAST}, edits=EDITS[:3])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert len(calls) == 2 and same(before, state(model))
 
 

@@ -22,6 +22,8 @@ from d4s.errors import (
     D4SError,
     DataError,
     EditError,
+    EditingFailed,
+    EditingInterrupted,
     ModelError,
     TokenizerError,
 )
@@ -260,7 +262,7 @@ def test_the_training_flag_is_put_back_also_after_an_error(training, monkeypatch
     sequence(model, covariance, EDITS[:1]).restore()
     assert model.training == training
     monkeypatch.setattr(EditedWeights, "write_", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(EditingFailed, match="division by zero"):
         sequence(model, covariance, EDITS[:1])
     assert model.training == training
 
@@ -293,8 +295,9 @@ def test_a_failure_within_a_step_leaves_the_weights_of_the_step_before(
     model, covariance = ready(seed)
     before = state(model)
     spoiled = Spoiled(monkeypatch, call, error)
-    with pytest.raises(type(error)):
+    with pytest.raises(EditingInterrupted) as raised:
         sequence(model, covariance, method=method, config=config)
+    assert raised.value.__cause__ is error
     anatomy, two_steps = Anatomy(model), spoiled.whole[3]
     for layer, weight in two_steps.items():
         name = anatomy.weight_name(layer)
