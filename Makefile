@@ -5,7 +5,7 @@
 #   make bench      every op and whole sequences, timed against their baselines
 #   make sanitize   the tests of the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer: the first
 #                   access outside of an array, use of freed memory or undefined step ends the run with its line.
-#                   Builds into build/sanitize, beside the extension in d4s/, which stays as it is. Needs g++,
+#                   Builds into build/sanitize, beside the extension in d4s/ops/, which stays as it is. Needs g++,
 #                   cmake 3.26 and ninja (pip install cmake ninja).
 #
 # PYTHON is the interpreter, CHECKED the test files of `make sanitize`.
@@ -32,7 +32,7 @@ sanitize:
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_CXX_COMPILER=$(CXX) -DD4S_SANITIZE=ON -DD4S_CUDA=OFF \
 	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)')
 	cmake --build $(SANITIZED)
-	for part in d4s/*; do case $$part in *.so | *__pycache__) ;; *) ln -sfn $(CURDIR)/$$part $(SANITIZED)/d4s/ ;; esac; done
+	for part in d4s/* d4s/ops/*; do case $$part in d4s/ops | *.so | *__pycache__) ;; *) ln -sfn $(CURDIR)/$$part $(SANITIZED)/$$part ;; esac; done
 	cd $(SANITIZED) && \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \

@@ -1,4 +1,4 @@
-"""Builds d4s._C by calling CMake against the torch of the target environment."""
+"""Builds d4s.ops._C by calling CMake against the torch of the target environment."""
 
 import os
 import shlex
@@ -40,11 +40,11 @@ class CMakeBuild(build_ext):
         # --fresh: an earlier build's cache names a ninja that went away with its isolated environment.
         subprocess.run(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
         subprocess.run(["cmake", "--build", build], check=True)
-        # CMake leaves the extension in d4s/, so that Python started in the checkout finds it too.
+        # CMake leaves the extension in d4s/ops/, so that Python started in the checkout finds it too.
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        if target.parent != ROOT / "d4s":
+        if target.parent != ROOT / "d4s" / "ops":
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / "d4s" / target.name, target)
+            shutil.copy2(ROOT / "d4s" / "ops" / target.name, target)
 
 
 # pip sets PYTHONNOUSERSITE while it builds in isolation with the target's own interpreter; only there does
@@ -53,7 +53,7 @@ fetch_torch = "PYTHONNOUSERSITE" in os.environ and flags_that_see_torch() is Non
 
 sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*"))]
 setup(
-    ext_modules=[Extension("d4s._C", sources)],
+    ext_modules=[Extension("d4s.ops._C", sources)],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=["torch>=2.6"] if fetch_torch else [],
 )

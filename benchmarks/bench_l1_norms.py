@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.measure import compare
-from d4s import ops, reference
+from d4s import ops
+from d4s.ops import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

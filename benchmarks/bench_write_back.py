@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.measure import compare
-from d4s import ops, reference
+from d4s import ops
+from d4s.ops import reference
 
 
 @pytest.mark.parametrize("layout", ["", "in GPT-2's layout", "in GPT-2's layout, from a row-major change"])

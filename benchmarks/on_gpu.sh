@@ -29,7 +29,7 @@ cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$(command -v python3)" -DD
   -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$results/build.log" 2>&1 &&
   cmake --build build/gpu >>"$results/build.log" 2>&1 || { tail -n 30 "$results/build.log"; exit 1; }
 
-# The extension lies in d4s/, so the checkout itself is the package.
+# The extension lies in d4s/ops/, so the checkout itself is the package.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 timeout -k 10 "$(left 120)" python3 -m pytest python_tests -k cuda -p no:cacheprovider \
   --ignore python_tests/test_build.py --ignore python_tests/test_style.py >"$results/tests.log" 2>&1 || failed=1

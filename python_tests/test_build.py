@@ -70,11 +70,11 @@ def test_without_torch_pip_fetches_it_and_other_front_ends_are_told(setup_file, 
 def test_a_missing_or_foreign_extension_is_told_in_a_sentence(extension, word):
     code = (
         "import sys\nfrom types import SimpleNamespace\n"
-        f"sys.modules['d4s._C'] = {extension}\n"
+        f"sys.modules['d4s.ops._C'] = {extension}\n"
         "try:\n    import d4s\nexcept ImportError as error:\n    print(type(error).__name__, error)\n"
     )
     path = os.pathsep.join(
-        [str(Path(ops.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [str(Path(ops.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}

@@ -678,7 +678,7 @@ def test_a_checkout_without_its_extension_says_so_in_one_line(tmp_path):
     assert ended.returncode == 1 and ended.stdout == ""
     (line,) = ended.stderr.splitlines()
     assert line.startswith(
-        "d4s: the compiled extension d4s._C does not load (it is not built); run 'pip install .'"
+        "d4s: the compiled extension d4s.ops._C does not load (it is not built); run 'pip install .'"
     )
     ended = run(sys.executable, "-c", "import d4s", cwd=tmp_path, env=path)
     assert ended.stderr.splitlines()[-1].startswith("d4s.errors.ExtensionError: the compiled extension")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d4s import ops, reference
+from d4s import ops
 from d4s.errors import D4SError, NotPositiveDefiniteError
+from d4s.ops import reference
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1, 7, 33, 1000]

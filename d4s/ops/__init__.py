@@ -1,5 +1,5 @@
-"""The compiled operations of d4s._C, on CPU and CUDA tensors. Each docstring states the plain-torch equal;
-`d4s.reference` holds it as code.
+"""The compiled operations, on CPU and CUDA tensors: the only door to `d4s.ops._C`. Each docstring states the
+plain-torch equal; `d4s.ops.reference` holds it as code.
 
 Tensors are dense, and their elements lie in memory. Any other (sparse, mkldnn, nested, quantised, meta, fake, a
 subclass that computes in Python, one that torch.func follows, one whose storage was freed) is a D4SError."""
@@ -20,17 +20,17 @@ def _release(version: str) -> list[str]:
 
 
 try:
-    from d4s import _C
+    from d4s.ops import _C
 except ImportError as error:
     # Where there is no such file Python speaks of a circular import.
     reason = "it is not built" if "partially initialized" in str(error) else error
     raise ExtensionError(
-        f"the compiled extension d4s._C does not load ({reason}); run 'pip install .' in the d4s checkout, "
+        f"the compiled extension d4s.ops._C does not load ({reason}); run 'pip install .' in the d4s checkout, "
         f"with the torch {torch.__version__} of this environment in place"
     ) from error
 if _release(_C.torch_version) != _release(torch.__version__):
     raise ExtensionError(
-        f"d4s._C was built against torch {_C.torch_version}, and this is torch {torch.__version__}; "
+        f"d4s.ops._C was built against torch {_C.torch_version}, and this is torch {torch.__version__}; "
         "run 'pip install .' in the d4s checkout again"
     )
 
