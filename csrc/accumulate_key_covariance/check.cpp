@@ -1,4 +1,5 @@
 // d4s.ops.accumulate_key_covariance_: what it asks of its arguments, and the choice between CPU and CUDA.
+#include <ATen/ops/constant_pad_nd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>

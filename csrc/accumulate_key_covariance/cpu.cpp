@@ -1,7 +1,9 @@
 // The triangle is cut into block columns, each one matrix product, so that the library's product does the
 // work and little more than half of it is done. Keys are gathered and up-cast into a buffer in the same pass.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 

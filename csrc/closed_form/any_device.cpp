@@ -1,4 +1,9 @@
 // The library's Cholesky, which torch has for both devices.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cholesky_solve.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <c10/util/StringUtil.h>
 
 #include "../shared/errors.h"

@@ -1,4 +1,5 @@
 // d4s.ops.closed_form: what it asks of its arguments.
+#include <ATen/ops/isfinite.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <vector>

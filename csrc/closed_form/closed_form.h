@@ -1,7 +1,7 @@
 // Δ = A (B + λC)⁻¹ of several layers by Cholesky, on whatever device the sums live.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace d4s {
 

@@ -1,4 +1,6 @@
 // d4s.ops.l1_norms: what it asks of its arguments, and the choice between CPU and CUDA.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
