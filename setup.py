@@ -51,7 +51,8 @@ class CMakeBuild(build_ext):
 # a torch fetched for the build agree with the one that the install then puts beside d4s.
 fetch_torch = "PYTHONNOUSERSITE" in os.environ and flags_that_see_torch() is None
 
-sources = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*"))]
+compiled = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
+sources = ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in compiled)]
 setup(
     ext_modules=[Extension("d4s.ops._C", sources)],
     cmdclass={"build_ext": CMakeBuild},

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from d4s import ops
+from d4s.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,9 +86,34 @@ def test_a_missing_or_foreign_extension_is_told_in_a_sentence(extension, word):
     assert "pip install" in done.stdout
 
 
+def included(source: Path) -> Iterator[tuple[Path, str]]:
+    """Every file that `source` includes, with the one that names it, through the files of csrc/."""
+    for quote, name in re.findall(r'#include ([<"])([^>"]+)', source.read_text()):
+        yield source, name
+        if quote == '"':
+            yield from included(source.parent / name)
+
+
 def test_cuda_files_need_no_torch():
-    sources = [*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*_cuda.h"), ROOT / "csrc" / "matrix.h"]
-    assert len(sources) >= 5
+    sources = [*ROOT.glob("csrc/*/*.cu")]
+    assert len(sources) >= 4
     for source in sources:
-        included = re.findall(r'#include [<"]([^>"]+)', source.read_text())
-        assert not [name for name in included if re.match(r"(torch|ATen|c10)/", name)], source.name
+        names = [*included(source)]
+        assert (source, f"{source.parent.name}.h") in names
+        assert not [name for name in names if re.match(r"(torch|ATen|c10)/", name[1])]
+
+
+def test_an_op_goes_by_one_name_everywhere():
+    folders = {folder for folder in ROOT.glob("csrc/*/") if folder.name != "shared"}
+    bound = re.findall(r"D4S_OP\((\w+)\);", (ROOT / "csrc" / "bindings.cpp").read_text())
+    assert bound == sorted(folder.name for folder in folders)
+    for folder in folders:
+        op = folder.name
+        halves = {f"{op}.h", "check.cpp"}
+        assert {path.name for path in folder.iterdir()} in (
+            halves | {"cpu.cpp", f"{op}_cuda.cu"},
+            halves | {"any_device.cpp"},
+        )
+        names = {op, f"{op}_"}  # with the underscore where it changes an argument
+        assert len(names & vars(ops).keys()) == 1
+        assert names & vars(ops).keys() == names & vars(reference).keys() == names & vars(ops._C).keys()

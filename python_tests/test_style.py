@@ -39,4 +39,5 @@ def test_types():
 def test_clang_format():
     if shutil.which("clang-format") is None:
         pytest.skip("clang-format is not installed")
-    passes("clang-format", "--dry-run", "--Werror", *(str(path) for path in sorted(ROOT.glob("csrc/*"))))
+    sources = sorted(str(path) for path in ROOT.glob("csrc/**/*") if path.is_file())
+    passes("clang-format", "--dry-run", "--Werror", *sources)

@@ -3,7 +3,7 @@
 // partial sums a block; a second kernel adds them in order, so the result is the same in every run.
 #include <cstdint>
 
-#include "launch_cuda.h"
+#include "../shared/launch_cuda.h"
 #include "write_back.h"
 
 namespace d4s {

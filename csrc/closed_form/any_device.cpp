@@ -1,10 +1,18 @@
-#include "closed_form.h"
-
+// The library's Cholesky, which torch has for both devices.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cholesky_solve.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <c10/util/StringUtil.h>
+
+#include "../shared/errors.h"
+#include "closed_form.h"
 
 namespace d4s {
 
-at::Tensor closed_form(const at::Tensor& residual_sum, const at::Tensor& key_sum, const at::Tensor& prior) {
+at::Tensor closed_form_any_device(const at::Tensor& residual_sum, const at::Tensor& key_sum,
+                                  const at::Tensor& prior) {
   const int64_t layers = residual_sum.size(0);
   at::Tensor delta = at::empty_like(residual_sum, at::MemoryFormat::Contiguous);
   // Layer by layer: one d_in × d_in workspace at a time, and at these sizes a batch is not faster.

@@ -1,7 +1,7 @@
 // weight = round(base + delta) once, with Σ|weight| and Σ(weight − base)² of the rounded values, in one pass.
 #pragma once
 
-#include "matrix.h"
+#include "../shared/matrix.h"
 
 namespace d4s {
 

@@ -2,7 +2,8 @@
 // lie in memory, where its strides say, and are of a type that the ops know.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
@@ -12,14 +13,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "matrix.h"
 
 namespace d4s {
-
-// Becomes d4s.errors.D4SError.
-struct ArgumentError : std::invalid_argument {
-  using std::invalid_argument::invalid_argument;
-};
 
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
@@ -106,6 +103,12 @@ inline DType dtype_of(const at::Tensor& tensor) {
     default:
       throw std::logic_error("a type that check_tensor does not let in");
   }
+}
+
+// The memory of a matrix that check_tensor has let in as kFloating.
+inline Matrix matrix_of(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0),
+          tensor.size(1),    tensor.stride(0), tensor.stride(1)};
 }
 
 inline void check_device(const at::Tensor& first, const at::Tensor& other, const char* name) {

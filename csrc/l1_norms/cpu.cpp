@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../shared/lanes_cpu.h"
 #include "l1_norms.h"
-#include "lanes_cpu.h"
 
 namespace d4s {
 namespace {

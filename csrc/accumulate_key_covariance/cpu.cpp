@@ -1,19 +1,20 @@
 // The triangle is cut into block columns, each one matrix product, so that the library's product does the
 // work and little more than half of it is done. Keys are gathered and up-cast into a buffer in the same pass.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 
+#include "../shared/lanes_cpu.h"
 #include "accumulate_key_covariance.h"
-#include "lanes_cpu.h"
 
 namespace d4s {
 namespace {
 
 constexpr int64_t kBlockColumns = 256;         // (1 + 256 / d) / 2 of a full product is computed
 constexpr int64_t kBufferElements = 16 << 20;  // gathered rows held at a time: 64 MiB of float32
-constexpr int64_t kMirrorTile = 64;
 
 // to[0:n] = from[0:n], up-cast.
 template <class From, class To>
@@ -72,24 +73,6 @@ void accumulate(const Matrix& keys, const int64_t* rows, int64_t count, const Ma
   }
 }
 
-template <class T>
-void mirror(T* matrix, int64_t d) {
-  const int64_t tiles = (d + kMirrorTile - 1) / kMirrorTile;
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t tile_row = begin; tile_row < end; ++tile_row) {
-      for (int64_t tile_col = 0; tile_col <= tile_row; ++tile_col) {
-        const int64_t last_row = std::min(d, (tile_row + 1) * kMirrorTile);
-        const int64_t last_col = std::min(d, (tile_col + 1) * kMirrorTile);
-        for (int64_t j = tile_col * kMirrorTile; j < last_col; ++j) {
-          for (int64_t i = std::max(tile_row * kMirrorTile, j + 1); i < last_row; ++i) {
-            matrix[j * d + i] = matrix[i * d + j];
-          }
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void accumulate_key_covariance_cpu(const Matrix& keys, const int64_t* rows, int64_t count,
@@ -98,14 +81,6 @@ void accumulate_key_covariance_cpu(const Matrix& keys, const int64_t* rows, int6
     accumulate<double>(keys, rows, count, moment);
   } else {
     accumulate<float>(keys, rows, count, moment);
-  }
-}
-
-void symmetrize_cpu(const Matrix& matrix) {
-  if (matrix.dtype == DType::float64) {
-    mirror(static_cast<double*>(matrix.data), matrix.rows);
-  } else {
-    mirror(static_cast<float*>(matrix.data), matrix.rows);
   }
 }
 

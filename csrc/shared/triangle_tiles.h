@@ -24,6 +24,11 @@ constexpr int64_t kBandRows = 8;
 // Tiles on or below the diagonal of a square of side × side tiles.
 D4S_HOST_DEVICE inline int64_t lower_triangle_count(int64_t side) { return side * (side + 1) / 2; }
 
+// The same of a d × d matrix in tiles of `tile` rows.
+D4S_HOST_DEVICE inline int64_t triangle_blocks(int64_t d, int64_t tile) {
+  return lower_triangle_count((d + tile - 1) / tile);
+}
+
 // The index-th tile, 0 ≤ index < lower_triangle_count(side): bands of kBandRows rows from the top; within a
 // band column by column up to its diagonal block, and that block row by row.
 D4S_HOST_DEVICE inline TilePosition lower_triangle_tile(int64_t index, int64_t side) {

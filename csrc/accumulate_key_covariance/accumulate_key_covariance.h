@@ -1,7 +1,7 @@
 // moment += Σ k kᵀ over given rows of keys, lower triangle only; symmetrize mirrors it once at the end.
 #pragma once
 
-#include "matrix.h"
+#include "../shared/matrix.h"
 
 namespace d4s {
 
@@ -16,9 +16,5 @@ void accumulate_key_covariance_cpu(const Matrix& keys, const int64_t* rows, int6
 // float64.
 void accumulate_key_covariance_cuda(const Matrix& keys, const int64_t* rows, int64_t count,
                                     const Matrix& moment, Stream stream);
-
-// matrix[i][j] = matrix[j][i] for i < j. matrix [d, d], contiguous, float32 | float64.
-void symmetrize_cpu(const Matrix& matrix);
-void symmetrize_cuda(const Matrix& matrix, Stream stream);
 
 }  // namespace d4s

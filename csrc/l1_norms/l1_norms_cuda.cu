@@ -3,8 +3,8 @@
 // in order. Read-only and bound by memory bandwidth.
 #include <cstdint>
 
+#include "../shared/launch_cuda.h"
 #include "l1_norms.h"
-#include "launch_cuda.h"
 
 namespace d4s {
 namespace {

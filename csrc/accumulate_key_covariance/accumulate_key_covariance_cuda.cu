@@ -16,9 +16,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../shared/launch_cuda.h"
+#include "../shared/triangle_tiles.h"
 #include "accumulate_key_covariance.h"
-#include "launch_cuda.h"
-#include "triangle_tiles.h"
 
 namespace d4s {
 namespace {
@@ -377,28 +377,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kMirrorTile = 32;
-
-// matrix[i][j] = matrix[j][i] above the diagonal; one block a tile below it, turned in shared memory.
-template <class T>
-__global__ void __launch_bounds__(kThreads) symmetrize_kernel(T* matrix, int64_t d) {
-  __shared__ T tile[kMirrorTile][kMirrorTile + 1];  // one column more: no two rows of a column share a bank
-  const TilePosition position = lower_triangle_tile(blockIdx.x, (d + kMirrorTile - 1) / kMirrorTile);
-  const int64_t tile_row = position.row * kMirrorTile, tile_col = position.col * kMirrorTile;
-  const int x = threadIdx.x % kMirrorTile, y = threadIdx.x / kMirrorTile;
-  for (int i = y; i < kMirrorTile; i += kThreads / kMirrorTile) {
-    const int64_t row = tile_row + i, col = tile_col + x;
-    if (row < d && col < d) tile[i][x] = matrix[row * d + col];
-  }
-  __syncthreads();
-  for (int i = y; i < kMirrorTile; i += kThreads / kMirrorTile) {
-    const int64_t row = tile_col + i, col = tile_row + x;
-    if (row < d && col < d && row < col) matrix[row * d + col] = tile[x][i];
-  }
-}
-
-int64_t triangle_blocks(int64_t d, int64_t tile) { return lower_triangle_count((d + tile - 1) / tile); }
-
 // A block's panels go through the L2 cache, and twice as wide a tile needs three quarters of them. But few
 // wide tiles leave some multiprocessors without a last one: four rounds of tiles waste a fifth of their time
 // at most.
@@ -442,17 +420,6 @@ void accumulate_key_covariance_cuda(const Matrix& keys, const int64_t* rows, int
                                     const Matrix& moment, Stream stream) {
   if (count == 0 || keys.cols == 0) return;
   with_cuda_type(keys.dtype, [&](auto zero) { launch<decltype(zero)>(keys, rows, count, moment, stream); });
-}
-
-void symmetrize_cuda(const Matrix& matrix, Stream stream) {
-  if (matrix.rows == 0) return;
-  const unsigned blocks = static_cast<unsigned>(triangle_blocks(matrix.rows, kMirrorTile));
-  if (matrix.dtype == DType::float64) {
-    symmetrize_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<double*>(matrix.data), matrix.rows);
-  } else {
-    symmetrize_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<float*>(matrix.data), matrix.rows);
-  }
-  check_launch("symmetrize_kernel");
 }
 
 }  // namespace d4s

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "lanes_cpu.h"
+#include "../shared/lanes_cpu.h"
 #include "write_back.h"
 
 namespace d4s {

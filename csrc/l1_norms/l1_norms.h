@@ -1,7 +1,7 @@
 // Σ|w| of many weights in one pass, with float64 sums and no temporary.
 #pragma once
 
-#include "matrix.h"
+#include "../shared/matrix.h"
 
 namespace d4s {
 
