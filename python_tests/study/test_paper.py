@@ -19,6 +19,7 @@ from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.study.paper.protocols import PROTOCOLS
 from d4s.study.paper.reproduce import reproduce, statements_of
+from d4s.study.paper.setting import points
 
 # Twelve facts about different subjects.
 FACTS = tuple(
@@ -107,7 +108,7 @@ def test_table4_is_before_and_after(tmp_path, seed):
     assert table["before"].nunique() == 1
     assert list(table["change"]) == pytest.approx(list(table["after"] - table["before"]))
     for method in ("memit", "d4s"):
-        assert f"{method} {0 - 100 * table.loc[method, 'change']:.1f} points" in found.verdict.measured
+        assert f"{method} {points(-table.loc[method, 'change'])}" in found.verdict.measured
     assert "8 facts are asked that no edit touches" in found.statement
     assert figures(tmp_path, "table4")
 
@@ -164,9 +165,7 @@ def test_fig2_compares_data_sets(tmp_path, seed):
         list(found.table["retained_drop"])
     )
     for group, row in found.table.set_index("group").iterrows():
-        assert (
-            f"{group} {100 * row['retained_drop']:.1f} points ({row['lost']} lost" in found.verdict.measured
-        )
+        assert f"{group} {points(row['retained_drop'])} ({row['lost']} lost" in found.verdict.measured
 
 
 def test_fig3_compares_forms(tmp_path, seed):
@@ -205,7 +204,7 @@ def test_fig7_compares_then_and_now(tmp_path, seed):
     found = run("fig7", tmp_path, seed)
     assert figures(tmp_path, "fig7", "fig7-memit", "fig7-d4s")
     lost = found.table[found.table["metric"] == "efficacy"].set_index("method")["forgotten"]
-    said = ", ".join(f"{method} {100 * lost[method] + 0.0:.1f} points" for method in ("memit", "d4s"))
+    said = ", ".join(f"{method} {points(lost[method])}" for method in ("memit", "d4s"))
     assert f"forgotten: {said}" in found.verdict.measured
 
 
@@ -213,8 +212,7 @@ def test_fig8_shows_metrics_against_edits(tmp_path, seed):
     found = run("fig8", tmp_path, seed)
     assert figures(tmp_path, "fig8")
     average = found.table.set_index(["method", "edits"])["average"]
-    fall = {m: 100 * (average[m, 1] - average[m, 4]) for m in ("memit", "d4s")}
-    said = ", ".join(f"{method} {points + 0.0:.1f} points" for method, points in fall.items())
+    said = ", ".join(f"{m} {points(average[m, 1] - average[m, 4])}" for m in ("memit", "d4s"))
     assert f"lost on average: {said}" in found.verdict.measured
 
 
