@@ -25,7 +25,7 @@ from d4s.files import write_table
 from d4s.methods import Workbench, method_for
 from d4s.models.loading import load_model
 from d4s.sequence.compare import compare
-from d4s.study.analysis import frame_lines
+from d4s.study.text_tables import frame_lines
 
 OUT = Path(__file__).parent / "results" / "findings"
 LAYERS = (0, 1, 2)

@@ -50,15 +50,16 @@ if TYPE_CHECKING:
     from d4s.measure.downstream import run_tasks
     from d4s.sequence.compare import compare
     from d4s.sequence.comparison import Comparison
-    from d4s.study.analysis import analyze_data, analyze_model
+    from d4s.study.data_view import analyze_data
+    from d4s.study.model_view import analyze_model
 
 __version__ = "0.2.0"
 
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
     "Comparison": "d4s.sequence.comparison",
-    "analyze_data": "d4s.study.analysis",
-    "analyze_model": "d4s.study.analysis",
+    "analyze_data": "d4s.study.data_view",
+    "analyze_model": "d4s.study.model_view",
     "compare": "d4s.sequence.compare",
     "run_tasks": "d4s.measure.downstream",
 }

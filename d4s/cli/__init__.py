@@ -17,7 +17,7 @@ from d4s.errors import ConfigError, D4SError
 from d4s.files import check_folder, check_place
 from d4s.interrupts import Terminated, deferred, ending_signals_raise
 
-# What `d4s reproduce` makes; the protocols stand in d4s/study/reproduce.py.
+# What `d4s reproduce` makes; the protocols stand in d4s/study/paper/protocols.py.
 PAPER = ("table2", "table3", "table4", "fig2", "fig3", "fig5", "fig6", "fig7", "fig8")
 
 
@@ -451,7 +451,8 @@ def compare(options: argparse.Namespace) -> None:
 def analyze(options: argparse.Namespace) -> None:
     from d4s.sequence.compare import compare as compare_methods
     from d4s.sequence.record import Record
-    from d4s.study.analysis import analyze_data, analyze_model
+    from d4s.study.data_view import analyze_data
+    from d4s.study.model_view import analyze_model
 
     bounds = {n: b for n in ("efficacy", "specificity") if (b := getattr(options, f"{n}_bound")) is not None}
     view: Any
@@ -500,7 +501,7 @@ def analyze(options: argparse.Namespace) -> None:
 
 def reproduce(options: argparse.Namespace) -> None:
     from d4s.edits.formats import load_edits
-    from d4s.study.reproduce import reproduce as reproduce_one
+    from d4s.study.paper.reproduce import reproduce as reproduce_one
 
     if options.name not in ("table4", "fig6"):
         _without(options, ("tasks", "task_folder", "task_limit"), options.name)

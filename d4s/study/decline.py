@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy
-import torch
+import scipy.optimize
 from numpy.typing import NDArray
+from scipy.special import erf, erfinv
 
 from d4s.errors import ConfigError
 from d4s.sequence.record import Record
@@ -61,12 +61,11 @@ def _margin(share: float, floor: float) -> float:
     above = (min(share, 1 - 1e-9) - floor) / (1 - floor)
     if above <= 0:
         return float(_A[-1])
-    return 1 / NormalDist().inv_cdf((1 + above) / 2) ** 2
+    return float(1 / (2 * erfinv(above) ** 2))
 
 
 def _share(a: Any, b: Any, spread: Any, floor: float) -> Any:
-    inner = torch.as_tensor(numpy.asarray(a + b * spread, dtype=float))
-    return floor + (1 - floor) * torch.erf((2 * inner).clamp_min(1e-12).rsqrt()).numpy()
+    return floor + (1 - floor) * erf(numpy.maximum(2 * (a + b * spread), 1e-12) ** -0.5)
 
 
 # Both in units of the squared mean margin. a from a share of 1 to next to the floor, b · max D² likewise.
@@ -115,47 +114,47 @@ def fit_decline(
     i, j = lowest(weights)
     start = numpy.array([spreads[i], _B[j]])
     a, b = _descended(start, scaled, shares, weights, floor)
-    if _error(numpy.array([level, 0.0]), scaled, shares, weights, floor) <= _error(
-        numpy.array([a, b]), scaled, shares, weights, floor
-    ):
+    constant, fitted = (_error(x, y, scaled, shares, weights, floor) for x, y in ((level, 0.0), (a, b)))
+    if constant <= fitted + 1e-24 * weights.sum():  # no better by more than rounding
         a, b = level, 0.0
     draws = numpy.random.default_rng(seed).integers(len(steps), size=(resamples, len(steps)))
     drawn = [lowest(numpy.bincount(draw, minlength=len(steps)) * weights) for draw in draws]
     return decline(a, b), [decline(spreads[i], _B[j]) for i, j in drawn]
 
 
-def _error(point: Floats, squares: Floats, shares: Floats, weights: Floats, floor: float) -> float:
-    guess = _share(point[0], point[1], squares, floor)
+def _error(a: float, b: float, squares: Floats, shares: Floats, weights: Floats, floor: float) -> float:
+    guess = _share(a, b, squares, floor)
     return float((guess - shares) ** 2 @ weights)
 
 
 def _descended(
     point: Floats, squares: Floats, shares: Floats, weights: Floats, floor: float
 ) -> tuple[float, float]:
-    """The least-squares point next to `point` = (a, b), both kept at 0 or above (Levenberg and Marquardt)."""
-    error = _error(point, squares, shares, weights, floor)
-    damping = 1e-3
-    for _ in range(200):
-        twice = 2 * numpy.maximum(point[0] + point[1] * squares, 1e-12)
-        slope = (
-            -2 * (1 - floor) / math.sqrt(math.pi) * numpy.exp(-1 / twice) * twice**-1.5
-        )  # d share / d (a + b D²)
-        jacobian = numpy.stack([slope, slope * squares], axis=1)
-        away = shares - _share(point[0], point[1], squares, floor)
-        normal = jacobian.T @ (weights[:, None] * jacobian)
-        damped = normal + damping * numpy.diag(numpy.diag(normal) + 1e-12)
-        # Singular where the share is 1 at every point.
-        moved = numpy.maximum(
-            0.0, point + numpy.linalg.lstsq(damped, jacobian.T @ (weights * away), rcond=None)[0]
-        )
-        lower = _error(moved, squares, shares, weights, floor)
-        if lower < error:
-            point, error, damping = moved, lower, damping / 3
-        elif damping > 1e9:
-            break
-        else:
-            damping *= 4
-    return float(point[0]), float(point[1])
+    """The least-squares point next to `point` = (a, b), both kept at 0 or above."""
+    root = numpy.sqrt(weights)
+
+    def away(point: Floats) -> Any:
+        return root * (_share(point[0], point[1], squares, floor) - shares)
+
+    def jacobian(point: Floats) -> Floats:
+        twice = numpy.maximum(2 * (point[0] + point[1] * squares), 1e-12)
+        # d share / d (a + b D²)
+        slope = -2 * (1 - floor) / math.sqrt(math.pi) * numpy.exp(-1 / twice) * twice**-1.5
+        return root[:, None] * numpy.stack([slope, slope * squares], axis=1)
+
+    # dogbox stops on a bound itself, where no decline is b = 0; the others stay a little inside.
+    found = scipy.optimize.least_squares(
+        away,
+        point,
+        jacobian,
+        bounds=(0, math.inf),
+        method="dogbox",
+        x_scale="jac",
+        ftol=1e-15,
+        xtol=1e-15,
+        gtol=1e-15,
+    )
+    return float(found.x[0]), float(found.x[1])
 
 
 def estimate_remaining(

@@ -72,6 +72,22 @@ def test_a_fit_finds_the_curve_again(seed):
     assert len(drawn) == 5
 
 
+def test_a_fit_at_the_edge_of_what_is_allowed_is_the_best_there():
+    """Shares that stay at 1 and then fall more steeply than the curve can: a is 0, and no other b is nearer."""
+    draw = numpy.random.default_rng().uniform
+    a, b = -draw(0.1, 0.3), draw(0.005, 0.02)
+    print(a, b)
+    squares = 0.3 * STEPS
+    shares = Decline(0.5, a, b, c=0.3, q=1.0).share(STEPS)
+    fit, _ = fit_decline(STEPS, squares, shares, STEPS, 0.5)
+
+    def error(b):
+        return (Decline(0.5, 0.0, b, fit.c, fit.q).share(STEPS) - shares) ** 2 @ STEPS
+
+    assert fit.a == 0
+    assert error(fit.b) < min(error(fit.b * 0.9999), error(fit.b * 1.0001))
+
+
 def test_the_first_half_foretells_a_run_that_follows_the_curve():
     truth = Decline(0.5, a=0.15, b=0.004, c=0.3, q=1.0)
     shares = truth.share(STEPS)

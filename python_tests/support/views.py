@@ -6,7 +6,7 @@ import pandas
 
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.record import Record
-from d4s.study.analysis import DataView
+from d4s.study.data_view import DataView
 
 
 def view_of(answers, perplexities=None, **failures):
