@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
+from d4s import files
 from d4s.errors import ConfigError, unknown_name
 
 Unit = Literal[
@@ -33,6 +34,8 @@ Better = Literal["up", "down", "neither"]
 Shown = Literal["headline", "summary", "table", "row"]
 Origin = Literal["evaluation", "sequence", "table", "measure"]
 Bound = Literal["", "low", "high", "unedited"]
+
+_STORED_TEXTS = ("unit", "better", "meaning", "shown")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,25 @@ class Column:
     def axis(self) -> str:
         """Its name beside an axis or a colour bar."""
         return f"{self.name} (%)" if self.is_share else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values of what was declared of it."""
+        return {name: getattr(self, name) for name in (*_STORED_TEXTS, "interval", "unedited")}
+
+    @staticmethod
+    def from_dict(name: str, value: Any, place: str) -> Column:
+        """The inverse of `to_dict`. Raises WrongType, naming the place, for what it did not make."""
+        stored = dict(files.as_object(value, place))
+        texts = [files.as_text(stored.pop(field, None), f"{place}, {field}") for field in _STORED_TEXTS]
+        flags = [stored.pop(field, None) for field in ("interval", "unedited")]
+        if stored or not all(isinstance(flag, bool) for flag in flags):
+            raise files.WrongType(f"{place} is no column")
+        unit, better, meaning, shown = texts
+        for text, known in ((unit, Unit), (better, Better), (shown, Shown)):
+            if text not in get_args(known):
+                raise files.WrongType(f"{place} has {text!r}, which is none of {', '.join(get_args(known))}")
+        interval, unedited = flags
+        return Column(name, unit, better, meaning, shown, interval, unedited)  # type: ignore[arg-type]
 
     def spelled(self, value: float, digits: int = 1) -> str:
         """A figure as text: a share in percent with these decimals, any other one as it is."""
@@ -298,6 +320,15 @@ def declared(measure: Callable[[], Mapping[str, float]] | None) -> dict[str, Col
         if one.name != name:
             raise ConfigError(f"the columns of a measure: under {name!r} stands the column {one.name!r}")
     return dict(columns)
+
+
+def measured_columns(
+    names: Iterable[str], measure: Callable[[], Mapping[str, float]] | None
+) -> dict[str, Column]:
+    """Name → Column of the figures that a measure gave, of those that are not what their names say without it."""
+    own = declared(measure)
+    given = (replace(column(name, own), origin="measure") for name in names)
+    return {one.name: one for one in given if not one.bound and one != column(one.name)}
 
 
 def is_share(name: object, own: Mapping[str, Column] = _NO_COLUMNS) -> bool:

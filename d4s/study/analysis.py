@@ -22,13 +22,14 @@ from d4s.edits import Edit
 from d4s.edits.questions import AnswerPool, question_forms
 from d4s.edits.spacing import Target, continuation
 from d4s.errors import ConfigError
-from d4s.figures.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
+from d4s.figures.plots import plot_lines
 from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.measure.metrics import RESAMPLES, finite_or_none
 from d4s.models.scoring import perplexity, score
 from d4s.sequence.compare import Configs, compare
 from d4s.sequence.comparison import Comparison, aligned, few_layers
+from d4s.sequence.curves import plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence.record import Record
 from d4s.study.decline import estimate_remaining
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from d4s.edits import Edit
 from d4s.edits.spacing import continuation
 from d4s.errors import ConfigError, unknown_name
-from d4s.figures.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
+from d4s.figures.plots import plot_lines
 from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.measure.downstream import TaskScores
@@ -27,6 +27,7 @@ from d4s.methods.presets import model_key
 from d4s.models.architectures import Anatomy
 from d4s.sequence.compare import compare
 from d4s.sequence.comparison import Comparison, few_layers
+from d4s.sequence.curves import plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.study.analysis import (
     DataView,
     ModelView,
