@@ -21,11 +21,11 @@ from pandas import DataFrame
 from d4s import edit_sequence, evaluate
 from d4s.embedded import load_demo_edits
 from d4s.embedded.statistics import demo_covariance
+from d4s.figures.tables import frame_lines
 from d4s.files import write_table
 from d4s.methods import Workbench, method_for
 from d4s.models.loading import load_model
 from d4s.sequence.compare import compare
-from d4s.study.text_tables import frame_lines
 
 OUT = Path(__file__).parent / "results" / "findings"
 LAYERS = (0, 1, 2)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -263,3 +264,14 @@ def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
             raise
         reason = getattr(error, "strerror", None) or error  # a name with a null character is a ValueError
         raise DataError(f"{os.fspath(path)!r}: cannot be read: {reason}") from None
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same JSON value with None for every number that is not finite, which JSON cannot spell."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_none(one) for one in value]
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -41,3 +42,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         if not (torch.cuda.is_available() and ops._C.with_cuda):
             pytest.skip("no GPU, or d4s was built without CUDA kernels")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The matplotlib figures that are saved, to look at what stands in them."""
+    from matplotlib.figure import Figure
+
+    figures: list[Any] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

@@ -329,8 +329,8 @@ def _print_notes(records: Sequence[Any]) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from d4s.measure.columns import spelled
     from d4s.measure.metrics import evaluate as evaluate_edits
-    from d4s.measure.metrics import spelled
     from d4s.models.readiness import check_ready
 
     edits = _load_edits(options)

@@ -12,7 +12,6 @@ from d4s.edits import Edit
 from d4s.embedded import load_demo_edits
 from d4s.embedded.statistics import demo_covariance
 from d4s.errors import ConfigError
-from d4s.figures.plots import plot_metrics, plot_norms
 from d4s.files import check_folder
 from d4s.measure.metrics import take_baseline
 from d4s.methods import method_for
@@ -21,6 +20,7 @@ from d4s.models.generation import generate_greedy
 from d4s.models.loading import load_model
 from d4s.models.scoring import score
 from d4s.progress import stage
+from d4s.sequence.curves import plot_metrics, plot_norms
 from d4s.sequence.run import Result, edit_sequence
 
 SHOWN = 5  # facts printed before and after

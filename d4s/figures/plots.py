@@ -1,4 +1,4 @@
-"""Figures of edit sequences. Each is written with its data beside it: figure.png and figure.csv.
+"""Lines in panels and heat maps. Each figure is written with its data beside it: figure.png and figure.csv.
 
 One style: the colours of Okabe and Ito (2008), which the colour-blind and black-and-white print tell apart
 with the markers and line styles that go with them; legends stand outside the axes. No display is needed.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from d4s.errors import ConfigError
 from d4s.files import whole
-from d4s.measure.metrics import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))  # dotted is the unedited model's
+DASHES = ("-", "--", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))  # dotted is the level to compare with
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -46,96 +45,36 @@ _MOST_TICKS = 12
 _DECADES = 1.5  # of values apart before an axis turns logarithmic
 
 
-def plot_metrics(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
-    """Efficacy, paraphrase, specificity and their average against edits made: a panel each, a line a method.
+def plot_heat_map(
+    matrix: DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    x_label: str,
+    y_label: str,
+    label: str,
+    value_range: tuple[float, float] | None = None,
+    scale: float = 1.0,
+) -> None:
+    """A cell a figure, with its value where there is room; the matrix itself is saved as the CSV.
 
-    histories: method → `Result.to_frame()`; shares from 0 to 1, drawn in percent with their 95 % interval.
-    The unedited model's level on the same edits (`<name>.unedited`; without it, the row of step 0) is a dotted
-    line.
-    """
-    names = ("efficacy", "paraphrase", "specificity", "average")
-    parts: list[dict[str, Any]] = []
-    levels: dict[str, float | tuple[Any, Any]] = {}
-    for method, history in histories.items():
-        for name in (n for n in names if n in history):
-            rows = history[["step", name]].dropna()
-            edited = rows[rows["step"] > 0]
-            part = {"panel": name, "line": method, "x": edited["step"], "y": 100 * edited[name]}
-            for bound in ("low", "high"):
-                if f"{name}.{bound}" in history:
-                    part[bound] = 100 * history.loc[edited.index, f"{name}.{bound}"]
-            parts.append(part)
-            unedited = rows[rows["step"] == 0]
-            same = history.loc[edited.index].get(f"{name}.unedited")
-            if same is not None and not same.isna().any():
-                longest = levels.get(name)
-                if not isinstance(longest, tuple) or len(longest[0]) < len(edited):
-                    levels[name] = (edited["step"], 100 * same)
-            elif len(unedited):
-                levels.setdefault(name, 100 * float(unedited[name].iloc[0]))
-    data = _table(parts, "plot_metrics needs columns 'step' and one of " + ", ".join(names))
-    plot_lines(data, path, x_label="edits made", y_label="share (%)", levels=levels, y_range=(0, 100))
-
-
-def plot_norms(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
-    """Growth of mean |w| of each edited layer, in percent of the unedited layer: a panel a layer.
-
-    histories: method → `Result.to_frame()` with columns `l1_norm.<layer>`, the unedited first
-    Where growths are decades apart the axis is logarithmic (linear next to 0).
-    """
-    prefix = "l1_norm."
-    parts: list[dict[str, Any]] = []
-    layers = {c for h in histories.values() for c in h.columns if str(c).startswith(prefix)}
-    for column in sorted(layers, key=lambda c: int(c.removeprefix(prefix))):
-        for method, history in histories.items():
-            if column in history:
-                norms = history[column]
-                part = {"panel": f"layer {column.removeprefix(prefix)}", "line": method, "x": history["step"]}
-                parts.append(part | {"y": 100 * (norms / norms.iloc[0] - 1)})
-    data = _table(parts, "plot_norms needs columns 'step' and 'l1_norm.<layer>'")
-    plot_lines(data, path, x_label="edits made", y_label="growth of mean |w| (%)")
-
-
-def plot_target_probability(tables: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:
-    """p(target) at the first and last step of each target's optimisation: the "bottleneck" curve.
-
-    tables: method → DataFrame of `Result.edits_table` (`first_probability`, `last_probability`). Points are
-    means over a fiftieth of the sequence each, drawn at its last edit.
-    """
-    parts: list[dict[str, Any]] = []
-    for method, table in tables.items():
-        for panel, column in (("first step", "first_probability"), ("last step", "last_probability")):
-            if column in table and len(table):
-                stretch = -(-len(table) // 50)
-                values = table[column].reset_index(drop=True)
-                means = values.groupby(values.index // stretch).mean()
-                ends = [min(len(table), (i + 1) * stretch) for i in means.index]
-                parts.append({"panel": panel, "line": method, "x": ends, "y": means.to_numpy()})
-    data = _table(parts, "plot_target_probability needs 'first_probability' or 'last_probability'")
-    plot_lines(data, path, x_label="edit", y_label="p(target)", y_range=(0, 1))
-
-
-def plot_forgetting(matrix: DataFrame, path: str | os.PathLike[str], *, metric: str = "efficacy") -> None:
-    """Heat map of `Result.forgetting()`: a row for when edits were made, a column for when they were tested.
-
-    metric: what the matrix holds; shares are drawn in percent, on a scale from 0 to 100
+    label: beside the colour bar
+    value_range: of the colours, in units of what is drawn; None: as the figures
+    scale: what is drawn of a figure is this many times it, as 100 of a share
     """
     if not len(matrix):
-        raise ConfigError("plot_forgetting needs a matrix with a row for each evaluation point")
-    share = is_share(metric)
-    values = (100 if share else 1) * matrix.to_numpy(dtype=float)
+        raise ConfigError("plot_heat_map needs a matrix of one row or more; there is nothing to draw")
+    values = scale * matrix.to_numpy(dtype=float)
     rows, columns = values.shape
+    lowest, highest = value_range if value_range is not None else (None, None)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(
-            values, cmap="cividis", vmin=0 if share else None, vmax=100 if share else None, aspect="auto"
-        )
+        image = axes.imshow(values, cmap="cividis", vmin=lowest, vmax=highest, aspect="auto")
         darkest, lightest = image.get_clim()
         for axis, labels in ((axes.xaxis, matrix.columns), (axes.yaxis, matrix.index)):
             places = range(0, len(labels), -(-len(labels) // _MOST_TICKS))
             axis.set_ticks(list(places), [str(labels[place]) for place in places])
-        axes.set(xlabel="tested after (edits)", ylabel="made up to (edits)")
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(False)
         if max(rows, columns) <= _MOST_TICKS:
             for r in range(rows):
@@ -144,9 +83,9 @@ def plot_forgetting(matrix: DataFrame, path: str | os.PathLike[str], *, metric: 
                         # Cividis is dark below the middle of its range.
                         middle = darkest + 0.55 * (lightest - darkest)
                         colour = "white" if values[r, c] < middle else "black"
-                        shown = f"{values[r, c]:.0f}" if share else f"{values[r, c]:.3g}"
+                        shown = f"{values[r, c]:.3g}" if value_range is None else f"{values[r, c]:.0f}"
                         axes.text(c, r, shown, ha="center", va="center", color=colour, fontsize=8)
-        figure.colorbar(image, label=f"{metric} (%)" if share else metric)
+        figure.colorbar(image, label=label)
 
     size = (min(7.0, 2.4 + 0.42 * columns), min(6.0, 1.6 + 0.36 * rows))
     _write(draw, size, matrix.to_csv, path)
@@ -159,6 +98,7 @@ def plot_lines(
     x_label: str,
     y_label: str,
     levels: Mapping[str, float | tuple[Any, Any]] | None = None,
+    level_name: str = "level",
     y_range: tuple[float, float] | None = None,
     x_log: bool = False,
 ) -> None:
@@ -166,7 +106,7 @@ def plot_lines(
 
     data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV.
         A column group names what stands at each x
-    levels: panel → a dotted line, the unedited model's: one height, or (x, y)
+    levels: panel → a dotted line, to compare with: one height, or (x, y); level_name: its name in the legend
     y_range: None: as the data, logarithmic where they span decades
     """
     for column in ("panel", "line", "x", "y"):
@@ -193,7 +133,7 @@ def plot_lines(
             if levels is not None and panel in levels:
                 level = levels[panel]
                 style: dict[str, Any] = dict(
-                    color="#555555", linestyle=":", linewidth=1.3, marker="", label="unedited"
+                    color="#555555", linestyle=":", linewidth=1.3, marker="", label=level_name
                 )
                 if isinstance(level, tuple) and len(level[0]) > 1:
                     axes.plot(*level, **style)
@@ -239,7 +179,7 @@ def plot_lines(
         shown = [name for name in names if name in named]
         figure.legend([named[n] for n in shown], shown, loc="outside lower center", ncols=columns)
 
-    names = [*map(str, lines), *(["unedited"] if levels else [])]
+    names = [*map(str, lines), *([level_name] if levels else [])]
     width = _PANEL[0] * across + (0.9 if across == 1 else 0.3)
     columns = min(len(names), max(1, int(width * 9 / (6 + max(map(len, names))))))
     below = 0.3 + 0.18 * -(-len(names) // columns)  # inches that the legend needs
@@ -270,7 +210,7 @@ def _line(axes: Axes, rows: DataFrame, number: int, label: str, shift: float) ->
 
 
 def _point(axes: Axes, row: Any, number: int, colour: str, label: str, shift: float) -> None:
-    """One number of edits: its interval as a bar."""
+    """A line of one point: its interval as a bar."""
     bounded = "low" in row and row["low"] == row["low"]
     reach = [[max(0.0, row["y"] - row["low"])], [max(0.0, row["high"] - row["y"])]] if bounded else None
     axes.errorbar(
@@ -306,10 +246,16 @@ def _scale(axes: Axes, data: DataFrame) -> None:
             axes.set_ylim(bottom=0)
 
 
-def _table(parts: list[dict[str, Any]], needs: str) -> DataFrame:
+def lines_of(parts: list[dict[str, Any]], needs: str) -> DataFrame:
+    """The long form that `plot_lines` draws, of parts with panel, line, x, y and, where there are intervals, low and
+    high: each a line in a panel.
+
+    Raises ConfigError, with what is needed, where no part has a point.
+    """
     import pandas
 
-    frames = [pandas.DataFrame({k: list(v) if k in "xylowhigh" else v for k, v in p.items()}) for p in parts]
+    listed = ("x", "y", "low", "high")
+    frames = [pandas.DataFrame({k: list(v) if k in listed else v for k, v in p.items()}) for p in parts]
     frames = [frame for frame in frames if len(frame)]
     if not frames:
         raise ConfigError(f"{needs}; there is nothing to draw")

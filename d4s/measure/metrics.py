@@ -9,80 +9,35 @@ from __future__ import annotations
 
 import math
 import os
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 
 from d4s import files
-from d4s.edits import Edit, Question
+from d4s.edits import Edit
 from d4s.edits.spacing import Target
 from d4s.errors import ConfigError, unknown_name
-from d4s.files import write_json
+from d4s.files import finite_or_none, write_json
+from d4s.measure.columns import METRICS, THREE, column
+from d4s.measure.columns import is_share as is_share  # the command line and studies ask here
+from d4s.measure.columns import spelled as spelled
+from d4s.measure.row import Ask, Recorder, Row, mean
+from d4s.measure.statistics import RESAMPLES as RESAMPLES
+from d4s.measure.statistics import resampled_means
 from d4s.models import generation
-from d4s.models.generation import TermWeights, Written, says
+from d4s.models.generation import TermWeights, Written
 from d4s.models.readiness import check_askable, check_ready
-from d4s.models.scoring import Score, score
+from d4s.models.scoring import Score
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RESAMPLES = 2_000
 GENERATED_TOKENS = 32
 FLUENCY_TOKENS = 100
 BASELINE_FORMAT = "d4s-baseline-1"
-
-# Name → what a row's figure is. All are shares, from 0 to 1, but for those in UNITS.
-METRICS: dict[str, str] = {
-    "efficacy": "NLL(new) < NLL(true); questions: target tokens right, teacher-forced",
-    "paraphrase": "the same on the paraphrases",
-    "specificity": "neighbours: NLL(true) < NLL(new); questions: tokens as the unedited model's",
-    "average": "mean of the three",
-    "harmonic": "harmonic mean of the three",
-    "efficacy_argmax": "greedy argmax is the whole target",
-    "paraphrase_argmax": "the same on the paraphrases",
-    "specificity_argmax": "neighbours: argmax answer as the unedited model's",
-    "specificity_gold": "what must not change: right by the data, teacher-forced",
-    "efficacy_generated": "questions: free greedy generation, exact match",
-    "paraphrase_generated": "the same on the paraphrases",
-    "portability": "consequences: tokens of the first answer right, teacher-forced",
-    "portability_generated": "consequences: free greedy generation, exact match",
-    "multi_hop": "any of the multi-hop questions wholly right, teacher-forced",
-    "multi_hop_generated": "any of them right in free greedy generation, exact match",
-    "locality": "completions: locality tokens as the unedited model's",
-    "target_probability": "exp(−NLL(new)) on the edit prompt",
-    "fluency": "bi- and trigram entropy of 100 generated tokens",
-    "consistency": "TF-IDF cosine of generated and reference texts",
-}
-UNITS = {"fluency": "bits", "target_probability": "", "consistency": ""}
-THREE = ("efficacy", "paraphrase", "specificity")
-# Scores of lm-evaluation-harness that are shares. Others may be perplexities, bits, or in percent already.
-TASK_SHARES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match", "em"})
-
-_TRUTH = {"True": "False", "False": "True"}
-
-
-def is_share(name: str) -> bool:
-    """Whether the figure of this name is known to lie between 0 and 1: d4s's own metrics, and a task's accuracy.
-
-    A task's score is called "<task> <metric>", as by `TaskScores`. Any other name, as of a `measure`, may be of
-    anything.
-    """
-    plain = name.removeprefix("original_").partition(".")[0]
-    if plain == "retained" or (plain in METRICS and plain not in UNITS):
-        return True
-    metric = name.partition(" ")[2].partition(" (")[0]  # a filter's name may follow
-    for end in (".low", ".high", ".unedited"):
-        metric = metric.removesuffix(end)
-    return metric in TASK_SHARES
-
-
-def spelled(name: str, value: float, digits: int = 1) -> str:
-    """A figure as text: a share in percent with these decimals, any other one as it is."""
-    return f"{100 * value:.{digits}f} %" if is_share(name) else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -160,7 +115,7 @@ def _answer(value: Any, place: str) -> tuple[tuple[str, Target], Score]:
 class Evaluation:
     """Figures of a list of edits.
 
-    rows: one dict an edit, in the order given: id, kind, its figures (METRICS; absent where the edit has
+    rows: one dict an edit, in the order given: id, kind, its figures (`columns.METRICS`; absent where the edit has
         none), and the NLLs behind them (nats; `nll_new`, `paraphrase_nll_new`, `neighborhood_nll_true`, …)
     metrics: name → Metric
     notes: what could not be measured, and why
@@ -200,12 +155,14 @@ class Evaluation:
         width = max(map(len, self.metrics), default=0)
         lines = [f"{'':{width}}  {'mean':>7}  {'95 % interval':^15}  {'edits':>6}"]
         for name, metric in self.metrics.items():
-            unit = "%" if is_share(name) else UNITS.get(name, "")
-            factor, digits = (100, 2) if unit == "%" else (1, 3)
-            mean, low, high = (f"{factor * v:.{digits}f}" for v in (metric.mean, metric.low, metric.high))
+            about = column(name)
+            digits = 2 if about.is_share else 3
+            middle, low, high = (
+                f"{about.factor * v:.{digits}f}" for v in (metric.mean, metric.low, metric.high)
+            )
             lines.append(
-                f"{name:{width}}  {mean:>7}  {low:>6} – {high:>6}  {metric.count:6d}  {unit:4}  "
-                f"{METRICS.get(name, '')}".rstrip()
+                f"{name:{width}}  {middle:>7}  {low:>6} – {high:>6}  {metric.count:6d}  {about.symbol:4}  "
+                f"{about.meaning}".rstrip()
             )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -224,9 +181,9 @@ def take_baseline(
     """
     edits = tuple(edits)
     check_ready(model, tokenizer, edits)
-    needed = _Recorder()
+    needed = Recorder()
     for edit in edits:
-        _Row(edit, now=_Recorder(), before=needed).figures()
+        Row(edit, now=Recorder(), before=needed).figures()
     return Baseline(needed.scores(model, tokenizer, batch_tokens, progress))
 
 
@@ -245,7 +202,7 @@ def evaluate(
     check: bool = True,
     progress: bool = False,
 ) -> Evaluation:
-    """Scores edits on a model as it is now; `METRICS` says what each figure is.
+    """Scores edits on a model as it is now; `columns.METRICS` says what each figure is.
 
     baseline: the unedited model's answers; without it there is no comparison with them
     generate: also let the model answer questions freely (the `_generated` figures)
@@ -263,12 +220,12 @@ def evaluate(
     edits = tuple(edits)
     if check:
         check_askable(model, tokenizer, edits)
-    asked, sought = _Recorder(), dict[str, None]()
+    asked, sought = Recorder(), dict[str, None]()
 
     def rows(now: Ask, text: Callable[[str], Written | None] | None) -> list[dict[str, Any]]:
         notes.clear()
         return [
-            _Row(edit, now, baseline, text, neighborhood_limit, seed, portability, notes).figures()
+            Row(edit, now, baseline, text, neighborhood_limit, seed, portability, notes).figures()
             for edit in edits
         ]
 
@@ -290,218 +247,6 @@ def evaluate(
     return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
 
 
-Ask = Callable[[str, Target], Score]
-_UNKNOWN = Score(0.0, (0,), (0,))
-
-
-class _Recorder:
-    """Stands in for a model's answers to find out which ones are needed."""
-
-    def __init__(self) -> None:
-        self.targets: dict[str, dict[Target, None]] = {}
-
-    def __call__(self, prompt: str, target: Target) -> Score:
-        self.targets.setdefault(prompt, {})[target] = None
-        return _UNKNOWN
-
-    def scores(
-        self, model: Any, tokenizer: Any, batch_tokens: int | None, progress: bool
-    ) -> dict[tuple[str, Target], Score]:
-        questions = [(prompt, tuple(targets)) for prompt, targets in self.targets.items()]
-        found = score(model, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)
-        return {
-            (prompt, target): one
-            for (prompt, targets), scores in zip(questions, found, strict=True)
-            for target, one in zip(targets, scores, strict=True)
-        }
-
-
-@dataclass
-class _Row:
-    """The figures of one edit, from answers that are asked for one by one.
-
-    now: the model's score of (prompt, target); before: the unedited model's, or None
-    text: what the model writes freely after a prompt; None: that is not measured
-    """
-
-    edit: Edit
-    now: Ask
-    before: Ask | None = None
-    text: Callable[[str], Written | None] | None = None
-    limit: int | None = None
-    seed: int = 0
-    portability: bool = True
-    notes: dict[str, int] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        edit = self.edit
-        self.kind = "question" if edit.kind == "completion" and edit.target_true is None else edit.kind
-        self.row: dict[str, Any] = {"id": edit.id, "kind": self.kind}
-        self.rival = self._rival()
-        self._edited("", (edit.text,), "efficacy")
-        self.row["target_probability"] = math.exp(-self.row["nll_new"])
-        if edit.paraphrases:
-            self._edited("paraphrase_", edit.paraphrases, "paraphrase")
-        if self.limit != 0:
-            self._unchanged()
-        if self.portability and edit.portability:
-            self._consequences()
-        return self.row
-
-    def _rival(self) -> str | None:
-        """The answer that the new one is compared with by NLL."""
-        edit = self.edit
-        if self.kind == "completion":
-            return edit.target_true
-        if self.kind == "statement":
-            if edit.target_new not in _TRUTH:
-                raise ConfigError(
-                    f"edit {edit.id!r}, a statement: target_new is {edit.target_new!r}, not 'True' or 'False'"
-                )
-            return _TRUTH[edit.target_new]
-        return None
-
-    def _edited(self, prefix: str, prompts: Sequence[str], name: str) -> None:
-        """Prompts whose right answer is target_new."""
-        row, edit = self.row, self.edit
-        new = [self.now(prompt, edit.target(edit.target_new)) for prompt in prompts]
-        right = [s.right for s in new]
-        row[f"{prefix}nll_new"] = [s.nll for s in new]
-        if self.rival is not None:
-            old = [self.now(prompt, edit.target(self.rival)) for prompt in prompts]
-            row[f"{prefix}nll_true"] = [s.nll for s in old]
-            right = [float(n.nll < o.nll) for n, o in zip(new, old, strict=True)]
-        row[name] = _mean(right)
-        row[f"{name}_argmax"] = _mean([s.exact for s in new])
-        if self.text is not None and self.kind == "question":
-            row[f"{name}_generated"] = _mean([self._says(prompt, (edit.target_new,)) for prompt in prompts])
-        if not prefix:  # one prompt: a number, not a list
-            row |= {key: row[key][0] for key in ("nll_new", "nll_true") if key in row}
-
-    def _unchanged(self) -> None:
-        """What must be as before: neighbours, whose right answer is target_true, and locality questions."""
-        edit, row = self.edit, self.row
-        questions = list(edit.locality)
-        if edit.target_true is not None and self.kind != "statement":
-            gold = (edit.target_true,)
-            questions += [
-                Question(prompt, gold, "neighborhood", edit.target_prefix) for prompt in edit.neighborhood
-            ]
-        elif edit.neighborhood:
-            self._note("neighbourhood prompts were left out: there is no target_true to score them by")
-        if self.limit is not None and self.limit < len(questions):
-            # Drawn by the edit's own name: the same sample in every evaluation of a sequence.
-            questions = random.Random(f"{self.seed}/{edit.id}").sample(questions, self.limit)
-        if self.kind == "completion":
-            self._neighbours([q for q in questions if q.kind == "neighborhood" and q.answers])
-            questions = [q for q in questions if q.kind != "neighborhood"]
-        if not questions:
-            return
-        as_before: list[tuple[str, float]] = []
-        by_data: list[float] = []
-        for question in questions:
-            kept, right = self._as_before(question)
-            if kept is not None:
-                as_before.append((question.kind, kept))
-            if right is not None:
-                by_data.append(right)
-        name = "specificity" if self.kind != "completion" else "locality"
-        if as_before:
-            row[name] = _mean([kept for _, kept in as_before])
-            self._by_kind("locality", as_before)
-        elif self.before is None:
-            self._note(f"{name} compares with the unedited model: pass baseline=take_baseline(…)")
-        if by_data:
-            row["specificity_gold"] = _mean(by_data)
-
-    def _neighbours(self, questions: Sequence[Question]) -> None:
-        """The CounterFact way: the prompt's own answer must stay likelier than target_new."""
-        row, new = self.row, self.edit.target_new
-        if not questions:
-            return
-        pairs = [
-            (self.now(q.prompt, q.target(q.answers[0])), self.now(q.prompt, q.target(new))) for q in questions
-        ]
-        row["neighborhood_nll_true"] = [true.nll for true, _ in pairs]
-        row["neighborhood_nll_new"] = [other.nll for _, other in pairs]
-        row["specificity"] = _mean([true.nll < other.nll for true, other in pairs])
-        if self.before is not None:
-            row["specificity_argmax"] = _mean(
-                [
-                    true.predicted == self.before(q.prompt, q.target(q.answers[0])).predicted
-                    for (true, _), q in zip(pairs, questions, strict=True)
-                ]
-            )
-
-    def _as_before(self, question: Question) -> tuple[float | None, float | None]:
-        """(share equal to the unedited model's, share right by the data), each None where unknown."""
-        prompt = question.prompt
-        if self.kind == "statement":
-            judged = self._judges_true(self.now, question)
-            kept = None
-            if self.before is not None:
-                kept = float(judged == self._judges_true(self.before, question) and judged is not None)
-            return kept, float(judged == (question.answers[0] == "True")) if question.answers else None
-        if not question.answers:
-            self._note("locality questions without an answer were left out: there are no tokens to force")
-            return None, None
-        gold = question.target(question.answers[0])
-        now = self.now(prompt, gold)
-        if self.before is None:
-            return None, now.right
-        before = self.before(prompt, gold)
-        if now is not _UNKNOWN and before.target != now.target:
-            raise ConfigError(f"the baseline was taken with another tokenizer (prompt {prompt!r})")
-        same = [a == b for a, b in zip(now.predicted, before.predicted, strict=False)]
-        return _mean(same), now.right
-
-    def _consequences(self) -> None:
-        edit, row = self.edit, self.row
-        shares: list[tuple[str, float]] = []
-        hops: list[bool] = []
-        for question in edit.portability:
-            if not question.answers:
-                self._note("portability questions without an answer were left out")
-            elif self.kind == "statement":
-                right = self._judges_true(self.now, question) == (question.answers[0] == "True")
-                shares.append((question.kind, float(right)))
-            else:
-                scores = [self.now(question.prompt, question.target(a)) for a in question.answers]
-                shares.append((question.kind, scores[0].right))  # the best of many names would grow with them
-                if question.kind == "multi_hop":
-                    hops.append(any(s.exact for s in scores))
-        if shares:
-            row["portability"] = _mean([share for _, share in shares])
-            self._by_kind("portability", shares)
-        if hops:
-            row["multi_hop"] = float(any(hops))
-        if self.text is not None and self.kind != "statement" and shares:
-            said = [(q.kind, self._says(q.prompt, q.answers)) for q in edit.portability if q.answers]
-            row["portability_generated"] = _mean([right for _, right in said])
-            if hops:
-                row["multi_hop_generated"] = float(any(right for kind, right in said if kind == "multi_hop"))
-
-    def _judges_true(self, ask: Ask, statement: Question) -> bool | None:
-        """None: neither, as of a model that is broken."""
-        true, false = (ask(statement.prompt, statement.target(word)).nll for word in ("True", "False"))
-        return None if true == false else true < false
-
-    def _says(self, prompt: str, answers: Iterable[str]) -> bool:
-        written = self.text(prompt) if self.text is not None else None
-        return written is not None and says(written, answers)
-
-    def _by_kind(self, name: str, shares: Sequence[tuple[str, float]]) -> None:
-        for kind in dict.fromkeys(kind for kind, _ in shares if kind):
-            self.row[f"{name}.{kind}"] = _mean([share for k, share in shares if k == kind])
-
-    def _note(self, text: str) -> None:
-        self.notes[text] = self.notes.get(text, 0) + 1
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _written(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, Written]:
     return (
         dict(zip(prompts, generation.generate(model, tokenizer, prompts, **options), strict=True))
@@ -514,7 +259,7 @@ def _add_fluency(rows: Sequence[dict[str, Any]], edits: Sequence[Edit], texts: M
     weights = TermWeights(text for edit in edits for text in edit.reference_texts)
     for row, edit in zip(rows, edits, strict=True):
         if edit.generation:
-            row["fluency"] = _mean([generation.fluency(texts[opening].text) for opening in edit.generation])
+            row["fluency"] = mean([generation.fluency(texts[opening].text) for opening in edit.generation])
             if edit.reference_texts:
                 made = " ".join(texts[opening].text for opening in edit.generation)
                 row["consistency"] = weights.cosine(made, " ".join(edit.reference_texts))
@@ -531,14 +276,13 @@ def _summarise(
     rows = [rows[i] for i in order]
     numbers: dict[tuple[str, str], int] = {}
     groups = numpy.array([numbers.setdefault(facts[i], len(numbers)) for i in order])
-    named = {name: None for name in METRICS} | {
-        name: None for row in rows for name in sorted(row) if name.startswith(("locality.", "portability."))
-    }
+    found = dict.fromkeys(name for row in rows for name in sorted(row))
+    named = [*METRICS, *(name for name in found if column(name).family)]  # then each kind of question
     present = [name for name in named if any(name in row for row in rows)]
     if not present:
         return {}
     values = numpy.array([[row.get(name, math.nan) for name in present] for row in rows])
-    sampled = _resampled_means(values, groups, seed)
+    sampled = resampled_means(values, groups, seed)
     means = dict(zip(present, numpy.nanmean(values, 0), strict=True))
     draws = dict(zip(present, sampled.T, strict=True))
     counts = dict(zip(present, (~numpy.isnan(values)).sum(0), strict=True))
@@ -562,36 +306,3 @@ def _average(three: NDArray[Any]) -> NDArray[Any]:
 def _harmonic(three: NDArray[Any]) -> NDArray[Any]:
     with numpy.errstate(divide="ignore"):
         return 3 / (1 / three).sum(0)
-
-
-def _resampled_means(values: NDArray[Any], groups: NDArray[Any], seed: int) -> NDArray[Any]:
-    """Means over edits, of which whole groups are drawn with replacement, [resamples, figures].
-
-    values: [edits, figures], NaN where an edit has no such figure
-    groups: [edits], the number of each edit's group, from 0 on
-    """
-    count = int(groups.max()) + 1
-    generator = numpy.random.default_rng(seed)
-    here, filled = numpy.zeros((count, values.shape[1])), numpy.zeros((count, values.shape[1]))
-    numpy.add.at(here, groups, ~numpy.isnan(values))
-    numpy.add.at(filled, groups, numpy.where(numpy.isnan(values), 0.0, values))
-    means = []
-    part = max(1, min(RESAMPLES, 2_000_000 // count))  # resamples at a time: 16 MB of drawn numbers
-    for begin in range(0, RESAMPLES, part):
-        size = min(part, RESAMPLES - begin)
-        drawn = generator.integers(count, size=(size, count)) + count * numpy.arange(size)[:, None]
-        times = numpy.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(float)
-        with numpy.errstate(invalid="ignore"):
-            means.append((times @ filled) / (times @ here))
-    return numpy.concatenate(means)
-
-
-def finite_or_none(value: Any) -> Any:
-    """The same JSON value with None for every number that is not finite, which JSON cannot spell."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite_or_none(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_none(one) for one in value]
-    return value

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, get_type_hints
 
 from d4s.errors import ConfigError, unknown_name
+from d4s.figures.tables import aligned
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS
 from d4s.methods.presets import describe
@@ -117,8 +118,5 @@ def _runs(numbers: Sequence[int]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    )
+    columns = zip(*rows, strict=True) if rows else ([] for _ in head)
+    return "\n".join(aligned([(name, list(c)) for name, c in zip(head, columns, strict=True)], numbers=False))

@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from d4s.figures.plots import plot_metrics, plot_norms, plot_target_probability
-from d4s.files import write_table, write_text
-from d4s.measure.metrics import finite_or_none, is_share, spelled
-from d4s.sequence.record import HEADLINES, Record
+from d4s.figures.tables import aligned
+from d4s.files import finite_or_none, write_table, write_text
+from d4s.measure.columns import HEADLINES, Column, column
+from d4s.measure.statistics import over_seeds
+from d4s.sequence.curves import few_layers, plot_metrics, plot_norms, plot_target_probability
+from d4s.sequence.record import Record
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-# 97.5 % quantiles of Student's t, by degrees of freedom from 1 on.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-_CLOCKS = ("step", "seconds", "edit_seconds")
-_MOST_LAYERS = 8  # of a method whose norms are drawn layer by layer
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,12 @@ class Comparison:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(seed for by_seed in self.results.values() for seed in by_seed))
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What the sequences' `measure` has declared of its figures."""
+        records = (record for by_seed in self.results.values() for record in by_seed.values())
+        return {name: one for record in records for name, one in record.columns.items()}
 
     @property
     def interval(self) -> str:
@@ -75,7 +75,9 @@ class Comparison:
         for label, by_seed in self.results.items():
             if common := _common_steps(by_seed.values()):
                 rows = {step: [_row_at(record, step) for record in by_seed.values()] for step in common}
-                frames[label] = pandas.DataFrame([over_seeds([r for r in rows[s] if r]) for s in common])
+                frames[label] = pandas.DataFrame(
+                    [over_seeds([r for r in rows[s] if r], self.columns) for s in common]
+                )
         return frames
 
     def table(self, points: Sequence[int] | None = None) -> DataFrame:
@@ -87,7 +89,7 @@ class Comparison:
         """
         import pandas
 
-        rows = []
+        rows, own = [], self.columns
         for label, by_seed in self.results.items():
             common = _common_steps(by_seed.values())
             for point in points if points is not None else common[-1:] or (0,):
@@ -101,8 +103,8 @@ class Comparison:
                         | {"seconds_an_edit": row["edit_seconds"] / row["step"] if row["step"] else math.nan}
                         for row in found
                     ]
-                    figures = over_seeds(timed)
-                    cells |= {name: value for name, value in figures.items() if _is_figure(name)}
+                    figures = over_seeds(timed, own)
+                    cells |= {n: value for n, value in figures.items() if column(n, own).in_tables}
                 cells |= {"interval": _interval(len(by_seed)), "collapsed": self.collapsed.get(label, "")}
                 rows.append(cells)
         last = ["interval", "collapsed"]
@@ -125,19 +127,21 @@ class Comparison:
     def summary(self, points: Sequence[int] | None = None) -> str:
         """The table as text: growth and what is known to be a share in percent, other figures as they are; intervals
         in brackets."""
-        table = self.table(points)
-        measured = dict.fromkeys(n for r in self.results.values() for one in r.values() for n in one.measured)
-        names = [n for n in HEADLINES if n in table] + [
-            n for n in table.columns if n.endswith("_argmax") or n in measured
-        ]
-        shown = [_spelled(table, name) for name in names]
+        table, own = self.table(points), self.columns
+        measured = {n for r in self.results.values() for one in r.values() for n in one.measured}
+        names = [n for n in HEADLINES if n in table]
+        for name in table.columns:
+            one = column(name, own)
+            if name not in names and not one.bound and (one.shown == "summary" or name in measured):
+                names.append(name)
+        shown = [_spelled(table, column(name, own)) for name in names]
         columns = [("method", list(table["method"])), ("edits", [str(n) for n in table["edits"]])]
-        columns += list(zip([n.replace("_", " ") for n in names], shown, strict=True))
+        columns += list(zip([column(n, own).title for n in names], shown, strict=True))
         if "l1_growth" in table:
             columns.append(("mean |w|", [f"{100 * g:+.2f} %" if g == g else "" for g in table["l1_growth"]]))
             columns.append(("s/edit", [f"{s:.3f}" if s == s else "" for s in table["seconds_an_edit"]]))
         lines = aligned(columns)
-        others = [name.replace("_", " ") for name in names if not is_share(name)]
+        others = [one.title for one in (column(n, own) for n in names) if not one.is_share]
         plain = f" ({', '.join(others)}: as measured)" if others else ""
         lines.append(
             f"Shares in percent{plain}, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
@@ -185,56 +189,6 @@ def record_place(folder: Path, label: str, seed: int) -> Path:
     return folder / "results" / f"{quote(label, safe=' +,=()[]')}-{seed}.json"
 
 
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of history rows of several seeds, with 95 % intervals by Student's t; one row stays as it is."""
-    if len(rows) == 1:
-        return dict(rows[0])
-    combined: dict[str, Any] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name.endswith((".low", ".high")):
-            continue
-        values = [float(row[name]) for row in rows if row.get(name) is not None]
-        if not values:
-            continue
-        combined[name] = mean = sum(values) / len(values)
-        if name not in (*_CLOCKS, "seconds_an_edit") and len(values) > 1:  # the machine's, not the seed's
-            # Products, since a square that overflows raises; a collapsed model's perplexity may.
-            deviation = math.sqrt(sum((v - mean) * (v - mean) for v in values) / (len(values) - 1))
-            half = student_t(len(values) - 1) * deviation / math.sqrt(len(values))
-            low, high = mean - half, mean + half
-            if is_share(name):  # Student's t does not know that these end at 0 and 1
-                low, high = max(low, 0.0), min(high, 1.0)
-            combined |= {f"{name}.low": low, f"{name}.high": high}
-    combined["step"] = min(row["step"] for row in rows)
-    return combined
-
-
-def student_t(freedom: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table's end to .1 %."""
-    return _T[freedom - 1] if freedom <= len(_T) else 1.960 + 2.4 / freedom + 2.7 / freedom**2
-
-
-def few_layers(histories: Mapping[str, DataFrame]) -> dict[str, DataFrame]:
-    """Without methods that edit too many layers to be drawn a panel each, if others remain."""
-    few = {
-        label: frame
-        for label, frame in histories.items()
-        if sum(str(c).startswith("l1_norm.") and str(c).count(".") == 1 for c in frame.columns)
-        <= _MOST_LAYERS
-    }
-    chosen = few or histories
-    # Means over seeds carry intervals of the norms too, which are no layers.
-    return {
-        label: frame[[c for c in frame.columns if not (c.startswith("l1_norm.") and c.count(".") > 1)]]
-        for label, frame in chosen.items()
-    }
-
-
-def _is_figure(name: str) -> bool:
-    stem = name.removesuffix(".low").removesuffix(".high")
-    return stem not in _CLOCKS and "." not in stem
-
-
 def _interval(seeds: int) -> str:
     return f"over {seeds} seeds, Student's t" if seeds > 1 else "over edits, bootstrap"
 
@@ -249,24 +203,13 @@ def _row_at(record: Record, point: int) -> dict[str, Any] | None:
     return next((row for row in record.history if row["step"] == point), None)
 
 
-def _spelled(table: DataFrame, name: str) -> list[str]:
+def _spelled(table: DataFrame, about: Column) -> list[str]:
     def number(value: float) -> str:
-        return spelled(name, value).removesuffix(" %")  # said once, below the table
+        return about.spelled(value).removesuffix(" %")  # said once, below the table
 
-    cells = []
+    cells, name = [], about.name
     for _, row in table.iterrows():
         value, low, high = (row.get(n, math.nan) for n in (name, f"{name}.low", f"{name}.high"))
         text = "" if value != value else number(value)
         cells.append(text if low != low or not text else f"{text} [{number(low)}, {number(high)}]")
     return cells
-
-
-def aligned(columns: Sequence[tuple[str, list[str]]]) -> list[str]:
-    """Lines of a text table: the first column to the left, the others to the right."""
-    widths = [max(len(head), *map(len, cells)) for head, cells in columns]
-    rows = zip(*([head, *cells] for head, cells in columns), strict=True)
-    lines = []
-    for row in rows:
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
-    return lines

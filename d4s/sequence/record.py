@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from d4s import files
 from d4s.errors import shown
-from d4s.files import write_json
-from d4s.measure.metrics import Evaluation, Metric, finite_or_none
+from d4s.files import finite_or_none, write_json
+from d4s.measure.columns import HEADLINES, Column, column
+from d4s.measure.metrics import Evaluation, Metric
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# What a history row carries of an evaluation, where the edits have it.
-HEADLINES = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
 FORMAT = "d4s-result-1"
 NAMED = 10  # edits that a summary names at most
 
@@ -27,7 +26,8 @@ class Record:
     """What was measured in a sequence: all of it but the model.
 
     method, config: its name and configuration
-    history: one row an evaluation point; row 0 is the unedited model.
+    history: one row an evaluation point; row 0 is the unedited model. `measure.columns` says of each column what it
+        is
         step: edits made so far
         efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
             made so far ("current" evaluation)
@@ -42,6 +42,7 @@ class Record:
     evaluations: the full evaluation behind each history row
     chosen: fields of the configuration that were left open (None), as they were decided by the edits
     failure: why the sequence ended before its last edit; None: it did not
+    columns: of what `measure` gave, by name, those that it declared
     """
 
     method: str
@@ -51,12 +52,13 @@ class Record:
     evaluations: list[Evaluation] = field(default_factory=list)
     failure: str | None = None
     chosen: dict[str, float] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
 
     @property
     def measured(self) -> list[str]:
-        """Names of what `measure` gave: in a row they stand behind the clocks."""
-        names = list(self.history[0]) if self.history else []
-        return names[names.index("edit_seconds") + 1 :] if "edit_seconds" in names else []
+        """Names of what `measure` gave."""
+        names = self.history[0] if self.history else {}
+        return [name for name in names if column(name, self.columns).origin == "measure"]
 
     def to_frame(self) -> DataFrame:
         """The history as a DataFrame."""
@@ -128,6 +130,7 @@ class Record:
             "edits": len(self.edits_table),
             "failure": self.failure,
             "chosen": self.chosen,
+            "columns": {name: one.to_dict() for name, one in self.columns.items()},
             "history": finite_or_none(self.history),
             "edits_table": finite_or_none(self.edits_table),
             "evaluations": [e.to_dict() for e in self.evaluations],
@@ -141,7 +144,9 @@ class Record:
     def load(path: str | os.PathLike[str]) -> Record:
         """What `save` wrote. Raises DataError for a file of another format, and one that has changed since."""
         names = ("method", "config", "edits", "failure", "history", "edits_table", "evaluations")
-        stored = files.read_json(path, writer="Result.save", format=FORMAT, fields=names, later=("chosen",))
+        stored = files.read_json(
+            path, writer="Result.save", format=FORMAT, fields=names, later=("chosen", "columns")
+        )
         with files.checking(path, "Result.save"):
             record = Record(
                 files.as_text(stored["method"], "method"),
@@ -158,6 +163,10 @@ class Record:
                     if (found := files.as_number(value, f"chosen, {shown(name)}")) is None
                     else found
                     for name, value in files.as_object(stored.get("chosen", {}), "chosen").items()
+                },
+                {
+                    name: Column.from_dict(name, value, f"columns, {shown(name)}")
+                    for name, value in files.as_object(stored.get("columns", {}), "columns").items()
                 },
             )
             if len(record.evaluations) != len(record.history):

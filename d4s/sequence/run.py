@@ -15,7 +15,8 @@ from d4s.errors import ConfigError, D4SError, EditingFailed, EditingStopped
 from d4s.interrupts import deferred
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
-from d4s.measure.metrics import THREE, Baseline, Evaluation, evaluate, take_baseline
+from d4s.measure.columns import THREE, measured_columns
+from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Architecture
@@ -73,6 +74,7 @@ class Result(Record):
             self.evaluations,
             self.failure,
             self.chosen,
+            self.columns,
         )
 
 
@@ -120,7 +122,8 @@ def edit_sequence(
     original: also test each edit right after its own step
     generate: also score free generation
     measure: called at each evaluation point while the model holds the edits; its figures join the history row.
-        Those named "<task> acc" or as another accuracy (`metrics.is_share`) are shown in percent, others as they are
+        Its attribute `columns`, a mapping name → `measure.columns.Column`, says what they are; without it those named
+        "<task> acc" or as another accuracy are shown in percent, others as they are
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before
@@ -345,6 +348,8 @@ class _Run:
         row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
-        row |= self.schedule.measure() if self.schedule.measure is not None else {}
+        if (measure := self.schedule.measure) is not None:
+            row |= (given := measure())
+            result.columns |= measured_columns(given, measure)
         result.history.append(row)
         result.evaluations.append(evaluation)

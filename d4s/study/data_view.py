@@ -14,44 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import scipy.stats
 
 from d4s.edits import Edit
 from d4s.edits.questions import AnswerPool, question_forms
 from d4s.errors import ConfigError
 from d4s.figures.plots import plot_lines
-from d4s.files import write_table
+from d4s.figures.tables import frame_lines
+from d4s.files import finite_or_none, write_table
 from d4s.locate.covariance import Covariance
-from d4s.measure.metrics import RESAMPLES, finite_or_none
+from d4s.measure.statistics import RESAMPLES, correlation, mcnemar
 from d4s.models.scoring import score
 from d4s.sequence.compare import Configs, compare
 from d4s.sequence.comparison import Comparison
 from d4s.study.retained import Retained, hold_out, is_askable
-from d4s.study.text_tables import frame_lines
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMS = ("true_false", "multiple_choice", "directly_generated")
-
-
-def correlation(x: Any, y: Any) -> dict[str, Any]:
-    """Pearson's and Spearman's coefficients and n; NaN where one of the two does not vary or n < 3."""
-    x, y = numpy.asarray(x, dtype=float), numpy.asarray(y, dtype=float)
-    finite = numpy.isfinite(x) & numpy.isfinite(y)
-    x, y = x[finite], y[finite]
-    found: dict[str, Any] = {"pearson": math.nan, "spearman": math.nan, "n": len(x)}
-    if len(x) > 2 and numpy.ptp(x) > 0 and numpy.ptp(y) > 0:
-        found["pearson"] = float(scipy.stats.pearsonr(x, y).statistic)
-        found["spearman"] = float(scipy.stats.spearmanr(x, y).statistic)
-    return found
-
-
-def mcnemar(lost: int, regained: int) -> float:
-    """Exact two-sided p of McNemar's test: the chance of as uneven a split, were it heads or tails for each of the
-    facts that changed sides. 1 where none did."""
-    changed = lost + regained
-    return float(scipy.stats.binomtest(lost, changed).pvalue) if changed else 1.0
 
 
 def target_surprise(model: Any, tokenizer: Any, edits: Sequence[Edit], seed: int = 0) -> dict[str, float]:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d4s.errors import ConfigError
-from d4s.figures.plots import plot_forgetting, plot_lines, plot_metrics, plot_norms, plot_target_probability
-from d4s.files import write_table, write_text
-from d4s.measure.metrics import finite_or_none
-from d4s.sequence.comparison import Comparison, few_layers
+from d4s.figures.plots import plot_lines
+from d4s.figures.tables import frame_lines
+from d4s.files import finite_or_none, write_table, write_text
+from d4s.measure.statistics import correlation
+from d4s.sequence.comparison import Comparison
+from d4s.sequence.curves import few_layers, plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence.record import Record
-from d4s.study.data_view import correlation
 from d4s.study.decline import estimate_remaining
-from d4s.study.text_tables import frame_lines
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -4,7 +4,6 @@ import json
 import math
 import random
 
-import numpy
 import pytest
 import torch
 from support.bigram import Bigram
@@ -12,43 +11,12 @@ from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 from d4s.edits import Edit, Question
 from d4s.errors import ConfigError, DataError
-from d4s.measure.metrics import (
-    RESAMPLES,
-    Baseline,
-    _resampled_means,
-    evaluate,
-    is_share,
-    spelled,
-    take_baseline,
-)
+from d4s.measure.metrics import Baseline, evaluate, take_baseline
 
 
 def edit(prompt: str, new: str, true: str | None = None, **fields) -> Edit:
     """An edit whose prompt ends in `prompt`: all that a bigram model sees of it."""
     return Edit(f"{{}} {prompt}", fields.pop("subject", "x"), new, true, **fields)
-
-
-@pytest.mark.parametrize(
-    ("name", "share"),
-    [
-        *(
-            (name, True)
-            for name in ("efficacy", "paraphrase_argmax", "original_efficacy", "efficacy.unedited")
-        ),
-        *(
-            (name, True)
-            for name in ("locality.Relation", "specificity.low", "retained", "multi_hop_generated")
-        ),
-        *((name, False) for name in ("fluency", "target_probability", "consistency", "nll_new", "l1_norm.3")),
-        *((name, True) for name in ("mmlu acc", "arc_challenge acc_norm", "arc acc_norm.low", "v1.1 acc")),
-        ("gsm8k exact_match (strict-match)", True),
-        *((name, False) for name in ("wikitext word_perplexity", "squadv2 f1", "wmt bleu", "cola mcc")),
-        *((name, False) for name in ("score", "accuracy", "acc", "text_perplexity", "my weight", "loss.low")),
-    ],
-)
-def test_only_names_that_are_known_are_shares(name, share):
-    assert is_share(name) == share
-    assert spelled(name, 0.5) == ("50.0 %" if share else "0.5")
 
 
 def test_success_compares_mean_token_nll_of_new_and_true() -> None:
@@ -279,30 +247,7 @@ def test_the_sample_of_neighbours_is_fixed_by_seed_and_edit() -> None:
     assert "specificity" not in evaluate(model, model.tokenizer, [one], neighborhood_limit=0)
 
 
-def test_intervals_are_those_of_the_mean(seed: int) -> None:
-    generator = numpy.random.default_rng(seed)
-    values = generator.random((400, 2))
-    values[:, 1] = 0.25
-    means = _resampled_means(values, numpy.arange(len(values)), seed)
-    assert means.shape == (RESAMPLES, 2)
-    low, high = numpy.percentile(means[:, 0], [2.5, 97.5])
-    error = values[:, 0].std() / math.sqrt(400)
-    assert low == pytest.approx(values[:, 0].mean() - 1.96 * error, abs=0.25 * error)
-    assert high == pytest.approx(values[:, 0].mean() + 1.96 * error, abs=0.25 * error)
-    assert means[:, 1] == pytest.approx(0.25)
-
-
-def test_absent_figures_are_left_out_of_resampled_means(seed: int) -> None:
-    values = numpy.full((50, 1), numpy.nan)
-    values[:20] = 0.5
-    assert numpy.nanmax(abs(_resampled_means(values, numpy.arange(len(values)), seed) - 0.5)) < 1e-12
-
-
-def test_copies_of_a_fact_are_one_sample(seed: int) -> None:
-    values = numpy.random.default_rng(seed).random((40, 1))
-    copies = numpy.repeat(values, 25, 0)
-    once = _resampled_means(values, numpy.arange(40), seed)
-    assert _resampled_means(copies, numpy.repeat(numpy.arange(40), 25), seed) == pytest.approx(once)
+def test_copies_of_a_fact_are_one_sample() -> None:
     model = Bigram({"a": {"b": 0.6}})
     several = [edit("a", "b", id=f"{i}") for i in range(30)] + [edit("a", "t", id="other")]
     metric = evaluate(model, model.tokenizer, several).metrics["efficacy_argmax"]

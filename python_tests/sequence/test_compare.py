@@ -21,10 +21,11 @@ from support.tiny import tiny_model, tiny_tokenizer
 from d4s import cli, save_edits
 from d4s.change.weights import EditedWeights
 from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
+from d4s.measure.columns import Column
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.sequence.compare import _orders, compare, weights_digest
-from d4s.sequence.comparison import Comparison, over_seeds, record_place, student_t
+from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
 
@@ -219,13 +220,6 @@ def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
     assert not len(Comparison({"d4s": {0: record([0, 10])}}).table((30,)))
 
 
-def test_bounds_of_shares_end_at_0_and_1():
-    row = over_seeds(
-        [{"step": 4, "efficacy": 0.0, "l1_growth": 0.0}, {"step": 4, "efficacy": 1.0, "l1_growth": 1.0}]
-    )
-    assert (row["efficacy.low"], row["efficacy.high"]) == (0.0, 1.0) and row["l1_growth.high"] > 1.0
-
-
 def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_methods(tmp_path, seed):
     model, covariance = ready(seed)
     before, calls = state(model), []
@@ -245,20 +239,6 @@ def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_method
     again = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
     assert not again.collapsed, "what failed is tried again, what went through is not"
     assert len(calls) == 2 + 3 + 3
-
-
-def test_a_mean_leaves_out_the_seeds_that_lack_a_figure():
-    row = over_seeds([{"step": 4, "x": 1.0, "x.low": 0.0}, {"step": 2, "x": 3.0}, {"step": 3, "x": None}])
-    assert (row["step"], row["x"]) == (2, 2.0)
-    assert row["x.high"] - 2.0 == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2))  # one degree of freedom
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 20, 21, 40, 200])
-def test_students_quantiles_leave_two_and_a_half_percent_above(freedom):
-    t = torch.linspace(0, 1, 200_001, dtype=torch.float64) * student_t(freedom)
-    constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    density = torch.exp(constant - (freedom + 1) / 2 * torch.log1p(t**2 / freedom))
-    assert 0.5 - float(torch.trapezoid(density, t)) == pytest.approx(0.025, abs=1e-4)
 
 
 def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
@@ -306,6 +286,31 @@ def test_only_figures_known_to_be_shares_are_shown_in_percent(seed):
         ):
             end = head.index(name) + len(name)
             assert row[:end].endswith(f" {text} [{text}, {text}]"), name
+
+
+def test_figures_are_shown_as_their_measure_declares_them_also_from_a_file(tmp_path, seed):
+    def measure():
+        return {"kept": 0.5, "fluency": 5.0, "part.a": 0.25}
+
+    measure.columns = {
+        "kept": Column("kept", "share", "up"),
+        "part.<name>": Column("part.<name>", "share", "up", "of a part"),
+    }
+    model, covariance = ready(seed)
+    run = dict(edits=EDITS[:1], seeds=(0, 1), measure=measure, out=tmp_path / "out")
+    found = compared(model, covariance, {"d4s": FAST}, **run)
+    measure.columns = {}  # what has been made says it by itself
+    again = compared(model, covariance, {"d4s": FAST}, **run)
+    for one in (found, again):
+        assert one.results["d4s"][0].measured == ["kept", "fluency", "part.a"]
+        head, row, said = one.summary().splitlines()
+        for name, text in (("kept", "50.0"), ("fluency", "5"), ("part.a", "25.0")):
+            assert row[: head.index(name) + len(name)].endswith(f" {text} [{text}, {text}]"), name
+        assert "(fluency: as measured)" in said
+    for stored, column in again.results["d4s"][0].columns.items():
+        there = found.results["d4s"][0].columns[stored]
+        assert (column.unit, column.better, column.meaning) == (there.unit, there.better, there.meaning)
+    assert set(again.columns) == {"kept", "fluency", "part.a"}
 
 
 def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path, seed):

@@ -15,8 +15,9 @@ from support.views import view_of
 
 from d4s.edits import Edit
 from d4s.errors import ConfigError
+from d4s.measure.statistics import correlation, mcnemar
 from d4s.sequence.run import edit_sequence
-from d4s.study.data_view import FORMS, analyze_data, correlation, forms_of, mcnemar, target_surprise
+from d4s.study.data_view import FORMS, analyze_data, forms_of, target_surprise
 from d4s.study.retained import Retained, hold_out
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from d4s.edits import Edit
-from d4s.study.data_view import DataView, analyze_data, mcnemar, plot_decline, plot_surprise
+from d4s.measure.statistics import mcnemar
+from d4s.study.data_view import DataView, analyze_data, plot_decline, plot_surprise
 from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, points
 
 if TYPE_CHECKING:

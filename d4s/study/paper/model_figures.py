@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from d4s.figures.plots import plot_forgetting, plot_metrics, plot_norms, plot_target_probability
-from d4s.measure.metrics import is_share, spelled
-from d4s.sequence.comparison import Comparison, few_layers
+from d4s.measure.columns import is_share, spelled
+from d4s.sequence.comparison import Comparison
+from d4s.sequence.curves import few_layers, plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.study.model_view import ModelView, analyze_model, plot_change, plot_original_and_current
 from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, points
 from d4s.study.paper.tables import THREE, chosen_columns, plot_scores, score_names

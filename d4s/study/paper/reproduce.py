@@ -16,6 +16,7 @@ from typing import Any
 from d4s.edits import Edit
 from d4s.edits.spacing import continuation
 from d4s.errors import ConfigError, unknown_name
+from d4s.figures.tables import frame_lines
 from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.methods.presets import model_key
@@ -26,7 +27,6 @@ from d4s.study.paper.protocols import PROTOCOLS
 from d4s.study.paper.setting import Outcome, Reproduction, Setting
 from d4s.study.paper.tables import table2_or_3, table4
 from d4s.study.retained import is_askable, untouched
-from d4s.study.text_tables import frame_lines
 
 MOST_FACTS = 200  # asked for what a model retains
 

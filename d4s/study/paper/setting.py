@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d4s.edits import Edit
+from d4s.figures.tables import frame_lines
+from d4s.files import finite_or_none
 from d4s.locate.covariance import Covariance
 from d4s.measure.downstream import TaskScores
-from d4s.measure.metrics import finite_or_none
 from d4s.sequence.compare import compare
 from d4s.sequence.comparison import Comparison
 from d4s.study.retained import Retained
-from d4s.study.text_tables import frame_lines
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d4s.figures.plots import plot_lines, plot_metrics
-from d4s.measure.metrics import is_share
+from d4s.figures.plots import plot_lines
+from d4s.measure.columns import is_share
 from d4s.sequence.comparison import Comparison
+from d4s.sequence.curves import plot_metrics
 from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, percent, points
 
 if TYPE_CHECKING:
