@@ -27,7 +27,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench
-from d4s.methods.presets import grace_preset
+from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
 from d4s.models.codebook import Codebook, WrappedLayer, Wrapping
 from d4s.models.trace import Trace, replaced_forward
@@ -38,6 +38,7 @@ class GRACE(Method):
     name: ClassVar[str] = "grace"
     paper: ClassVar[str] = "arXiv 2211.11031"
     changes: ClassVar[str] = "no weight: a codebook around one layer"
+    not_published: ClassVar[tuple[str, ...]] = ("llama-3-8b",)
 
     layers: Annotated[tuple[int, ...], "the one that is wrapped"]
     module: Annotated[Literal["mlp_input", "mlp_output"], "which projection of the MLP is wrapped"] = (
@@ -63,7 +64,13 @@ class GRACE(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> GRACE:
-        return cls(**grace_preset(anatomy))
+        """Published: late layers. Without a row: 85 % of the depth, W; the embedded model: its last layer."""
+        key = model_key(anatomy)
+        if key == "gpt2-xl":
+            return cls(layers=(35,), module="mlp_input")
+        last = len(anatomy) - 1
+        known = {"gpt-j-6b": 25, "llama-2-7b": 27, "embedded": last}
+        return cls(layers=(known.get(key or "", min(last, round(0.85 * len(anatomy)))),))
 
     def editor(self, bench: Workbench) -> GRACEEditor:
         return GRACEEditor(self, bench)

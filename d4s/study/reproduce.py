@@ -23,7 +23,7 @@ from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.measure.downstream import TaskScores
 from d4s.measure.metrics import finite_or_none, is_share, spelled
-from d4s.methods.presets import model_key
+from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
 from d4s.sequence.compare import compare
 from d4s.sequence.comparison import Comparison, few_layers

@@ -15,7 +15,7 @@ from d4s.errors import ConfigError, CovarianceError, D4SError, EditError, ModelE
 from d4s.locate.covariance import Covariance
 from d4s.methods import METHODS, Workbench, method_for
 from d4s.methods.locate_then_edit import ARRIVES, arriving
-from d4s.methods.presets import model_key
+from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
 from d4s.models.scoring import score
 
