@@ -575,12 +575,12 @@ def models(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    from d4s.methods import METHODS, presets, tables
+    from d4s.methods import METHODS, published, tables
 
     told = tables.overview() if options.name is None else tables.about(options.name)
     if options.json:
         names = METHODS if options.name is None else (options.name,)
-        _print_json({name: presets.describe(METHODS[name]) for name in names})
+        _print_json({name: published.describe(METHODS[name]) for name in names})
     else:
         print(told)
         if options.name is None:

@@ -85,13 +85,15 @@ class Method(Configuration, ABC):
     paper: ClassVar[str]
     changes: ClassVar[str]  # what in the model is changed
     needs: ClassVar[tuple[str, ...]] = ()  # "covariance", "null space"
+    # Models of the literature for which nothing of its own is published: their presets follow its rule.
+    not_published: ClassVar[tuple[str, ...]] = ()
     # How edits are taken back. `Editor.restore` puts W0 back bit for bit; no method takes out a single edit.
     undo: ClassVar[str] = "all at once"
 
     @classmethod
     @abstractmethod
     def preset(cls, anatomy: Anatomy) -> Method:
-        """The published configuration for this model, else the rule of `presets`."""
+        """The published configuration for this model, else its rule for every other one."""
 
     @abstractmethod
     def editor(self, bench: Workbench) -> Editor:

@@ -16,7 +16,7 @@ from d4s.errors import ConfigError
 from d4s.methods.base import Workbench
 from d4s.methods.locate_then_edit import LocateMethod
 from d4s.methods.memit import MEMITEditor
-from d4s.methods.presets import emmet_preset
+from d4s.methods.published import model_key, one_layer, spread_preset
 from d4s.models.architectures import Anatomy
 
 
@@ -36,7 +36,13 @@ class EMMET(LocateMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> EMMET:
-        return cls(**emmet_preset(anatomy))
+        """One layer, targets as MEMIT's. λ without a row: MEMIT's over ε, so that both weigh the prior alike."""
+        spread = spread_preset(anatomy)
+        known = {"gpt2-xl": 10_000.0, "gpt-j-6b": 100_000.0, "llama-2-7b": 100_000.0, "llama-3-8b": 100_000.0}
+        weight = known.get(model_key(anatomy) or "")
+        if weight is None and spread["prior_weight"] is not None:
+            weight = 10 * spread["prior_weight"]
+        return cls(**spread | dict(layers=(one_layer(anatomy),), prior_weight=weight))
 
     def weighed(self, weight: float) -> EMMET:
         return replace(self, prior_weight=weight / self.epsilon)

@@ -7,15 +7,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from d4s.change.closed_form import Prior
 from d4s.errors import ConfigError
+from d4s.locate.targets import TargetConfig
 from d4s.methods.base import Workbench
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.locate_then_edit import LocateMethod
-from d4s.methods.presets import encore_preset
+from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 
 
@@ -25,6 +26,7 @@ class ENCORE(LocateMethod):
     paper: ClassVar[str] = "arXiv 2502.01636"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    not_published: ClassVar[tuple[str, ...]] = ("gpt-j-6b",)
 
     norm_weight: Annotated[float, "λ_n, the weight of the identity beside the prior"] = 10.0
 
@@ -35,7 +37,18 @@ class ENCORE(LocateMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> ENCORE:
-        return cls(**encore_preset(anatomy))
+        """As MEMIT's, but for Llama's targets; λ_n and the updates made after the new object is the argmax everywhere.
+
+        Published for gpt2-xl, Llama-2 and Llama-3. GPT-J: gpt2-xl's; models without a row: Llama-2's λ_n and updates.
+        """
+        key = model_key(anatomy)
+        spread = spread_preset(anatomy)
+        target: TargetConfig = spread["target"]
+        if key in ("llama-2-7b", "llama-3-8b"):
+            target = TargetConfig(steps=25, learning_rate=0.5, weight_decay=0.5, clamp=0.75)
+        more = {"gpt2-xl": 3, "gpt-j-6b": 3, "llama-3-8b": 1}.get(key or "", 2)
+        norm_weight = 20.0 if key == "llama-3-8b" else 10.0
+        return cls(**spread | dict(target=replace(target, stop_after_argmax=more), norm_weight=norm_weight))
 
     def editor(self, bench: Workbench) -> ENCOREEditor:
         return ENCOREEditor(self, bench)

@@ -31,7 +31,7 @@ from torch import Tensor
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
-from d4s.methods.presets import kn_preset
+from d4s.methods.published import MODELS, model_key
 from d4s.models.architectures import Anatomy
 from d4s.models.forward import Calling, Forward
 from d4s.models.prompts import prompt_and_target_ids, text_ids
@@ -44,6 +44,7 @@ class KN(Method):
     paper: ClassVar[str] = "arXiv 2104.08696"
     changes: ClassVar[str] = "columns of MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("paraphrases, where there are any",)
+    not_published: ClassVar[tuple[str, ...]] = MODELS
 
     layers: Annotated[tuple[int, ...], "whose neurons are searched"]
     steps: Annotated[int, "m, of the integral"] = 20
@@ -61,7 +62,12 @@ class KN(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> KN:
-        return cls(**kn_preset(anatomy))
+        """All layers: the search decides. The embedded model, whose facts hang on more and weaker neurons: threshold
+        .05 and share .3, without which few edits take."""
+        layers = tuple(range(len(anatomy)))
+        if model_key(anatomy) == "embedded":
+            return cls(layers=layers, threshold=0.05, share=0.3)
+        return cls(layers=layers)
 
     def editor(self, bench: Workbench) -> KNEditor:
         return KNEditor(self, bench)

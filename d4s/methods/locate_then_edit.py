@@ -17,7 +17,7 @@ from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets, optimise_targets
 from d4s.methods.base import Editor, Method, Step, Workbench
-from d4s.methods.presets import spread_preset
+from d4s.methods.published import spread_preset
 from d4s.models.architectures import Anatomy
 
 EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits

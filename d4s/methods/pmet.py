@@ -10,14 +10,15 @@ Once the target is the argmax its NLL weighs a tenth, and the search ends when t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import ClassVar
 
+from d4s.locate.targets import TargetConfig
 from d4s.methods.base import Workbench
 from d4s.methods.locate_then_edit import LocateMethod
 from d4s.methods.memit import MEMITEditor
-from d4s.methods.presets import pmet_preset
+from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 
 
@@ -27,10 +28,20 @@ class PMET(LocateMethod):
     paper: ClassVar[str] = "arXiv 2308.08742"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-3-8b")
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> PMET:
-        return cls(**pmet_preset(anatomy))
+        """Layers, λ and target as MEMIT's where nothing else is published; settled targets end early."""
+        spread = spread_preset(anatomy)
+        key = model_key(anatomy)
+        target = spread["target"]
+        if key == "gpt-j-6b":
+            spread = spread | dict(prior_weight=6_000.0)
+            target = replace(target, steps=30, learning_rate=0.2, kl_factor=1.0)
+        elif key == "llama-2-7b":  # as in EasyEdit; the authors' own release has no Llama
+            target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=1.0)
+        return cls(**spread | dict(target=replace(target, settled_nll_factor=0.1, settled_kl=0.01)))
 
     def editor(self, bench: Workbench) -> PMETEditor:
         return PMETEditor(self, bench)

@@ -20,10 +20,10 @@ from torch import Tensor
 from d4s.change.closed_form import Prior
 from d4s.edits import Edit
 from d4s.errors import ConfigError
-from d4s.locate.targets import Targets
+from d4s.locate.targets import TargetConfig, Targets
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, TargetMethod, step_of
-from d4s.methods.presets import rome_preset
+from d4s.methods.published import SPREAD, model_key, one_layer
 from d4s.models.architectures import Anatomy
 
 
@@ -51,7 +51,16 @@ class ROME(TargetMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> ROME:
-        return cls(**rome_preset(anatomy))
+        """Llama-2 and -3: 25 steps, weight decay 1e-3, C = I. gpt2-xl, GPT-J and all others: 20 steps, .5, C."""
+        key = model_key(anatomy)
+        layers = (one_layer(anatomy),)
+        if key == "embedded":
+            return cls(layers=layers, **{name: SPREAD[key][name] for name in ("target", "ridge", "contexts")})
+        if key in ("llama-2-7b", "llama-3-8b"):
+            target = TargetConfig(steps=25, learning_rate=0.5, weight_decay=1e-3, clamp=4.0)
+            return cls(layers=layers, target=target, identity_covariance=True)
+        target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=4.0)
+        return cls(layers=layers, target=target)
 
     def editor(self, bench: Workbench) -> ROMEEditor:
         return ROMEEditor(self, bench)

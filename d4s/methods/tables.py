@@ -11,7 +11,7 @@ from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import aligned
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS
-from d4s.methods.presets import describe
+from d4s.methods.published import describe
 
 _TARGET_MEANINGS = {
     "steps": "of a target's search, at most",

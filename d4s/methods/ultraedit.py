@@ -26,7 +26,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
-from d4s.methods.presets import ultraedit_preset
+from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 from d4s.models.trace import Trace
 
@@ -36,6 +36,7 @@ class UltraEdit(Method):
     name: ClassVar[str] = "ultraedit"
     paper: ClassVar[str] = "arXiv 2505.14679"
     changes: ClassVar[str] = "projections of the MLP"
+    not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-2-7b")
 
     layers: Annotated[tuple[int, ...], "whose W is changed"]
     modules: Annotated[
@@ -52,7 +53,21 @@ class UltraEdit(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> UltraEdit:
-        return cls(**ultraedit_preset(anatomy))
+        """Learning rate 1e-6. GPT-J: W of layers 18 to 26. Llama-3: the gate of 11 to 15 and the up projection of 18
+        to 24.
+
+        Both are those of the release for zsRE and UltraEditBench. For gpt2-xl and Llama-2 nothing is published; they
+        and all others have MEMIT's layers and W. The embedded model, whose keys are short: learning rate 2e-3, at
+        which a turn of 100 edits takes.
+        """
+        key = model_key(anatomy)
+        if key == "gpt-j-6b":
+            return cls(layers=tuple(range(18, 27)), learning_rate=1e-6)
+        if key == "llama-3-8b":
+            modules = ("mlp.gate_proj",) * 5 + ("mlp.up_proj",) * 7
+            return cls(layers=(*range(11, 16), *range(18, 25)), modules=modules, learning_rate=1e-6)
+        rate = 2e-3 if key == "embedded" else 1e-6
+        return cls(layers=spread_preset(anatomy)["layers"], learning_rate=rate)
 
     def editor(self, bench: Workbench) -> UltraEditEditor:
         return UltraEditEditor(self, bench)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from d4s.errors import ConfigError, ModelError
+from d4s.models.codebook import CODEBOOK_FILE, load_codebook
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 # What no quantisation can be edited in: W is rounded to a grid of its own there.
@@ -31,8 +32,9 @@ def load_model(
     dtype: of the weights, float32 | float16 | bfloat16; "auto": as stored, for a GGUF file float32
     device: None: cuda where there is one
 
-    Nothing is unpickled, and no code of a model's folder is run. A GGUF model is an ordinary one afterwards: saved, it
-    is a folder that plain transformers loads.
+    A codebook that lies beside the weights is attached (`d4s.models.codebook`). Nothing is unpickled, and no code of a
+    model's folder is run. A GGUF model is an ordinary one afterwards: saved, it is a folder that plain transformers
+    loads.
     Raises ModelError where there is no such model, or one that cannot be edited; ConfigError for a device that is not.
     """
     wanted = _dtype(dtype)
@@ -56,10 +58,8 @@ def load_model(
     # No such device, or a torch that was built without it.
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"device {place}: {str(error).splitlines()[0]}") from None
-    from d4s.methods.grace import CODEBOOK_FILE, load_codebook
-
     if (Path(text) / CODEBOOK_FILE).exists():
-        load_codebook(model, tokenizer, text)
+        load_codebook(model, text)
     return model, tokenizer
 
 

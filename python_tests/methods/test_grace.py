@@ -1,9 +1,9 @@
-"""GRACE: the rules of its radii, and a wrapped layer under generation, padding, saving and unwrapping."""
+"""GRACE: a wrapped layer under generation, padding, saving and unwrapping."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,71 +14,12 @@ from support.workbench import EDITS, SUBJECT_LAST, bench_of, editor_of, same_bit
 from transformers import AutoModelForCausalLM
 
 from d4s.errors import D4SError, ModelError
-from d4s.methods.grace import CODEBOOK_FILE, MARGIN, Codebook, load_codebook
+from d4s.models.codebook import CODEBOOK_FILE, load_codebook
 from d4s.models.prompts import padded, prompt_and_target_ids
 from d4s.models.trace import Trace
 
-A, B, C = (1,), (2, 2), (3,)
 EDIT = replace(SUBJECT_LAST[0], target_new="I")
 OTHER = "Lyon is a twin city of Manila, and the capital of France"
-
-
-def small_codebook():
-    return Codebook(2, 3, 1.0, torch.device("cpu"))
-
-
-def point(x, y=0.0):
-    return torch.tensor([x, y])
-
-
-def test_radii_of_five_keys_worked_by_hand():
-    book = small_codebook()
-    value = torch.zeros(3)
-    assert book.place(point(0.0), A, value) == 0  # the first: a new entry, ε = 1
-    assert book.place(point(3.0), B, value) == 1  # 3 > 1 + 1: new, ε = 1
-    assert book.place(point(1.2), A, value) == 0  # 1.2 ≤ 2, same label, outside: the radius grows
-    torch.testing.assert_close(book.radii, torch.tensor([1.2, 1.0]))
-    assert book.place(point(0.8), C, value) == 2  # .8 ≤ 2.2, another label: they share the way between
-    torch.testing.assert_close(book.radii, torch.tensor([0.4 - 1e-5, 1.0, 0.4]))
-    assert book.place(point(3.0, 0.5), B, value) == 1  # inside, same label: nothing changes
-    torch.testing.assert_close(book.radii, torch.tensor([0.4 - 1e-5, 1.0, 0.4]))
-    assert book.labels == [A, B, C]
-    torch.testing.assert_close(book.keys, torch.stack([point(0.0), point(3.0), point(0.8)]))
-
-
-def test_another_answer_to_the_same_question_replaces_the_first():
-    book = small_codebook()
-    book.place(point(2.0), A, torch.zeros(3))
-    assert book.place(point(2.0, MARGIN), B, torch.ones(3)) == 0
-    assert book.labels == [B]
-    assert float(book.radii) == 1.0
-    assert torch.equal(book.values, torch.ones(1, 3))
-
-
-def test_an_input_gets_the_value_of_the_nearest_key_whose_radius_holds_it():
-    book = small_codebook()
-    inputs = torch.stack([point(0.2), point(0.5), point(-0.9), point(2.5), point(9.0)]).view(1, 5, 2)
-    outputs = torch.randn(1, 5, 3)
-    assert torch.equal(book.answer(inputs, outputs), outputs)
-    for x, label in ((0.0, A), (3.0, B), (0.8, C)):
-        book.place(point(x), label, torch.full((3,), x))
-    found = book.answer(inputs, outputs)
-    expected = outputs.clone()
-    expected[0, 0], expected[0, 1], expected[0, 3] = (
-        0.0,
-        0.8,
-        3.0,
-    )  # −.9 is nearest to 0, whose radius is .4 by now
-    torch.testing.assert_close(found, expected)
-
-
-def test_small_distances_between_large_keys_are_seen():
-    book = Codebook(64, 1, 0.01, torch.device("cpu"))
-    key = torch.randn(64) * 1e3
-    book.place(key, A, torch.zeros(1))
-    distance, _ = book.nearest((key + torch.full((64,), 1e-3))[None])
-    assert float(distance) == pytest.approx(8e-3, rel=0.1)
-    assert float(book.nearest(key[None])[0]) == 0.0
 
 
 def generated(bench, texts, **options):
@@ -175,17 +116,18 @@ def test_saving_keeps_the_codebook_beside_the_weights(model_type, module, seed, 
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         unedited = loaded(input_ids=ids).logits
     assert not torch.equal(unedited, edited)
-    again = load_codebook(loaded, bench.tokenizer, tmp_path)
-    assert again.method == editor.method and again.codebook.labels == editor.codebook.labels
+    again = load_codebook(loaded, tmp_path)
+    stored = {name: tuple(v) if isinstance(v, list) else v for name, v in again.config.items()}
+    assert stored == asdict(editor.method) and again.codebook.labels == editor.codebook.labels
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, edited)
     fewer = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
     other = bench_of(model_type, seed, **fewer[model_type])
     with pytest.raises(D4SError, match="layers"):
-        load_codebook(other.model, bench.tokenizer, tmp_path)
+        load_codebook(other.model, tmp_path)
     (tmp_path / CODEBOOK_FILE).write_bytes(b"something else")
     with pytest.raises(ModelError, match="not a codebook"):
-        load_codebook(loaded, bench.tokenizer, tmp_path)
+        load_codebook(loaded, tmp_path)
 
 
 def test_restore_unwraps_the_layer(seed, tmp_path):
@@ -252,5 +194,5 @@ def test_a_codebook_of_other_content_is_one_error_that_names_the_file(spoil, tex
     spoil(tensors, config)
     save_file(tensors, file, metadata={"config": json.dumps(config)})
     with pytest.raises(ModelError, match=text) as refused:
-        load_codebook(bench.model, bench.tokenizer, tmp_path)
+        load_codebook(bench.model, tmp_path)
     assert str(file) in str(refused.value)

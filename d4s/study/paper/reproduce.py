@@ -19,7 +19,7 @@ from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import frame_lines
 from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
-from d4s.methods.presets import model_key
+from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
 from d4s.study.paper.data_figures import figure2, figure3
 from d4s.study.paper.model_figures import figure5, figure6, figure7, figure8
