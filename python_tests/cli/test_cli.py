@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, MptConfig, MptFo
 
 import d4s
 from d4s import progress
-from d4s.cli import _labels, main, parser
+from d4s.cli import main
+from d4s.cli.parser import command_line
+from d4s.cli.reproduce import labels
 from d4s.edits.formats import load_edits
 from d4s.errors import ConfigError, ModelError
 from d4s.locate.covariance import Covariance, cached_covariance, estimate_covariance, fingerprint_of
@@ -34,7 +36,19 @@ from d4s.progress import progress_bar
 from d4s.sequence.run import edit_sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("tasks", "demo", "edit", "evaluate", "covariance", "models", "methods")
+VERBS = (
+    "demo",
+    "edit",
+    "targets",
+    "evaluate",
+    "covariance",
+    "compare",
+    "analyze",
+    "reproduce",
+    "tasks",
+    "models",
+    "methods",
+)
 RECORDS = [
     {
         "prompt": "The mother tongue of {} is",
@@ -296,7 +310,7 @@ def test_an_edited_model_goes_to_a_folder_and_is_evaluated_from_there(place, tmp
 
 def test_scores_of_tasks_are_in_percent_where_they_are_shares(monkeypatch, capsys):
     scores = {"arc acc_norm": 0.25, "wikitext word_perplexity": 31.5, "gsm8k exact_match (strict-match)": 0.5}
-    monkeypatch.setattr("d4s.cli._measure", lambda *_: lambda: scores)
+    monkeypatch.setattr("d4s.cli.evaluate.task_scores", lambda *_: lambda: scores)
     lines = done(capsys, "evaluate", "m", "edits.json", "--limit", "1").splitlines()
     assert lines[-3:] == [
         "arc acc_norm: 25.00 %",
@@ -366,10 +380,10 @@ def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
 
 
 def test_data_sets_of_one_name_are_told_apart_by_their_folders():
-    labels = _labels([Path("20q/edit_set.json"), Path("pep3k/edit_set.json"), Path("zsre.json")])
-    assert list(labels) == ["20q-edit_set", "pep3k-edit_set", "zsre"]
+    found = labels([Path("20q/edit_set.json"), Path("pep3k/edit_set.json"), Path("zsre.json")])
+    assert list(found) == ["20q-edit_set", "pep3k-edit_set", "zsre"]
     with pytest.raises(ConfigError, match="'20q-edit_set'"):
-        _labels([Path("a/20q/edit_set.json"), Path("b/20q/edit_set.json")])
+        labels([Path("a/20q/edit_set.json"), Path("b/20q/edit_set.json")])
 
 
 def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
@@ -554,6 +568,9 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
         ("--set prior_wieght=3", ["'prior_wieght'. Did you mean 'prior_weight'"]),
         ("--set prior_weight", ["--set 'prior_weight'", "FIELD=VALUE"]),
         ("--set ridge=-.1", ["ridge is -0.1"]),
+        ("--set prior_weight=abc", ["d4s: prior_weight is 'abc', must be a finite number or none"]),
+        ("--set layers=x", ["layers is ('x',), must be a list, each of it a whole number"]),
+        ("--set steps=1.5", ["steps is 1.5, must be a whole number"]),
         ("--set layers=[7]", ["layers=[7]", "0…2"]),
         ("--covariance none.safetensors", ["none.safetensors: not a readable safetensors file"]),
         ("--covariance corpus.txt", ["corpus.txt: not a readable safetensors file"]),
@@ -591,8 +608,7 @@ def test_an_interruption_is_a_failure_in_one_line(monkeypatch, capsys):
 
 
 def test_the_module_runs_as_a_program_and_hands_on_its_status(place):
-    command = [sys.executable, "-m", "d4s", "evaluate", "m", "none.json"]
-    ended = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    ended = run(sys.executable, "-m", "d4s", "evaluate", "m", "none.json", cwd=place)
     assert ended.returncode == 1 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("d4s: none.json")
 
@@ -739,9 +755,23 @@ def test_the_public_face_has_what_the_verbs_do():
 
 def test_every_verb_is_tested():
     (verbs,) = [
-        action.choices for action in parser()._actions if hasattr(action, "choices") and action.choices
+        action.choices for action in command_line()._actions if hasattr(action, "choices") and action.choices
     ]
-    assert set(VERBS) <= set(verbs)
+    assert set(VERBS) == set(verbs)
+    assert set(VERBS) <= {path.stem for path in (ROOT / "d4s" / "cli").glob("*.py")}, "one file a verb"
+
+
+def test_the_command_line_loads_nothing_slow_before_a_verb_runs():
+    script = (
+        "import sys, d4s\n"
+        "before = set(sys.modules)\n"
+        "import d4s.cli\n"
+        "loaded = {name for name in set(sys.modules) - before if not name.startswith('d4s.cli')}\n"
+        "assert not loaded & {'matplotlib', 'pandas', 'lm_eval', 'transformers'}, loaded\n"
+        "assert not [name for name in loaded if name.startswith('d4s')], loaded\n"
+    )
+    ended = run(sys.executable, "-c", script)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):

@@ -13,6 +13,7 @@ from support.tiny import tiny_tokenizer
 from support.views import view_of
 
 from d4s import cli, save_edits
+from d4s.cli.reproduce import PAPER
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.measure.metrics import Evaluation
@@ -367,7 +368,7 @@ def test_wrong_arguments_are_refused(name, options, text, tmp_path, seed):
 
 
 def test_the_papers_sizes_are_the_defaults_and_all_names_are_verbs():
-    assert tuple(PROTOCOLS) == cli.PAPER
+    assert tuple(PROTOCOLS) == PAPER
     assert PROTOCOLS["table2"].counts == (100, 500, 1000) and PROTOCOLS["table4"].counts == (10_000,)
     assert PROTOCOLS["table2"].methods == ("rome", "memit", "pmet", "grace", "d4s")
     assert all(protocol.small[-1] <= 200 for protocol in PROTOCOLS.values())
@@ -378,7 +379,7 @@ def test_the_papers_sizes_are_the_defaults_and_all_names_are_verbs():
 
 def test_the_verb_reproduces_on_any_model_and_data(monkeypatch, tmp_path, capsys, seed):
     model, covariance = ready(seed)
-    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    monkeypatch.setattr("d4s.cli.reproduce.loaded_model", lambda options: (model, tiny_tokenizer()))
     save_edits(FACTS, tmp_path / "facts.jsonl")
     covariance.save(tmp_path / "c.safetensors")
     asked = f"reproduce table2 m --edits {tmp_path}/facts.jsonl --covariance {tmp_path}/c.safetensors --counts 1,2"
