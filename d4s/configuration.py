@@ -1,12 +1,22 @@
-"""Configurations that say what is wrong with them: every field's value is checked against its type."""
+"""Configurations that say what is wrong with them: every field's value is checked against its type and its bounds.
+
+A field declares its bounds beside its meaning, and nowhere else:
+
+    steps: Annotated[int, "of the search, at most", AtLeast(1)] = 25
+    epsilon: Annotated[float, "weight of the norm", Above(0, "0 would be ROME")] = 0.1
+    share: Annotated[float, "of the texts that must agree", AtLeast(0), Below(1)] = 0.7
+    layers: Annotated[tuple[int, ...], "whose W is changed", Length(1, "one layer is changed")]
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from d4s.errors import ConfigError
 
@@ -23,26 +33,100 @@ _CALLED = {
 }
 
 
+@dataclass(frozen=True)
+class Bound(ABC):
+    """What a field's value must keep to: a number itself, of a list each item. None is bound by nothing.
+
+    why: said behind the bound, where it is no matter of course
+    """
+
+    limit: float
+    why: str = ""
+
+    @abstractmethod
+    def holds(self, number: float) -> bool: ...
+
+    @abstractmethod
+    def words(self) -> str:
+        """What follows "must be"."""
+
+    def broken_by(self, value: Any) -> bool:
+        numbers = value if isinstance(value, tuple) else (value,)
+        return not all(self.holds(number) for number in numbers if isinstance(number, int | float))
+
+
+class AtLeast(Bound):
+    def holds(self, number: float) -> bool:
+        return number >= self.limit
+
+    def words(self) -> str:
+        return f"{self.limit:,} or more"
+
+
+class Above(Bound):
+    def holds(self, number: float) -> bool:
+        return number > self.limit
+
+    def words(self) -> str:
+        return "positive" if self.limit == 0 else f"above {self.limit:,}"
+
+
+class AtMost(Bound):
+    def holds(self, number: float) -> bool:
+        return number <= self.limit
+
+    def words(self) -> str:
+        return f"at most {self.limit:,}"
+
+
+class Below(Bound):
+    def holds(self, number: float) -> bool:
+        return number < self.limit
+
+    def words(self) -> str:
+        return f"below {self.limit:,}"
+
+
+class Length(Bound):
+    """Of a list: how many items it holds."""
+
+    def holds(self, number: float) -> bool:
+        return number == self.limit
+
+    def words(self) -> str:
+        return f"a list of {self.limit}"
+
+    def broken_by(self, value: Any) -> bool:
+        return isinstance(value, tuple) and not self.holds(len(value))
+
+
 class Configuration:
     """Base of frozen dataclasses that hold a configuration.
 
-    `__post_init__` raises ConfigError, with the class, the field, its value and what would be right. A subclass with
-    limits of its own calls it first.
+    `__post_init__` raises ConfigError, with the class, the field, its value and what would be right. A subclass whose
+    fields must fit each other says that in its own, and calls this one first.
     """
 
     def __post_init__(self) -> None:
+        what = getattr(self, "name", type(self).__name__)
         hints = _hints(type(self))  # type: ignore[arg-type]
         for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            what = getattr(self, "name", type(self).__name__)
-            if not _fits(value, hints[field.name]):
-                raise ConfigError(
-                    f"{what}: {field.name} is {_spelled(value)}, must be {_called(hints[field.name])}"
-                )
-            most = MOST.get(field.name, math.inf)
-            for count in value if isinstance(value, tuple) else (value,):
-                if isinstance(count, int) and count > most:
-                    raise ConfigError(f"{what}: {field.name} is {_spelled(value)}, must be at most {most:,}")
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _fits(value, hint):
+                raise ConfigError(f"{what}: {field.name} is {_spelled(value)}, must be {_called(hint)}")
+            for bound in _bounds(field.name, hint):
+                if bound.broken_by(value):
+                    why = f" ({bound.why})" if bound.why else ""
+                    raise ConfigError(
+                        f"{what}: {field.name} is {_spelled(value)}, must be {bound.words()}{why}"
+                    )
+
+
+def _bounds(name: str, hint: Any) -> Iterator[Bound]:
+    """Those that the field declares, and the one that goes with its name."""
+    yield from (said for said in getattr(hint, "__metadata__", ()) if isinstance(said, Bound))
+    if name in MOST:
+        yield AtMost(MOST[name])
 
 
 def _spelled(value: Any) -> str:
@@ -56,11 +140,13 @@ def _spelled(value: Any) -> str:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    return get_type_hints(cls, include_extras=True)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, arguments[0])
     if origin in (Union, UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
@@ -81,6 +167,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _called(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _called(arguments[0])
     if origin in (Union, UnionType):
         return " or ".join(_called(argument) for argument in arguments)
     if origin is Literal:

@@ -1,30 +1,55 @@
-"""The main job: edits the embedded model, or another, in sequence with D4S, and for comparison with plain MEMIT."""
+"""`d4s demo`: edits the embedded model, or another, in sequence with D4S, and for comparison with plain MEMIT."""
 
 from __future__ import annotations
 
+import math
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from d4s.edits import Edit
-from d4s.embedded import load_demo_edits
-from d4s.embedded.statistics import demo_covariance
+from d4s.cli.arguments import count, hide_loading_bars
+from d4s.cli.printing import print_json, words
 from d4s.errors import ConfigError
 from d4s.files import check_folder
-from d4s.measure.metrics import take_baseline
-from d4s.methods import method_for
-from d4s.models.architectures import Anatomy
-from d4s.models.generation import generate_greedy
-from d4s.models.loading import load_model
-from d4s.models.scoring import score
 from d4s.progress import stage
-from d4s.sequence.curves import plot_metrics, plot_norms
-from d4s.sequence.run import Result, edit_sequence
 
+if TYPE_CHECKING:
+    from d4s.edits import Edit
+    from d4s.sequence.run import Result
+
+HELP = "edit the embedded model, and compare with a method that collapses"
 SHOWN = 5  # facts printed before and after
 FIGURES = ("efficacy", "paraphrase", "specificity", "average")
+
+
+def add(verb: ArgumentParser) -> None:
+    verb.add_argument("--out", type=Path, default=Path("d4s-demo"), help="folder for the figures")
+    verb.add_argument(
+        "--model", default="embedded", help="as of the other verbs, as smollm2; default: embedded"
+    )
+    verb.add_argument(
+        "--edits", type=count, help="edits, one at a time; default: 200 of the embedded model, else 20"
+    )
+    verb.add_argument("--method", default="d4s")
+    verb.add_argument("--against", default="memit")
+
+
+def run(options: Namespace) -> None:
+    hide_loading_bars()
+    figures = run_demo(
+        options.out,
+        model_name=options.model,
+        count=options.edits,
+        method=options.method,
+        against=options.against,
+        seed=options.seed,
+        say=words(options),
+    )
+    if options.json:
+        print_json(figures)
 
 
 def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
@@ -32,7 +57,8 @@ def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, fl
 
     An object's probability is that of all its tokens.
     """
-    import math
+    from d4s.models.generation import generate_greedy
+    from d4s.models.scoring import score
 
     found = []
     questions = [
@@ -64,6 +90,15 @@ def run_demo(
     model_name: as of `d4s.load_model`
     count: edits made, one at a time; None: 200 of the embedded model, 20 of another one, which is larger
     """
+    from d4s.embedded import load_demo_edits
+    from d4s.embedded.statistics import demo_covariance
+    from d4s.measure.metrics import take_baseline
+    from d4s.methods import method_for
+    from d4s.models.architectures import Anatomy
+    from d4s.models.loading import load_model
+    from d4s.sequence.curves import plot_metrics, plot_norms
+    from d4s.sequence.run import edit_sequence
+
     check_folder(out)
     embedded = model_name == "embedded"
     if count is None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import d4s.cli.demo
 from d4s.cli import main
 from d4s.edits import check_batch, without_contradictions
 from d4s.embedded import card, folder, load_demo_edits, train
 from d4s.embedded.facts import Sentence, facts_of, read_records
 from d4s.embedded.statistics import demo_covariance
+from d4s.locate.covariance import estimate_covariance
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS, method_for
 from d4s.methods.base import Workbench
@@ -396,9 +396,11 @@ def test_each_method_makes_one_edit_leaves_other_facts_alone_and_is_undone(name,
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     """As a user runs it, but for fewer edits and a smaller corpus behind the key statistics."""
-    plain = d4s.cli.demo.estimate_covariance
+    plain = estimate_covariance
     few = {"tokens": 4_000}
-    monkeypatch.setattr(d4s.cli.demo, "estimate_covariance", lambda *a, **options: plain(*a, **options | few))
+    monkeypatch.setattr(
+        "d4s.embedded.statistics.estimate_covariance", lambda *a, **options: plain(*a, **options | few)
+    )
     out = tmp_path / "d4s-demo"
     assert main(["demo", "--edits", "10", "--out", str(out), "--json"]) == 0
     printed, said = capsys.readouterr()

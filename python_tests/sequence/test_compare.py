@@ -392,7 +392,7 @@ def test_the_weights_come_back_also_after_an_error_that_nobody_expected(monkeypa
 
 def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     model, _ = ready(seed)
-    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    monkeypatch.setattr("d4s.cli.compare.loaded_model", lambda options: (model, tiny_tokenizer()))
     save_edits(EDITS, tmp_path / "edits.jsonl")
     asked = f"compare m {tmp_path}/edits.jsonl --methods ft-m,grace --seeds 0,1 --count 2 --shuffle --evaluate-every 1"
     assert cli.main([*asked.split(), "--out", str(tmp_path / "out")]) == 0

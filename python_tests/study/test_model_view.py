@@ -143,7 +143,7 @@ def test_nothing_to_analyze_is_said():
 
 def test_the_verb_takes_a_stored_sequence_or_a_model_with_edits(monkeypatch, tmp_path, capsys, seed):
     model, _ = ready(seed)
-    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    monkeypatch.setattr("d4s.cli.analyze.loaded_model", lambda options: (model, tiny_tokenizer()))
     hand_record().save(tmp_path / "r.json")
     out = ["--out", str(tmp_path / "stored")]
     assert (

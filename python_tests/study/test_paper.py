@@ -307,7 +307,7 @@ def test_without_counts_and_methods_a_protocol_has_the_papers(tmp_path, seed):
 
 def test_the_verb_reproduces_on_any_model_and_data(monkeypatch, tmp_path, capsys, seed):
     model, covariance = ready(seed)
-    monkeypatch.setattr(cli, "_load_model", lambda options: (model, tiny_tokenizer()))
+    monkeypatch.setattr("d4s.cli.reproduce.loaded_model", lambda options: (model, tiny_tokenizer()))
     save_edits(FACTS, tmp_path / "facts.jsonl")
     covariance.save(tmp_path / "c.safetensors")
     asked = f"reproduce table2 m --edits {tmp_path}/facts.jsonl --covariance {tmp_path}/c.safetensors --counts 1,2"

@@ -1,0 +1,265 @@
+"""What several verbs share: types of arguments, options that go together, and what is loaded by them."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d4s.errors import ConfigError
+from d4s.files import check_folder, check_place
+
+# Types: what argparse makes of the text of an argument.
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers with commas, as --layers 4,5,6"""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} must be whole numbers with commas, as 4,5,6") from None
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
+def limit(text: str) -> int:
+    """A whole number from 0 on."""
+    return 0 if text == "0" else count(text)
+
+
+def seed(text: str) -> int:
+    """What every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise ArgumentTypeError(f"{text!r} must be a whole number from 0 to 2³² − 1")
+    return int(text)
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds with commas, as --seeds 0,1,2"""
+    return [seed(number) for number in text.split(",")]
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"{text!r} must be a share from 0 to 1, as .9 for 90 %")
+    return number
+
+
+def names(text: str) -> list[str]:
+    """Names with commas, as --methods d4s,memit"""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+# Options: what a verb adds to its own, in the order in which its help lists them.
+
+
+def add_model(verb: ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="folder, hub name, .gguf file, 'embedded' or 'smollm2'")
+    verb.add_argument("--device", help="cpu, cuda, cuda:1 …; default: cuda where there is one")
+    verb.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights"
+    )
+
+
+def add_edits(verb: ArgumentParser, *, optional: bool = False) -> None:
+    """optional: whether EDITS may be left out"""
+    may_lack: dict[str, Any] = {"nargs": "?"} if optional else {}
+    verb.add_argument("edits", metavar="EDITS", help="file of edits, or 'embedded'", **may_lack)
+    verb.add_argument("--limit", type=count, help="take the first LIMIT edits")
+    add_skip_bad(verb)
+    verb.add_argument(
+        "--zsre-target",
+        choices=("alt", "answer"),
+        default="alt",
+        help="zsRE: write the made-up answer, as EasyEdit (default), or the true one, as ROME and MEMIT",
+    )
+
+
+def add_skip_bad(verb: ArgumentParser) -> None:
+    verb.add_argument("--skip-bad", action="store_true", help="leave wrong records out, and list them")
+
+
+def add_fields(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        metavar="FIELD=VALUE",
+        help="fields of the method's configuration",
+    )
+
+
+def add_covariance(verb: ArgumentParser) -> None:
+    verb.add_argument("--covariance", type=Path, help="file made by d4s covariance")
+
+
+def add_targets(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--targets",
+        type=Path,
+        help="file made by d4s targets, or an earlier run's: the targets in it are not searched again",
+    )
+
+
+def add_scores(verb: ArgumentParser) -> None:
+    verb.add_argument("--generate", action="store_true", help="also score free generation")
+    add_downstream(verb)
+
+
+def add_downstream(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--tasks", type=names, help="downstream tasks of lm-evaluation-harness, as arc_challenge,mmlu"
+    )
+    verb.add_argument("--task-folder", type=Path, help="folder of local task files")
+    verb.add_argument("--task-limit", type=count, help="questions of each task")
+    verb.add_argument(
+        "--trust-task-code",
+        action="store_true",
+        help="run the Python that the task files in --task-folder name (!function)",
+    )
+
+
+def add_sequences(verb: ArgumentParser, *, again: str = "") -> None:
+    """Of verbs that edit with several methods. again: what else --out may name"""
+    verb.add_argument("--out", type=Path, required=True, help=f"new folder for tables and figures{again}")
+    add_covariance(verb)
+    verb.add_argument("--batch-size", type=count, help="edits a step; default: 1")
+    verb.add_argument(
+        "--neighborhood-limit",
+        type=limit,
+        help="neighbours an edit that are scored on the way; default: all",
+    )
+
+
+# What the options name, loaded or made.
+
+
+def loaded_model(options: Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of MODEL."""
+    from d4s.models.loading import load_model
+
+    hide_loading_bars()
+    try:
+        return load_model(options.model, dtype=options.dtype, device=options.device)
+    except ConfigError as error:  # of the device: the rest is checked by the parser
+        raise ConfigError(f"--{error}") from None
+
+
+def hide_loading_bars() -> None:
+    """transformers draws a bar for every file it loads; this command line has bars of its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def loaded_edits(options: Namespace) -> list[Any]:
+    """Those of EDITS."""
+    if options.edits == "embedded":
+        from d4s.embedded import load_demo_edits
+
+        return load_demo_edits(options.limit)
+    from d4s.edits.formats import load_edits
+
+    return load_edits(
+        options.edits, limit=options.limit, skip_bad=options.skip_bad, zsre_target=options.zsre_target
+    )
+
+
+def loaded_covariance(options: Namespace, model: Any, tokenizer: Any) -> Any:
+    """--covariance, or the embedded model's own; None: estimated and cached where a method needs it."""
+    from d4s.locate.covariance import Covariance
+
+    if options.covariance:
+        return Covariance.load(options.covariance)
+    if options.model == "embedded":
+        from d4s.embedded.statistics import demo_covariance
+
+        return demo_covariance(model, tokenizer, layers=tuple(range(len(model.model.layers))))
+    return None
+
+
+def configuration(options: Namespace) -> dict[str, Any] | None:
+    """--set FIELD=VALUE …, each value as JSON where it is JSON."""
+    fields: dict[str, Any] = {}
+    for item in options.set or ():
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r}: must be FIELD=VALUE, as --set prior_weight=20000")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            try:
+                fields[name] = float(value)  # .1, which is no JSON
+            except ValueError:
+                fields[name] = value
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # a number of thousands of digits, lists in lists in lists
+            why = "is nested too deeply" if isinstance(error, RecursionError) else "has too many digits"
+            raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}") from None
+    return fields or None
+
+
+def task_scores(options: Namespace, model: Any, tokenizer: Any) -> Any:
+    """--tasks: their scores, taken when called; None without."""
+    if not options.tasks:
+        return None
+    from d4s.measure.downstream import TaskScores, require_harness
+    from d4s.measure.task_files import check_task_files
+
+    require_harness()
+    trusted = {"trust_task_code": True} if options.trust_task_code else {}
+    if options.task_folder is not None and not trusted:
+        check_task_files(options.task_folder)  # before the edits are made, not after
+    return TaskScores(
+        model,
+        tokenizer,
+        options.tasks,
+        limit=options.task_limit,
+        include_path=options.task_folder,
+        seed=options.seed,
+        **trusted,
+    )
+
+
+# Checks of what the options name together.
+
+
+def refuse(options: Namespace, meaningless: Sequence[str], where: str) -> None:
+    """ConfigError if one of these options is given, which mean nothing with what `where` names."""
+    for name in meaningless:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {where}")
+
+
+def empty_folder(path: Path) -> Path:
+    """The folder, made if need be. ConfigError if it already holds something: nothing is overwritten."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        check_place(path)
+        raise ConfigError(f"--out {path}: already holds files; name a new or empty folder")
+    check_folder(path)
+    return path
+
+
+def check_file(path: Path) -> None:
+    """ConfigError where a folder stands in its place; OSError where its own folder cannot be made or written to."""
+    if path.is_dir():
+        raise ConfigError(
+            f"--out {path}: is a folder; name a file in it, as {path / 'covariance.safetensors'}"
+        )
+    check_place(path)
+    check_folder(path.parent)

@@ -1,0 +1,173 @@
+"""`d4s edit`: a model edited in sequence, into a folder with its metrics."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from d4s.cli.arguments import (
+    add_covariance,
+    add_edits,
+    add_fields,
+    add_model,
+    add_scores,
+    add_targets,
+    configuration,
+    count,
+    empty_folder,
+    loaded_covariance,
+    loaded_edits,
+    loaded_model,
+    task_scores,
+)
+from d4s.cli.printing import print_json, print_notes, words
+from d4s.errors import D4SError, EditingFailed, EditingInterrupted
+from d4s.files import check_folder, whole, write_table
+from d4s.interrupts import deferred
+
+CHANGES = "weights.safetensors"  # in --out, until the model itself is there
+HELP = (
+    "edit a model in sequence. Where the edits were made but the model could not be saved (a full disk), the same "
+    f"command again only saves it, from {CHANGES} in --out"
+)
+
+
+def add(verb: ArgumentParser) -> None:
+    add_model(verb)
+    add_edits(verb)
+    verb.add_argument("--method", default="d4s")
+    verb.add_argument(
+        "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
+    )
+    add_covariance(verb)
+    verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
+    verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
+    add_fields(verb)
+    add_targets(verb)
+    add_scores(verb)
+
+
+def run(options: Namespace) -> None:
+    from d4s.locate.covariance import fingerprint_of
+    from d4s.locate.kept_targets import KeptTargets
+    from d4s.methods import METHODS, method_for
+    from d4s.models.architectures import Anatomy
+    from d4s.sequence.run import Result, edit_sequence
+    from d4s.sequence.saving import bytes_of
+
+    if _is_unsaved(options.out):
+        _save_again(options)
+        return
+    out = empty_folder(options.out)
+    edits, config = loaded_edits(options), configuration(options)
+    model, tokenizer = loaded_model(options)
+    check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
+    needs = getattr(METHODS.get(options.method), "needs", ())
+    covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
+    unedited = fingerprint_of(model)
+    kept: KeptTargets | None = None
+    if options.targets is not None:
+        kept = KeptTargets.load(options.targets)
+    elif method_for(options.method, Anatomy(model), config).searches_ahead:
+        kept = KeptTargets()
+    try:
+        result = edit_sequence(
+            model,
+            tokenizer,
+            edits,
+            method=options.method,
+            config=config,
+            covariance=covariance,
+            targets=kept,
+            batch_size=options.batch_size,
+            evaluate_every=options.evaluate_every,
+            generate=options.generate,
+            measure=task_scores(options, model, tokenizer),
+            seed=options.seed,
+        )
+    except EditingInterrupted as error:
+        made: Result = error.result
+        if not made.edits_table:
+            raise
+        before = f"{len(made.edits_table)} edits were made before; they are in {out}"
+        _save(made, unedited, out)
+        if isinstance(error, EditingFailed):
+            raise D4SError(f"{error}. {before}") from error
+        print(f"d4s: {before}", file=sys.stderr)
+        raise
+    _save(result, unedited, out)
+    if options.json:
+        print_json(result.history[-1])
+    else:
+        print(result.summary())
+        print_notes([result])
+        print(f"edited model: {out / 'model'}\nmetrics: {out / 'history.csv'}, {out / 'result.json'}")
+
+
+def _save(result: Any, unedited: str, out: Path) -> None:
+    """First what cannot be made again, which is small; then the model, which can be made from it.
+
+    Raises D4SError that says what is kept, if any of it cannot be written.
+    """
+    from d4s.sequence.saving import save_changes
+
+    failed: list[str] = []
+
+    def write(name: str, function: Callable[[Path], None]) -> None:
+        try:
+            function(out / name)
+        except OSError as error:
+            failed.append(f"{out / name} ({error.strerror or error})")
+
+    try:
+        with deferred():
+            write(CHANGES, lambda path: save_changes(result, unedited, path))
+            write("result.json", result.save)
+            write("baseline.json", result.baseline.save)
+            write("history.csv", lambda path: write_table(result.to_frame(), path))
+            if (found := result.editor.bench.targets) is not None and len(found):
+                write("targets.safetensors", found.save)
+        write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path))
+    except KeyboardInterrupt:
+        if (out / CHANGES).exists():
+            print(f"d4s: the model was not saved; repeat the command with --out {out}", file=sys.stderr)
+        raise
+    if not failed:
+        (out / CHANGES).unlink()
+        return
+    kept = ", ".join(sorted(path.name for path in out.iterdir()))
+    says = f"could not be written: {'; '.join(failed)}. In {out} there is: {kept or 'nothing'}"
+    if _is_unsaved(out):
+        says += f". Make room, and repeat the command with --out {out}: it then only saves the model"
+    raise D4SError(says)
+
+
+def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
+
+    with whole(path) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+
+
+def _is_unsaved(out: Path) -> bool:
+    """Whether a sequence has ended there without its model."""
+    return (out / CHANGES).is_file() and not (out / "model").exists()
+
+
+def _save_again(options: Namespace) -> None:
+    """The model of a sequence that has ended, from what changed in it; no edit is made."""
+    from d4s.sequence.saving import bytes_of, load_changes_
+
+    out = options.out
+    model, tokenizer = loaded_model(options)
+    check_folder(out, room=bytes_of(model))
+    load_changes_(model, tokenizer, out / CHANGES)
+    _save_model(model, tokenizer, out / "model")
+    (out / CHANGES).unlink()
+    words(options)(
+        f"the edits of {out} had been made, and their model is saved now; no other was made\n"
+        f"edited model: {out / 'model'}"
+    )

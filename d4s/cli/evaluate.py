@@ -1,0 +1,69 @@
+"""`d4s evaluate`: a model's scores on edits."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from d4s.cli.arguments import add_edits, add_model, add_scores, loaded_edits, loaded_model, task_scores
+from d4s.cli.printing import print_json
+
+HELP = "score a model on edits"
+
+
+def add(verb: ArgumentParser) -> None:
+    add_model(verb)
+    add_edits(verb)
+    add_scores(verb)
+    verb.add_argument(
+        "--fluency", action="store_true", help="also fluency and consistency of generated texts"
+    )
+    verb.add_argument(
+        "--baseline",
+        metavar="FILE|MODEL",
+        help="the unedited model's answers (baseline.json of d4s edit), or that model: for what must not change",
+    )
+
+
+def run(options: Namespace) -> None:
+    from d4s.measure.columns import spelled
+    from d4s.measure.metrics import evaluate
+    from d4s.models.readiness import check_ready
+
+    edits = loaded_edits(options)
+    model, tokenizer = loaded_model(options)
+    if options.baseline is None:  # else it has been edited, and may have come to say NaN by that
+        check_ready(model, tokenizer, edits)
+    measure = task_scores(options, model, tokenizer)
+    found = evaluate(
+        model,
+        tokenizer,
+        edits,
+        baseline=_baseline(options, edits),
+        generate=options.generate,
+        fluency=options.fluency,
+        seed=options.seed,
+        progress=True,
+    )
+    tasks = measure() if measure is not None else {}
+    if options.json:
+        print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
+    else:
+        print(
+            "\n".join(
+                [found.summary(), *(f"{name}: {spelled(name, value, 2)}" for name, value in tasks.items())]
+            )
+        )
+
+
+def _baseline(options: Namespace, edits: list[Any]) -> Any:
+    """--baseline: a file that d4s edit wrote, or the unedited model itself, which is then asked."""
+    from d4s.measure.metrics import Baseline, take_baseline
+
+    if options.baseline is None:
+        return None
+    if Path(options.baseline).is_file():
+        return Baseline.load(options.baseline)
+    unedited = Namespace(**{**vars(options), "model": options.baseline})
+    return take_baseline(*loaded_model(unedited), edits, progress=True)

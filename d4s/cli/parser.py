@@ -1,0 +1,80 @@
+"""The parser of the command line. A verb is a file of this folder and a row of `VERBS`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any, Protocol
+
+from d4s.cli import (
+    analyze,
+    compare,
+    covariance,
+    demo,
+    edit,
+    evaluate,
+    methods,
+    models,
+    reproduce,
+    targets,
+    tasks,
+)
+from d4s.cli.arguments import seed
+
+
+class Verb(Protocol):
+    """What the file of a verb holds. It imports what is slow to load (models, methods, figures) only where it runs."""
+
+    HELP: str  # a line of `d4s --help`, and the beginning of the verb's own
+
+    def add(self, verb: ArgumentParser) -> None:
+        """Its arguments, beside --json and --seed, which every verb has."""
+
+    def run(self, options: Namespace) -> None:
+        """Does it, and prints what came of it. Raises D4SError, or OSError of a file that cannot be written."""
+
+
+# In the order in which `d4s --help` lists them.
+VERBS: dict[str, Verb] = {
+    "demo": demo,
+    "edit": edit,
+    "targets": targets,
+    "evaluate": evaluate,
+    "covariance": covariance,
+    "compare": compare,
+    "analyze": analyze,
+    "reproduce": reproduce,
+    "tasks": tasks,
+    "models": models,
+    "methods": methods,
+}
+
+
+class _Parser(ArgumentParser):
+    """Takes options between positional arguments also where one of these may be left out."""
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._within or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+
+
+def command_line() -> ArgumentParser:
+    """The parser of all verbs; what it parses holds the verb's `run`, beside its options."""
+    from d4s import __version__
+
+    top = _Parser(prog="d4s", description="Edits facts in language models, in sequence.")
+    top.add_argument("--version", action="version", version=f"d4s {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        made = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        made.set_defaults(run=verb.run)
+        made.add_argument("--json", action="store_true", help="figures as JSON on standard output")
+        made.add_argument("--seed", type=seed, default=0)
+        verb.add(made)
+    return top

@@ -1,0 +1,41 @@
+"""`d4s targets`: the targets of edits, searched on the unedited model and kept in a file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from d4s.cli.arguments import (
+    add_edits,
+    add_fields,
+    add_model,
+    check_file,
+    configuration,
+    loaded_edits,
+    loaded_model,
+)
+from d4s.cli.printing import print_json
+
+HELP = (
+    "search the targets of edits on the unedited model, for edit and compare --targets; repeated, it goes on"
+)
+
+
+def add(verb: ArgumentParser) -> None:
+    add_model(verb)
+    add_edits(verb)
+    verb.add_argument("--out", type=Path, required=True, help="safetensors file")
+    add_fields(verb)
+
+
+def run(options: Namespace) -> None:
+    from d4s.sequence.target_search import search_targets
+
+    check_file(options.out)
+    edits, config = loaded_edits(options), configuration(options)
+    model, tokenizer = loaded_model(options)
+    kept = search_targets(model, tokenizer, edits, config=config, out=options.out, seed=options.seed)
+    if options.json:
+        print_json({"file": str(options.out), "targets": len(kept)})
+    else:
+        print(f"{options.out}: {len(kept)} targets")

@@ -1,0 +1,85 @@
+"""`d4s covariance`, and key statistics that other verbs estimate and keep."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from support.command import FAST, done, failed
+from support.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from d4s.locate.covariance import Covariance, cached_covariance, estimate_covariance
+
+
+def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path, capsys):
+    out = tmp_path / "c.safetensors"
+    facts = json.loads(done(capsys, "covariance", "m", "corpus.txt", "--out", str(out), "--json"))
+    found, expected = Covariance.load(out), Covariance.load(place / "c.safetensors")
+    assert facts == {
+        "file": str(out),
+        "layers": [0, 1, 2],
+        "keys": expected.count,
+        "fingerprint": expected.fingerprint,
+    }
+    assert all(torch.equal(found.moments[i], expected.moments[i]) for i in range(3))
+    text = done(
+        capsys, "covariance", "m", "--out", str(out), "--layers", "2,0", "--tokens", "77", "--seed", "3"
+    )
+    found = Covariance.load(out)
+    assert found.layers == (0, 2) and found.count == 77 and "77 key vectors" in text
+    model = AutoModelForCausalLM.from_pretrained("m").eval()
+    again = estimate_covariance(model, tiny_tokenizer(), layers=(0, 2), tokens=77, seed=3, progress=False)
+    assert again.corpus == found.corpus
+
+
+def test_a_corpus_or_a_number_of_keys_that_does_not_fit_is_named(tmp_path, capsys):
+    out = str(tmp_path / "c")
+    assert "none.txt: cannot be read" in failed(capsys, "covariance", "m", "none.txt", "--out", out)
+    assert "0…2" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--layers", "3")
+    (tmp_path / "c").mkdir()
+    assert str(tmp_path) in failed(capsys, "covariance", "m", "corpus.txt", "--out", out)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = failed(capsys, "covariance", "m", "corpus.txt", "--out", str(tmp_path / "file" / "c"))
+    assert str(tmp_path / "file") in line
+
+
+@pytest.mark.parametrize("order", ["m corpus.txt {}", "m {} corpus.txt", "{} m corpus.txt"])
+def test_options_may_stand_between_the_words(order, tmp_path, capsys):
+    out = tmp_path / "c"
+    options = f"--layers 0 --tokens 9 --out {out}"
+    facts = json.loads(done(capsys, "covariance", *order.format(options).split(), "--json"))
+    assert facts["layers"] == [0]
+
+    done(capsys, "covariance", "m", "corpus.txt", *options.replace(str(out), f"{out}2").split())
+    assert Covariance.load(out).corpus == Covariance.load(f"{out}2").corpus
+
+
+def test_statistics_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, capsys, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("D4S_CACHE", str(tmp_path / "file" / "cache"))
+    done(capsys, "edit", "m", "edits.json", "--out", str(tmp_path / "x"), *FAST)
+    assert "are not kept for the next time" in caplog.text
+
+
+def test_without_a_home_the_statistics_have_a_place_all_the_same(place, tmp_path, monkeypatch, caplog):
+    def nobody(path):
+        return path  # as where the user is in no list
+
+    monkeypatch.setattr(os.path, "expanduser", nobody)
+    monkeypatch.delenv("D4S_CACHE")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("d4s.locate.covariance.KEYS_A_DIMENSION", 1)
+    arguments = (tiny_model("gpt2", 1), tiny_tokenizer(), (0,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    first = cached_covariance(*arguments, progress=False)
+    (file,) = (tmp_path / "xdg" / "d4s").iterdir()
+    assert Covariance.load(file).count == first.count and not caplog.text
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cached_covariance(*arguments, progress=False).count == first.count
+    assert "no home folder" in caplog.text and [p.name for p in tmp_path.iterdir()] == ["xdg"]

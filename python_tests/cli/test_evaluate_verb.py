@@ -1,0 +1,77 @@
+"""`d4s evaluate`: scores, and edits that are read or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.command import RECORDS, done, failed
+
+from d4s.cli import main
+from d4s.edits.formats import load_edits
+
+
+def test_scores_of_tasks_are_in_percent_where_they_are_shares(monkeypatch, capsys):
+    scores = {"arc acc_norm": 0.25, "wikitext word_perplexity": 31.5, "gsm8k exact_match (strict-match)": 0.5}
+    monkeypatch.setattr("d4s.cli.evaluate.task_scores", lambda *_: lambda: scores)
+    lines = done(capsys, "evaluate", "m", "edits.json", "--limit", "1").splitlines()
+    assert lines[-3:] == [
+        "arc acc_norm: 25.00 %",
+        "wikitext word_perplexity: 31.5",
+        "gsm8k exact_match (strict-match): 50.00 %",
+    ]
+
+
+def test_the_embedded_model_and_its_edits_go_by_a_name(capsys):
+    figures = json.loads(done(capsys, "evaluate", "embedded", "embedded", "--limit", "3", "--json"))
+    assert figures["metrics"]["efficacy"]["count"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (None, ["bad.json"]),
+        ("", ["bad.json"]),
+        (json.dumps(RECORDS)[:-60], ["bad.json", "3"]),
+        (json.dumps([RECORDS[0], RECORDS[1] | {"prompt": "worked for"}]), ["bad.json", "record 2", "'{}'"]),
+        (json.dumps([RECORDS[0] | {"target_new": " "}]), ["bad.json", "record 1", "'target_new'"]),
+        (b"\xff\xfe\x00", ["bad.json"]),
+    ],
+)
+def test_edits_that_cannot_be_read_are_named(content, texts, capsys):
+    path = Path("bad.json")
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = failed(capsys, "evaluate", "m", "bad.json")
+    assert all(text in line for text in texts), line
+
+
+def test_edits_of_no_known_format_are_told_what_was_looked_for(capsys):
+    Path("bad.json").write_text('[{"question": 3}]')
+    assert main(["evaluate", "m", "bad.json"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        "d4s: bad.json: not a known format" in err
+        and "counterfact" in err
+        and "found, in record 1: 'question'" in err
+    )
+
+
+def test_bad_records_may_be_left_out(capsys):
+    Path("mixed.json").write_text(json.dumps([RECORDS[0], RECORDS[1] | {"subject": ""}, RECORDS[2]]))
+    assert "record 2" in failed(capsys, "evaluate", "m", "mixed.json")
+    figures = json.loads(done(capsys, "evaluate", "m", "mixed.json", "--skip-bad", "--json"))
+    assert figures["metrics"]["efficacy"]["count"] == 2
+
+
+def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):
+    seen = []
+    real = load_edits
+    monkeypatch.setattr(
+        "d4s.edits.formats.load_edits", lambda *a, **k: seen.append(k["zsre_target"]) or real(*a, **k)
+    )
+    done(capsys, "evaluate", "m", "edits.json", "--zsre-target", "answer", "--json")
+    done(capsys, "evaluate", "m", "edits.json", "--json")
+    assert seen == ["answer", "alt"]
