@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pytest
+from support.tiny import tiny_model
 
 from d4s.configuration import Above, AtLeast, AtMost, Below, Configuration, Length
 from d4s.errors import ConfigError
+from d4s.methods import method_for
 from d4s.methods.d4s import D4S
+from d4s.models.architectures import Anatomy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +114,9 @@ def test_what_is_asked_of_a_method_and_does_not_fit_is_named(field, value, says)
     with pytest.raises(ConfigError) as refused:
         D4S(layers=(0,)).changed({field: value})
     assert str(refused.value) == says
+
+
+@pytest.mark.parametrize("config", [[1], 3, {1: 2}, "prior_weight"])
+def test_a_configuration_of_another_kind_is_refused(config):
+    with pytest.raises(ConfigError, match=r"must be a mapping of fields of d4s|unknown field of d4s '1'"):
+        method_for("d4s", Anatomy(tiny_model("gpt2", 1)), config)

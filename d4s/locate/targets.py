@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from d4s.configuration import Configuration
+from d4s.configuration import Above, AtLeast, Configuration
 from d4s.edits import Edit
-from d4s.errors import ConfigError, ModelError
+from d4s.errors import ModelError
 from d4s.locate.request_rows import Place, RequestRows, request_of, spares, width_of
 from d4s.models.architectures import Anatomy, text_config
 from d4s.models.forward import evaluating, run_in_batches
@@ -35,27 +35,23 @@ from d4s.models.prompts import pad_id
 
 @dataclass(frozen=True)
 class TargetConfig(Configuration):
-    steps: int = 25  # looks at the loss; Adam moves δ between them, at most steps − 1 times
-    learning_rate: float = 0.5
-    weight_decay: float = 0.5
-    clamp: float = 0.75  # ‖δ‖ ≤ clamp · ‖v0‖
-    kl_factor: float = 0.0625
-    stop_loss: float = 0.05
-    # ENCORE: end this many steps after the target is the argmax everywhere; looks at which it is not do not count, and
-    # do not begin the count anew. None: no such rule.
-    stop_after_argmax: int | None = None
-    # PMET: factor on the NLL at the next look once the target is the argmax everywhere, and the weighted KL
-    # (kl_factor · KL) at which the search then ends.
-    settled_nll_factor: float = 1.0
-    settled_kl: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1 or self.learning_rate <= 0 or self.clamp <= 0:
-            raise ConfigError(
-                f"target optimisation needs steps ≥ 1, learning_rate > 0 and clamp > 0; got steps={self.steps}, "
-                f"learning_rate={self.learning_rate}, clamp={self.clamp}"
-            )
+    steps: Annotated[int, "of a target's search, at most", AtLeast(1)] = 25  # looks; Adam moves between them
+    learning_rate: Annotated[float, "of a target's search (Adam)", Above(0)] = 0.5
+    weight_decay: Annotated[float, "weight of ‖δ‖ / ‖v0‖²"] = 0.5
+    clamp: Annotated[float, "‖δ‖ is at most this times ‖v0‖", Above(0)] = 0.75
+    kl_factor: Annotated[float, "weight of the KL divergence of what follows the subject alone"] = 0.0625
+    stop_loss: Annotated[float, "a search ends below it"] = 0.05
+    # ENCORE's. Looks at which the target is not the argmax do not count, and do not begin the count anew.
+    stop_after_argmax: Annotated[
+        int | None, "a search ends so many steps after the target is the argmax in every context"
+    ] = None
+    # PMET's. KL is weighted by kl_factor here.
+    settled_nll_factor: Annotated[
+        float, "on the target's NLL once the target is the argmax in every context"
+    ] = 1.0
+    settled_kl: Annotated[
+        float | None, "a search ends below it once the target is the argmax in every context"
+    ] = None
 
 
 @dataclass(frozen=True)

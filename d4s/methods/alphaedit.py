@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from d4s.change.closed_form import Prior
+from d4s.configuration import Above
 from d4s.errors import ConfigError
 from d4s.locate.keys import SubjectRows
 from d4s.locate.targets import TargetConfig
@@ -39,18 +40,11 @@ class AlphaEdit(TargetMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
 
-    l2: Annotated[float, "weight of the identity in the solve"] = 10.0
-    null_space_threshold: Annotated[float, "eigenvalues of C under it may be changed"] = 2e-2
+    l2: Annotated[float, "weight of the identity in the solve", Above(0)] = 10.0
+    null_space_threshold: Annotated[float, "eigenvalues of C under it may be changed", Above(0)] = 2e-2
     threshold_is_relative: Annotated[
         bool, "to their mean; the release's is absolute, and depends on a model's scale"
     ] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.l2 <= 0 or self.null_space_threshold <= 0:
-            raise ConfigError(
-                f"l2 is {self.l2} and null_space_threshold {self.null_space_threshold}; both must be positive"
-            )
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> AlphaEdit:

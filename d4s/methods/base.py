@@ -13,7 +13,7 @@ from torch import Tensor
 from d4s.change.weights import EditedWeights
 from d4s.configuration import Configuration
 from d4s.edits import Edit, check_batch
-from d4s.errors import ConfigError, D4SError, EditError, unknown_name
+from d4s.errors import ConfigError, D4SError, EditError, shown, unknown_name
 from d4s.locate.covariance import Covariance, cached_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig, frozen
@@ -113,11 +113,16 @@ class Method(Configuration, ABC):
 
         Raises ConfigError for a field that does not exist, or a value of the wrong type or out of range.
         """
+        if not isinstance(overrides, Mapping):
+            raise ConfigError(
+                f"config is {shown(overrides)}; must be a mapping of fields of {self.name}, as {{'steps': 30}}, or a "
+                "whole configuration"
+            )
         own = {f.name for f in fields(self) if f.init}
         inner = {f.name for f in fields(TargetConfig)} if "target" in own else set()
         for name in overrides:
             if name not in own | inner:
-                raise ConfigError(unknown_name(f"field of {self.name}", name, own | inner))
+                raise ConfigError(unknown_name(f"field of {self.name}", str(name), own | inner))
         direct = {k: v for k, v in overrides.items() if k in own}
         for name in ("layers", "context_lengths", "modules"):
             if name in direct:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from d4s.change.closed_form import Prior
-from d4s.errors import ConfigError
+from d4s.configuration import Above
 from d4s.methods.base import Workbench
 from d4s.methods.locate_then_edit import LocateMethod
 from d4s.methods.memit import MEMITEditor
@@ -27,12 +27,9 @@ class EMMET(LocateMethod):
     changes: ClassVar[str] = "one MLP output projection"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
 
-    epsilon: Annotated[float, "ε, the slack of the equality: the prior weighs ελ"] = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epsilon <= 0:
-            raise ConfigError(f"epsilon is {self.epsilon}, must be positive (0 would be ROME)")
+    epsilon: Annotated[
+        float, "ε, the slack of the equality: the prior weighs ελ", Above(0, "0 would be ROME")
+    ] = 0.1
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> EMMET:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from d4s.change.closed_form import Prior
-from d4s.errors import ConfigError
+from d4s.configuration import AtLeast
 from d4s.locate.targets import TargetConfig
 from d4s.methods.base import Workbench
 from d4s.methods.d4s import D4SEditor
@@ -28,12 +28,7 @@ class ENCORE(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     not_published: ClassVar[tuple[str, ...]] = ("gpt-j-6b",)
 
-    norm_weight: Annotated[float, "λ_n, the weight of the identity beside the prior"] = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.norm_weight < 0:
-            raise ConfigError(f"norm_weight (λ_n) is {self.norm_weight}, must be 0 or more")
+    norm_weight: Annotated[float, "λ_n, the weight of the identity beside the prior", AtLeast(0)] = 10.0
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> ENCORE:

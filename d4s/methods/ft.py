@@ -19,8 +19,8 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
 from d4s.methods.published import MODELS, model_key, one_layer
@@ -36,16 +36,9 @@ class FTM(Method):
     from_last: ClassVar[bool] = False  # score every target token from the prompt's last position
 
     layers: Annotated[tuple[int, ...], "whose W is changed"]
-    learning_rate: Annotated[float, "of Adam"] = 5e-4
-    steps: Annotated[int, "of Adam, at most"] = 25
+    learning_rate: Annotated[float, "of Adam", Above(0)] = 5e-4
+    steps: Annotated[int, "of Adam, at most", AtLeast(1)] = 25
     stop_loss: Annotated[float, "an edit below it is not trained on"] = 1e-2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1 or self.learning_rate <= 0:
-            raise ConfigError(
-                f"steps is {self.steps} and learning_rate {self.learning_rate}; must be ≥ 1 and > 0"
-            )
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> FTM:
@@ -65,12 +58,7 @@ class FTL(FTM):
     paper: ClassVar[str] = "arXiv 2012.00363"
     from_last: ClassVar[bool] = True
 
-    epsilon: Annotated[float, "ε, by how much each weight may move"] = 5e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epsilon <= 0:
-            raise ConfigError(f"epsilon is {self.epsilon}, must be positive (ft-m has no bound)")
+    epsilon: Annotated[float, "ε, by how much each weight may move", Above(0, "ft-m has no bound")] = 5e-4
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> FTL:

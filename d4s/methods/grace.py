@@ -23,8 +23,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from d4s.configuration import Above, AtLeast, Length
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.published import model_key
@@ -40,23 +40,14 @@ class GRACE(Method):
     changes: ClassVar[str] = "no weight: a codebook around one layer"
     not_published: ClassVar[tuple[str, ...]] = ("llama-3-8b",)
 
-    layers: Annotated[tuple[int, ...], "the one that is wrapped"]
+    layers: Annotated[tuple[int, ...], "the one that is wrapped", Length(1, "one layer is wrapped")]
     module: Annotated[Literal["mlp_input", "mlp_output"], "which projection of the MLP is wrapped"] = (
         "mlp_output"
     )
-    epsilon: Annotated[float, "ε_init, the radius of a new entry"] = 1.0
-    learning_rate: Annotated[float, "of Adam, on an entry's value"] = 1.0
-    steps: Annotated[int, "of Adam, at most"] = 100
+    epsilon: Annotated[float, "ε_init, the radius of a new entry", Above(0)] = 1.0
+    learning_rate: Annotated[float, "of Adam, on an entry's value", Above(0)] = 1.0
+    steps: Annotated[int, "of Adam, at most", AtLeast(1)] = 100
     stop_loss: Annotated[float, "a value is good enough below it"] = 1e-2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epsilon <= 0 or self.steps < 1 or self.learning_rate <= 0:
-            raise ConfigError(
-                f"grace needs epsilon > 0, steps ≥ 1 and learning_rate > 0; got epsilon={self.epsilon}, "
-                f"steps={self.steps}, learning_rate={self.learning_rate}"
-            )
-        _ = self.wrapping  # refuses more layers than one
 
     @property
     def wrapping(self) -> Wrapping:

@@ -28,8 +28,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from d4s.configuration import Above, AtLeast, Below
 from d4s.edits import Edit
-from d4s.errors import ConfigError, ModelError
+from d4s.errors import ModelError
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.published import MODELS, model_key
 from d4s.models.architectures import Anatomy
@@ -47,18 +48,15 @@ class KN(Method):
     not_published: ClassVar[tuple[str, ...]] = MODELS
 
     layers: Annotated[tuple[int, ...], "whose neurons are searched"]
-    steps: Annotated[int, "m, of the integral"] = 20
-    threshold: Annotated[float, "neurons above it are kept, of the largest attribution"] = 0.2
-    share: Annotated[float, "of the texts that must agree on a neuron"] = 0.7
+    steps: Annotated[
+        int, "m, of the integral", AtLeast(2, "one step is a gradient at one point, not an integral")
+    ] = 20
+    threshold: Annotated[
+        float, "neurons above it are kept, of the largest attribution", Above(0), Below(1)
+    ] = 0.2
+    share: Annotated[float, "of the texts that must agree on a neuron", AtLeast(0), Below(1)] = 0.7
     # The paraphrases that the edit brings are often those it is tested with.
     paraphrases: Annotated[bool, "ask them too; false: the prompt alone"] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 2:
-            raise ConfigError(f"steps is {self.steps}; one step is a gradient at one point, not an integral")
-        if not 0 < self.threshold < 1 or not 0 <= self.share < 1:
-            raise ConfigError(f"threshold={self.threshold} and share={self.share} must be between 0 and 1")
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> KN:

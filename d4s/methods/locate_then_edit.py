@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from d4s.change.closed_form import Prior
+from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.locate.kept_targets import target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
@@ -32,17 +32,13 @@ class TargetMethod(Method):
     layers: Annotated[tuple[int, ...], "whose W is changed; targets are those of the last"]
     target: TargetConfig = field(default_factory=TargetConfig)
     contexts: Annotated[
-        int, "generated contexts a seed word (five words), of each length; 0: the bare prompt alone"
+        int,
+        "generated contexts a seed word (five words), of each length; 0: the bare prompt alone",
+        AtLeast(0),
     ] = 1
-    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included"] = (10,)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contexts < 0 or min(self.context_lengths, default=1) < 1:
-            raise ConfigError(
-                f"contexts={self.contexts} must be 0 or more, and context_lengths={list(self.context_lengths)} "
-                "1 or more each"
-            )
+    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included", AtLeast(1)] = (
+        10,
+    )
 
     def prefixes(self, bench: Workbench) -> tuple[str, ...]:
         """The generated contexts."""
@@ -54,18 +50,13 @@ class LocateMethod(TargetMethod):
     """And with the prior λC."""
 
     prior_weight: Annotated[
-        float | None, "λ, the weight of the prior C; None: by the share of an edit that arrives"
+        float | None, "λ, the weight of the prior C; None: by the share of an edit that arrives", Above(0)
     ] = 15_000.0
     ridge: Annotated[
-        float, "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular"
+        float,
+        "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular",
+        AtLeast(0),
     ] = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prior_weight is not None and self.prior_weight <= 0:
-            raise ConfigError(f"prior_weight (λ) is {self.prior_weight}, must be positive")
-        if self.ridge < 0:
-            raise ConfigError(f"ridge is {self.ridge}, must be 0 or more")
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> Method:

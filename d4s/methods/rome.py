@@ -18,8 +18,8 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from d4s.change.closed_form import Prior
+from d4s.configuration import AtLeast, Length
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.locate.targets import TargetConfig, Targets
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, TargetMethod, step_of
@@ -35,19 +35,26 @@ class ROME(TargetMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     bare_key: ClassVar[bool] = True  # k of the bare prompt beside u of k̄: the released code's flaw
 
+    layers: Annotated[
+        tuple[int, ...],
+        "whose W is changed; targets are those of the last",
+        Length(1, "one layer is changed"),
+    ]
     contexts: Annotated[
-        int, "generated contexts a seed word (five words), of each length; 0: the bare prompt alone"
+        int,
+        "generated contexts a seed word (five words), of each length; 0: the bare prompt alone",
+        AtLeast(0),
     ] = 2
-    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included"] = (5, 10)
+    context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included", AtLeast(1)] = (
+        5,
+        10,
+    )
     ridge: Annotated[
-        float, "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular"
+        float,
+        "added to C, relative to mean(diag C), where a small corpus leaves C nearly singular",
+        AtLeast(0),
     ] = 0.0
     identity_covariance: Annotated[bool, "take the identity for C"] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.layers) != 1:
-            raise ConfigError(f"layers={list(self.layers)}: {self.name} changes one layer")
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> ROME:

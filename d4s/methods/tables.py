@@ -13,18 +13,6 @@ from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS
 from d4s.methods.published import describe
 
-_TARGET_MEANINGS = {
-    "steps": "of a target's search, at most",
-    "learning_rate": "of a target's search (Adam)",
-    "weight_decay": "weight of ‖δ‖ / ‖v0‖²",
-    "clamp": "‖δ‖ is at most this times ‖v0‖",
-    "kl_factor": "weight of the KL divergence of what follows the subject alone",
-    "stop_loss": "a search ends below it",
-    "stop_after_argmax": "a search ends so many steps after the target is the argmax in every context",
-    "settled_nll_factor": "on the target's NLL once the target is the argmax in every context",
-    "settled_kl": "a search ends below it once the target is the argmax in every context",
-}
-
 
 def overview() -> str:
     """A line a method: name, paper, what it changes, what it needs, how it is undone."""
@@ -77,9 +65,7 @@ def _fields(cls: Any) -> list[tuple[str, str, str]]:
         if field.name == "target":
             rows += _fields(TargetConfig)
             continue
-        said = getattr(hints[field.name], "__metadata__", ())
-        if not said and cls is TargetConfig:
-            said = (_TARGET_MEANINGS.get(field.name, ""),)
+        said = [text for text in getattr(hints[field.name], "__metadata__", ()) if isinstance(text, str)]
         rows.append((field.name, _default(field), " ".join(said)))
     return rows
 
