@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,12 @@ def test_every_import_is_seen_wherever_it_stands():
 def test_the_list_of_rooms_is_that_of_the_folder():
     """Every file of d4s has a place in the order, and every place is a file or folder."""
     assert sorted({room_of(place) for place in FILES} - {"__init__", "__main__"}) == sorted(ROOMS)
+
+
+def test_the_tree_that_is_told_is_the_order():
+    told = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    tree = told[told.index("\nd4s/\n") : told.index("\npython_tests/ ")]
+    assert tuple(re.findall(r"^  (\w+)", tree, re.MULTILINE)) == ROOMS
 
 
 def test_a_room_imports_only_rooms_that_stand_before_it():
