@@ -2,6 +2,7 @@
 #
 #   make style      formatters, linters, types
 #   make test       every test
+#   make docs       links, images and files that the documents name; the examples
 #   make bench      every op and whole sequences, timed against their baselines
 #   make sanitize   the tests of the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer: the first
 #                   access outside of an array, use of freed memory or undefined step ends the run with its line.
@@ -14,13 +15,16 @@ PYTHON ?= python
 SANITIZED := $(CURDIR)/build/sanitize
 CHECKED ?= ops/test_ops.py change/test_weights.py change/test_closed_form.py
 
-.PHONY: style test bench sanitize
+.PHONY: style test docs bench sanitize
 
 style:
 	$(PYTHON) -m pytest -q python_tests/test_style.py
 
 test:
 	$(PYTHON) -m pytest
+
+docs:
+	$(PYTHON) -m pytest -q python_tests/test_docs.py python_tests/test_examples.py
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-enable

@@ -22,10 +22,7 @@ from d4s.edits.spacing import Target
 from d4s.errors import ConfigError, unknown_name
 from d4s.files import finite_or_none, write_json
 from d4s.measure.columns import METRICS, THREE, column
-from d4s.measure.columns import is_share as is_share  # the command line and studies ask here
-from d4s.measure.columns import spelled as spelled
 from d4s.measure.row import Ask, Recorder, Row, mean
-from d4s.measure.statistics import RESAMPLES as RESAMPLES
 from d4s.measure.statistics import resampled_means
 from d4s.models import generation
 from d4s.models.generation import TermWeights, Written

@@ -1,7 +1,7 @@
 """Architectures as data: where in each model type the blocks, the edited projection and the attention output are.
 
-To add one, add a row to `ARCHITECTURES` and a tiny configuration to `python_tests/tiny.py`; tests then build a random
-model of that type, check the row, and edit, score, save and restore the model.
+To add one, add a row to `ARCHITECTURES` and a tiny configuration to `python_tests/support/tiny.py`; tests then build
+a random model of that type, check the row, and edit, score, save and restore the model.
 """
 
 from __future__ import annotations

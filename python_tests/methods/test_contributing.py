@@ -16,7 +16,7 @@ import d4s
 from d4s.methods.tables import about
 from d4s.models.prompts import prompt_and_target_ids
 
-PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING-method.md"
+PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 
 
 @pytest.fixture

@@ -93,18 +93,6 @@ def test_the_edits_are_made_and_nothing_else_is_changed(device, seed):
     assert evaluate(model, tiny_tokenizer(), EDITS).rows[0]["nll_new"] == first.rows[0]["nll_new"]
 
 
-def test_figures_right_after_each_step_are_kept_apart_from_the_current_ones(seed):
-    model, covariance = ready(seed)
-    result = sequence(model, covariance, evaluate_every=1)
-    for name in ("efficacy", "paraphrase"):
-        fresh = [e.rows[-1][name] for e in result.evaluations[1:]]
-        for made, row in enumerate(result.history[1:], 1):
-            assert row[f"original_{name}"] == pytest.approx(sum(fresh[:made]) / made)
-        assert f"original_{name}" not in result.history[0]
-    plain = sequence(tiny_model("gpt2", seed), covariance, evaluate_every=3, original=False)
-    assert not any("original" in name for row in plain.history for name in row)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_the_history_are_those_of_the_weights(dtype, seed):
     model, covariance = ready(seed, dtype=dtype)
@@ -201,22 +189,6 @@ def test_a_result_that_save_did_not_write_is_refused(tmp_path):
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(DataError, match=r"r\.json: not what Result\.save wrote"):
             Record.load(tmp_path / "r.json")
-
-
-def test_forgetting_follows_each_stretch_of_edits(seed):
-    model, covariance = ready(seed)
-    result = sequence(model, covariance, batch_size=2, evaluate_every=3)
-    points = [4, 6, 7]
-    for metric in ("efficacy", "target_probability"):
-        matrix = result.forgetting(metric)
-        assert list(matrix.index) == list(matrix.columns) == points
-        for i, (begin, made) in enumerate([(0, 4), (4, 6), (6, 7)]):
-            for t, tested in enumerate(points):
-                if t < i:
-                    assert pandas.isna(matrix.loc[made, tested])
-                else:
-                    values = [r[metric] for r in result.evaluations[t + 1].rows[begin:made]]
-                    assert matrix.loc[made, tested] == pytest.approx(sum(values) / len(values))
 
 
 def test_the_same_seed_gives_the_same_result(seed):
@@ -331,17 +303,6 @@ def test_a_failure_may_end_the_sequence_with_its_result(monkeypatch, seed):
         assert row[f"l1_norm.{i}"] == pytest.approx(
             float(Anatomy(model).weight(i).detach().double().abs().mean()), rel=1e-9
         )
-
-
-def test_the_unedited_level_of_a_row_is_of_the_same_edits(seed):
-    model, covariance = ready(seed)
-    result = sequence(model, covariance, evaluate_every=2)
-    before = result.evaluations[0].rows
-    for row in result.history[1:]:
-        same = [r["efficacy"] for r in before[: row["step"]] if "efficacy" in r]
-        assert row["efficacy.unedited"] == pytest.approx(sum(same) / len(same))
-        assert [r["id"] for r in before[: row["step"]]] == [e.id for e in EDITS[: row["step"]]]
-    assert "efficacy.unedited" not in result.history[0]
 
 
 def test_the_unedited_level_is_of_the_same_neighbours(seed):
