@@ -213,7 +213,8 @@ def test_the_command_line_loads_nothing_slow_before_a_verb_runs():
         "import d4s.cli\n"
         "loaded = {name for name in set(sys.modules) - before if not name.startswith('d4s.cli')}\n"
         "assert not loaded & {'matplotlib', 'pandas', 'lm_eval', 'transformers'}, loaded\n"
-        "assert not [name for name in loaded if name.startswith('d4s')], loaded\n"
+        "names = {'d4s.study', 'd4s.study.paper', 'd4s.study.paper.protocols'}  # of tables and figures, as data\n"
+        "assert not [name for name in loaded - names if name.startswith('d4s')], loaded\n"
     )
     ended = run(sys.executable, "-c", script)
     assert ended.returncode == 0, ended.stderr

@@ -12,7 +12,7 @@ from torch import nn
 from d4s.edits import Edit, Question
 from d4s.errors import ConfigError, ModelError
 from d4s.locate.targets import TargetConfig
-from d4s.measure import metrics
+from d4s.measure import row
 from d4s.measure.metrics import evaluate, take_baseline
 from d4s.models.architectures import Anatomy, Architecture, architecture_of
 from d4s.models.readiness import check_ready
@@ -57,7 +57,7 @@ def test_a_model_that_says_nan_in_float16_is_told_the_type_that_works_before_any
     assert all(torch.isfinite(p.half()).all() for p in model.parameters())
     check_ready(copy.deepcopy(model).to(torch.bfloat16), tiny_tokenizer(), EDITS)
     half = copy.deepcopy(model).half()
-    monkeypatch.setattr(metrics, "score", lambda *a, **k: pytest.fail("asked"))
+    monkeypatch.setattr(row, "score", lambda *a, **k: pytest.fail("asked"))
     for call in (
         lambda: edit_sequence(half, tiny_tokenizer(), EDITS, **FAST),
         lambda: take_baseline(half, tiny_tokenizer(), EDITS),

@@ -14,9 +14,10 @@ from support.tiny import tiny_tokenizer
 from d4s import cli, save_edits
 from d4s.edits import Edit
 from d4s.errors import ConfigError
-from d4s.methods import locate_then_edit, rome
+from d4s.methods import locate_then_edit
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
+from d4s.methods.rome import ROME
 from d4s.study.paper.protocols import PROTOCOLS
 from d4s.study.paper.reproduce import reproduce, statements_of
 from d4s.study.paper.setting import points
@@ -42,23 +43,21 @@ QUESTIONS = tuple(dataclasses.replace(edit, kind="question") for edit in FACTS)
 def quick(monkeypatch):
     """Two steps an edit, strong enough to do harm."""
 
-    def fast(plain):
-        def preset(anatomy):
-            fields = plain(anatomy)
-            target = dataclasses.replace(
-                fields["target"], steps=2, learning_rate=2.0, clamp=20.0, weight_decay=0.0
-            )
-            return (
-                fields
-                | dict(target=target, contexts=0)
-                | ({} if plain is rome_preset else dict(prior_weight=0.1))
-            )
+    def quickly(target):
+        return dataclasses.replace(target, steps=2, learning_rate=2.0, clamp=20.0, weight_decay=0.0)
 
-        return preset
+    spread, of_rome = locate_then_edit.spread_preset, ROME.preset.__func__
 
-    rome_preset = rome.rome_preset
-    monkeypatch.setattr(locate_then_edit, "spread_preset", fast(locate_then_edit.spread_preset))
-    monkeypatch.setattr(rome, "rome_preset", fast(rome_preset))
+    def quick_spread(anatomy):
+        fields = spread(anatomy)
+        return fields | dict(target=quickly(fields["target"]), contexts=0, prior_weight=0.1)
+
+    def quick_rome(cls, anatomy):
+        plain = of_rome(cls, anatomy)
+        return dataclasses.replace(plain, target=quickly(plain.target), contexts=0)
+
+    monkeypatch.setattr(locate_then_edit, "spread_preset", quick_spread)
+    monkeypatch.setattr(ROME, "preset", classmethod(quick_rome))
 
 
 def run(name, tmp_path, seed, edits=None, **options):
