@@ -24,10 +24,10 @@ ROOMS = (
 FACE, DOOR = "__init__.py", "__main__.py"  # of d4s itself: what it offers, and what `python -m d4s` runs
 
 # What a plain import leaves where it is: each is loaded by the work that needs it.
-LATER = ("matplotlib", "pandas", "lm_eval", "scipy.stats", "plotly", "transformers.modeling_utils")
+LATER = ("matplotlib", "pandas", "lm_eval", "scipy.stats", "plotly", "transformers")
 TRIES = 3
-# Measured: 1.5 times `import torch`; with one of transformers' models 2.9.
-MOST = 2.2
+# Measured: 1.1 times `import torch`; with transformers alone 1.5, with one of its models 2.9.
+MOST = 1.4
 
 
 class Import(NamedTuple):
@@ -171,8 +171,7 @@ def fresh(code: str) -> str:
 def test_a_plain_import_leaves_figures_tables_and_models_where_they_are():
     loaded = fresh("import d4s, sys; print(*sys.modules, sep='\\n')").split()
     heavy = [name for name in loaded if any(name == late or name.startswith(f"{late}.") for late in LATER)]
-    models = [n for n in loaded if n.startswith("transformers.models.") and ".modeling_" in n]
-    assert "d4s.methods" in loaded and not heavy and not models, [*heavy, *models]
+    assert "d4s.methods" in loaded and not heavy, heavy
 
 
 def test_a_plain_import_costs_little_more_than_torch():

@@ -11,6 +11,7 @@ from typing import Any
 
 from d4s.errors import ConfigError
 from d4s.files import check_folder, check_place
+from d4s.models.causal_lm import CausalLM
 
 # Types: what argparse makes of the text of an argument.
 
@@ -178,7 +179,7 @@ def loaded_edits(options: Namespace) -> list[Any]:
     )
 
 
-def loaded_covariance(options: Namespace, model: Any, tokenizer: Any) -> Any:
+def loaded_covariance(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
     """--covariance, or the embedded model's own; None: estimated and cached where a method needs it."""
     from d4s.locate.covariance import Covariance
 
@@ -186,8 +187,9 @@ def loaded_covariance(options: Namespace, model: Any, tokenizer: Any) -> Any:
         return Covariance.load(options.covariance)
     if options.model == "embedded":
         from d4s.embedded.statistics import demo_covariance
+        from d4s.models.architectures import Anatomy
 
-        return demo_covariance(model, tokenizer, layers=tuple(range(len(model.model.layers))))
+        return demo_covariance(model, tokenizer, layers=tuple(range(len(Anatomy(model)))))
     return None
 
 
@@ -214,7 +216,7 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
     return fields or None
 
 
-def task_scores(options: Namespace, model: Any, tokenizer: Any) -> Any:
+def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
     """--tasks: their scores, taken when called; None without."""
     if not options.tasks:
         return None

@@ -14,6 +14,7 @@ from d4s.cli.arguments import count, hide_loading_bars
 from d4s.cli.printing import print_json, words
 from d4s.errors import ConfigError
 from d4s.files import check_folder
+from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(options: Namespace) -> None:
         print_json(figures)
 
 
-def answers(model: Any, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
+def answers(model: CausalLM, tokenizer: Any, edits: list[Edit]) -> list[tuple[str, float, float]]:
     """(what the model says, as long as the longer object, p(new), p(true)) an edit, on its own prompt.
 
     An object's probability is that of all its tokens.

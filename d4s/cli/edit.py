@@ -27,6 +27,7 @@ from d4s.cli.printing import print_json, print_notes, words
 from d4s.errors import D4SError, EditingFailed, EditingInterrupted
 from d4s.files import check_folder, whole, write_table
 from d4s.interrupts import deferred
+from d4s.models.causal_lm import CausalLM
 
 CHANGES = "weights.safetensors"  # in --out, until the model itself is there
 HELP = (
@@ -145,7 +146,7 @@ def _save(result: Any, unedited: str, out: Path) -> None:
     raise D4SError(says)
 
 
-def _save_model(model: Any, tokenizer: Any, path: Path) -> None:
+def _save_model(model: CausalLM, tokenizer: Any, path: Path) -> None:
 
     with whole(path) as beside:
         model.save_pretrained(beside)

@@ -15,6 +15,7 @@ from d4s.edits import Edit
 from d4s.files import write_text
 from d4s.locate.targets import TargetConfig, optimise_targets
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import generate_contexts, prompt_and_target_ids, subject_row
 from d4s.models.scoring import score
 from d4s.models.trace import Trace
@@ -29,7 +30,7 @@ PLACES = (
 
 @torch.no_grad()
 def causal_trace(
-    model: Any, tokenizer: Any, edits: Sequence[Edit], *, noise: float = 3.0, seed: int = 0
+    model: CausalLM, tokenizer: Any, edits: Sequence[Edit], *, noise: float = 3.0, seed: int = 0
 ) -> Tensor:
     """Share of the lost probability of the true object that one restored hidden state brings back.
 
@@ -103,7 +104,7 @@ def causal_trace(
 
 
 def target_nll_by_layer(
-    model: Any, tokenizer: Any, edits: Sequence[Edit], config: TargetConfig, seed: int = 0
+    model: CausalLM, tokenizer: Any, edits: Sequence[Edit], config: TargetConfig, seed: int = 0
 ) -> list[dict[str, float]]:
     """Quantiles of the targets' NLL after optimisation at the subject's last token, a row a block."""
     prefixes = generate_contexts(model, tokenizer, seed=seed)
@@ -116,7 +117,7 @@ def target_nll_by_layer(
     return rows
 
 
-def knowledge(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> dict[str, float]:
+def knowledge(model: CausalLM, tokenizer: Any, edits: Sequence[Edit]) -> dict[str, float]:
     """Share of true objects said greedily: on the edits' own prompts, paraphrases and neighbourhood prompts."""
     kinds = {
         "rewrite prompts": [(e.text, e.target_true or "") for e in edits],
@@ -130,7 +131,7 @@ def knowledge(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> dict[str, fl
     }
 
 
-def write_card(folder: Path, model: Any, tokenizer: Any, edits: Sequence[Edit], command: str) -> None:
+def write_card(folder: Path, model: CausalLM, tokenizer: Any, edits: Sequence[Edit], command: str) -> None:
     """README.md beside the model. edits: those the model was trained to know."""
     recipe = json.loads((folder / "recipe.json").read_text())
     sample = list(edits[:60])

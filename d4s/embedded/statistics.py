@@ -8,10 +8,11 @@ from typing import Any
 from d4s.embedded import folder
 from d4s.embedded.facts import facts_of, read_records
 from d4s.locate.covariance import Covariance, estimate_covariance
+from d4s.models.causal_lm import CausalLM
 
 
 def demo_covariance(
-    model: Any, tokenizer: Any, *, layers: tuple[int, ...], progress: bool = False
+    model: CausalLM, tokenizer: Any, *, layers: tuple[int, ...], progress: bool = False
 ) -> Covariance:
     """Key statistics over sentences of the facts that the embedded model was trained on, in a seeded order."""
     sentences = facts_of(read_records(folder() / "counterfact.json")).sentences

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d4s import ops
 from d4s.errors import CovarianceError, DataError, ModelError
 from d4s.files import check_regular
 from d4s.models.architectures import Anatomy, Architecture, text_config
+from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.models.readiness import check_askable
 from d4s.models.trace import Trace, stopping
@@ -126,7 +127,7 @@ class Covariance:
         return found
 
 
-def fingerprint_of(model: nn.Module, *, exact: bool = True) -> str:
+def fingerprint_of(model: CausalLM, *, exact: bool = True) -> str:
     """Hex digest of the parameters' names, shapes, a few hundred values and the sums of all: one read.
 
     exact: of types and values as they are. Otherwise of the values rounded to bfloat16, so that a model has the same
@@ -168,13 +169,13 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         raise DataError(f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _longest(model: Any) -> int:
+def _longest(model: CausalLM) -> int:
     """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
     return min(LONGEST_TEXT, getattr(text_config(model), "max_position_embeddings", LONGEST_TEXT))
 
 
 @torch.no_grad()
-def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator[list[int]]:
+def _sampled_ids(model: CausalLM, tokenizer: Any, tokens: int, seed: int) -> Iterator[list[int]]:
     """Texts that the model itself says, from its start token on, at temperature 1."""
     device = next(model.parameters()).device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
@@ -200,7 +201,7 @@ def _sampled_ids(model: Any, tokenizer: Any, tokens: int, seed: int) -> Iterator
 
 
 def estimate_covariance(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     corpus: str | os.PathLike[str] | Iterable[str] | None = None,
     *,
@@ -317,7 +318,7 @@ def _add_batch(anatomy: Anatomy, moments: dict[int, Tensor], ids: Tensor, mask: 
 
 
 def cached_covariance(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     layers: Sequence[int],
     *,

@@ -21,25 +21,28 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers import DynamicCache
 
 from d4s.edits import Edit
 from d4s.models.architectures import Anatomy, text_config
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import NOT_MADE_FOR_IT, Calling, positions_of, same_logits
 from d4s.models.prompts import padded, subject_row
 from d4s.models.trace import Trace, first_tensor, head_reads, replaced_forward, stopping
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 logger = logging.getLogger("d4s.locate.request_rows")
 
 Place = Literal["block", "mlp", "attention"]
 # Whether the sparing way agrees with whole rows, by layer and places; found on first use, gone with the model.
-_SPARES: WeakKeyDictionary[nn.Module, dict[tuple[int, tuple[Place, ...]], bool]] = WeakKeyDictionary()
+_SPARES: WeakKeyDictionary[CausalLM, dict[tuple[int, tuple[Place, ...]], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class RequestRows:
         whole: bool = False,
     ) -> None:
         self.anatomy, self.device = anatomy, anatomy.device
-        self.model: Any = anatomy.model
+        self.model: CausalLM = anatomy.model
         self.calling = Calling.of(self.model)
         self.layer, self.places, self.whole = layer, places, whole
         # Blocks 0 … skipped − 1 put out the same whatever δ is.
@@ -187,6 +190,8 @@ class RequestRows:
         mask = added if mask is None else torch.cat([mask, added], 1)
         if width == 0:
             return cache, mask
+        from transformers import DynamicCache  # slow to load
+
         cache = DynamicCache(config=self.model.config) if cache is None else cache
         nothing = torch.zeros(0, dtype=torch.long, device=self.device)
         spared = self._sparing(0, added.reshape(-1).nonzero().squeeze(1), nothing, ids.numel())

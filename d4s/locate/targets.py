@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d4s.configuration import Above, AtLeast, Configuration
 from d4s.edits import Edit
 from d4s.errors import ModelError
 from d4s.locate.request_rows import Place, RequestRows, request_of, spares, width_of
 from d4s.models.architectures import Anatomy, text_config
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
 from d4s.models.prompts import pad_id
 
@@ -135,7 +136,7 @@ def optimise_targets(
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: CausalLM) -> Iterator[None]:
     """No dropout, and no gradient to weights: only δ has one."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     for parameter in wanted:

@@ -20,6 +20,7 @@ import torch
 
 from d4s.errors import ConfigError, DataError
 from d4s.measure.task_files import check_task_files, require_folder, templates_in_a_sandbox
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 
 
@@ -33,7 +34,7 @@ class TaskMetric:
 
 
 def run_tasks(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     tasks: Sequence[str],
     *,
@@ -126,7 +127,7 @@ class TaskScores:
     options: as `run_tasks`
     """
 
-    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[str], **options: Any) -> None:
+    def __init__(self, model: CausalLM, tokenizer: Any, tasks: Sequence[str], **options: Any) -> None:
         self.model, self.tokenizer, self.tasks, self.options = model, tokenizer, tasks, options
 
     @property

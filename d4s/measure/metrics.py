@@ -25,6 +25,7 @@ from d4s.measure.columns import METRICS, THREE, column
 from d4s.measure.row import Ask, Recorder, Row, mean
 from d4s.measure.statistics import resampled_means
 from d4s.models import generation
+from d4s.models.causal_lm import CausalLM
 from d4s.models.generation import TermWeights, Written
 from d4s.models.readiness import check_askable, check_ready
 from d4s.models.scoring import Score
@@ -165,7 +166,7 @@ class Evaluation:
 
 
 def take_baseline(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit],
     *,
@@ -185,7 +186,7 @@ def take_baseline(
 
 
 def evaluate(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit],
     *,
@@ -244,7 +245,7 @@ def evaluate(
     return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
 
 
-def _written(model: Any, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, Written]:
+def _written(model: CausalLM, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, Written]:
     return (
         dict(zip(prompts, generation.generate(model, tokenizer, prompts, **options), strict=True))
         if prompts

@@ -11,6 +11,7 @@ from typing import Any
 from d4s.edits import Edit, Question
 from d4s.edits.spacing import Target
 from d4s.errors import ConfigError
+from d4s.models.causal_lm import CausalLM
 from d4s.models.generation import Written, says
 from d4s.models.scoring import Score, score
 
@@ -31,7 +32,7 @@ class Recorder:
         return _UNKNOWN
 
     def scores(
-        self, model: Any, tokenizer: Any, batch_tokens: int | None, progress: bool
+        self, model: CausalLM, tokenizer: Any, batch_tokens: int | None, progress: bool
     ) -> dict[tuple[str, Target], Score]:
         questions = [(prompt, tuple(targets)) for prompt, targets in self.targets.items()]
         found = score(model, tokenizer, questions, batch_tokens=batch_tokens, progress=progress)

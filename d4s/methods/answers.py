@@ -12,6 +12,7 @@ from torch import Tensor
 from d4s.edits import Edit
 from d4s.edits.spacing import continuation
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, padded, prompt_and_target_ids, text_ids
 from d4s.models.trace import head_reads
@@ -50,14 +51,14 @@ def answer_rows(
     return AnswerRows(ids, mask, torch.as_tensor(last, device=device), row, read, wanted)
 
 
-def log_probabilities(model: Any, ids: Tensor, mask: Tensor, row: Tensor, read: Tensor) -> Tensor:
+def log_probabilities(model: CausalLM, ids: Tensor, mask: Tensor, row: Tensor, read: Tensor) -> Tensor:
     """log p at each (row, read), where alone the head runs. [reads, vocabulary] float32."""
     with head_reads(model, row, read):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[0].float().log_softmax(-1)
 
 
-def answer_losses(model: Any, rows: AnswerRows) -> Tensor:
+def answer_losses(model: CausalLM, rows: AnswerRows) -> Tensor:
     """Mean over each row's target tokens of −log p. [rows] float32, with a gradient where there is one."""
     log_p = log_probabilities(model, rows.ids, rows.mask, rows.row, rows.read)
     nll = -log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)

@@ -18,6 +18,7 @@ from d4s.locate.covariance import Covariance, cached_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig, frozen
 from d4s.models.architectures import Anatomy, Architecture
+from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import generate_contexts, prompt_and_target_ids
 
 
@@ -32,7 +33,7 @@ class Workbench:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Any,
         *,
         covariance: Covariance | None = None,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabil
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 from d4s.models.codebook import Codebook, WrappedLayer, Wrapping
 from d4s.models.trace import Trace, replaced_forward
 
@@ -78,7 +79,7 @@ class GRACEEditor(Editor):
         super().__init__(method, bench, method.layers)
         self.wrapped = WrappedLayer(self.anatomy, method.wrapping, asdict(method))
         self.layer, self.module = self.wrapped.layer, self.wrapped.module
-        self.model: Any = self.anatomy.model
+        self.model: CausalLM = self.anatomy.model
 
     @property
     def codebook(self) -> Codebook:

@@ -34,6 +34,7 @@ from d4s.errors import ModelError
 from d4s.methods.base import Editor, Method, Step, Workbench, not_optimised
 from d4s.methods.published import MODELS, model_key
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Calling, Forward
 from d4s.models.prompts import prompt_and_target_ids, text_ids
 from d4s.models.trace import Trace, head_reads, replaced_forward
@@ -74,7 +75,7 @@ class KN(Method):
 class KNEditor(Editor):
     def __init__(self, method: KN, bench: Workbench) -> None:
         super().__init__(method, bench, method.layers)
-        model: Any = self.anatomy.model
+        model: CausalLM = self.anatomy.model
         self.embeddings: Tensor = model.get_output_embeddings().weight
         width, d_out = self.embeddings.shape[1], self.anatomy.shape(method.layers[0])[0]
         if width != d_out:
@@ -128,7 +129,7 @@ class KNEditor(Editor):
         The tokens before it run once, as a KV cache: what is done at the last one cannot reach them.
         last: the forward of the layer's projection at the last token alone, on [rows, 1, d_in]; None: its own
         """
-        model: Any = self.anatomy.model
+        model: CausalLM = self.anatomy.model
         calling, projection = Calling.of(model), self.anatomy.projection(layer)
         mask = torch.ones(rows, len(ids), dtype=torch.long, device=self.anatomy.device)
         tokens = torch.as_tensor([list(ids)], device=self.anatomy.device).expand(rows, -1)

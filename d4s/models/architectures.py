@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from d4s.errors import ConfigError, ModelError, unknown_name
+from d4s.models.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def text_config(model: nn.Module) -> Any:
+def is_projection(module: nn.Module | None) -> bool:
+    """Whether it holds a W that can be edited."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module | None) -> bool:
+    from transformers.pytorch_utils import Conv1D  # here, since transformers is slow to load
+
+    return isinstance(module, Conv1D)
+
+
+def text_config(model: CausalLM) -> Any:
     """The configuration of the model's language part: its own, but for a model that sees or hears as well."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -154,7 +165,7 @@ def check_bare(model: object) -> None:
             )
 
 
-def check_on_a_device(model: nn.Module) -> None:
+def check_on_a_device(model: CausalLM) -> None:
     """Raises ModelError if the model is spread over several devices, or its weights are on none."""
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
@@ -163,7 +174,7 @@ def check_on_a_device(model: nn.Module) -> None:
         )
 
 
-def architecture_of(model: nn.Module, architecture: Architecture | None = None) -> Architecture:
+def architecture_of(model: CausalLM, architecture: Architecture | None = None) -> Architecture:
     """The row for `model.config.model_type`, or `architecture` itself; checked against the model.
 
     Raises ModelError for an unknown type, or where a path does not lead to a module.
@@ -208,7 +219,7 @@ class Anatomy:
     Raises ModelError as `architecture_of`.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture | None = None) -> None:
+    def __init__(self, model: CausalLM, architecture: Architecture | None = None) -> None:
         self.model = model
         self.architecture = architecture_of(model, architecture)
         self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
@@ -228,10 +239,8 @@ class Anatomy:
                 module = other.projection(layer)
             except ModelError:
                 module = None
-            if not isinstance(module, nn.Linear | Conv1D):
-                linear = (
-                    n for n, m in self.blocks[layer].named_modules() if isinstance(m, nn.Linear | Conv1D)
-                )
+            if not is_projection(module):
+                linear = (n for n, m in self.blocks[layer].named_modules() if is_projection(m))
                 raise ConfigError(
                     unknown_name(f"projection of {self.architecture.blocks}.{layer}", path, linear)
                 )
@@ -304,7 +313,7 @@ class Anatomy:
 
     def transposed(self, layer: int) -> bool:
         """True where W is stored [d_in, d_out] (GPT-2's Conv1D)."""
-        return isinstance(self.projection(layer), Conv1D)
+        return _is_conv1d(self.projection(layer))
 
     def weight_name(self, layer: int) -> str:
         """Name of W in the model's state dict."""

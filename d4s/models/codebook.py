@@ -32,6 +32,7 @@ from d4s.configuration import Configuration
 from d4s.errors import ConfigError, D4SError, ModelError
 from d4s.files import whole
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 
 CODEBOOK_FILE = "grace_codebook.safetensors"
 MARGIN = 1e-5  # between two radii that meet
@@ -162,7 +163,7 @@ class WrappedLayer:
         anatomy.check_layers(wrapping.layers)
         wanted = {"mlp_input": anatomy.mlp_input, "mlp_output": anatomy.projection}
         self.module: Any = wanted[wrapping.module](self.layer)
-        self.model: Any = anatomy.model
+        self.model: CausalLM = anatomy.model
         self._hook: Any = None
         self.reset()
 
@@ -185,7 +186,7 @@ class WrappedLayer:
             self._hook = self.module.register_forward_hook(
                 lambda _module, arguments, output: self.codebook.answer(arguments[0], output)
             )
-            self.model.save_pretrained = self.save_pretrained
+            vars(self.model)["save_pretrained"] = self.save_pretrained
 
     def detach(self) -> None:
         """The layer is itself again; the codebook stays as it is."""
@@ -212,7 +213,7 @@ class WrappedLayer:
 _SEARCH = frozenset({"learning_rate", "steps", "stop_loss"})
 
 
-def load_codebook(model: Any, folder: str | os.PathLike[str]) -> WrappedLayer:
+def load_codebook(model: CausalLM, folder: str | os.PathLike[str]) -> WrappedLayer:
     """Attaches to a model, loaded from `folder`, the codebook that its `save_pretrained` has written there.
 
     Raises ModelError if the file is not such a codebook, or another model's.

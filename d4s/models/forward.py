@@ -17,10 +17,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d4s.errors import ModelError
 from d4s.models.architectures import text_config
+from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import padded
 from d4s.models.trace import head_reads
 from d4s.progress import progress_bar
@@ -32,7 +33,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 # What a model raises whose cache is of another kind, or whose modules are not called as others' are.
 NOT_MADE_FOR_IT = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 # Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
-_CACHED_WAY: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_CACHED_WAY: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Calling:
     positions: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> Calling:
+    def of(cls, model: CausalLM) -> Calling:
         # torch.compile's wrapper takes anything, and hands it on to the model inside.
         accepted = signature(getattr(model, "_orig_mod", model).forward).parameters
         rest = any(one.kind is Parameter.VAR_KEYWORD for one in accepted.values())
@@ -104,7 +105,7 @@ class Forward:
     fill: a token id for padded positions; they are masked, so any will do
     """
 
-    def __init__(self, model: nn.Module, fill: int) -> None:
+    def __init__(self, model: CausalLM, fill: int) -> None:
         self.model, self.fill = model, fill
         self.calling = Calling.of(model)
         self.device = next(model.parameters()).device
@@ -198,7 +199,7 @@ class Forward:
         return same_logits(self.model, cached, whole)
 
 
-def same_logits(model: nn.Module, found: Tensor, right: Tensor) -> bool:
+def same_logits(model: CausalLM, found: Tensor, right: Tensor) -> bool:
     """Whether two ways of a model to the same logits [reads, vocabulary] differ by rounding alone."""
     weight = next(model.parameters())
     exact = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
@@ -213,7 +214,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
     """Evaluation mode, and back to what it was."""
     training = model.training
     model.eval()
@@ -223,7 +224,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def most_tokens(model: nn.Module, batch_tokens: int | None) -> int:
+def most_tokens(model: CausalLM, batch_tokens: int | None) -> int:
     """Tokens that go through the model together: as asked, or by the device."""
     if batch_tokens is not None:
         return batch_tokens

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from d4s.errors import ConfigError
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating, most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, text_ids
 
@@ -35,7 +36,7 @@ class Written:
 
 
 def generate(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
@@ -118,13 +119,13 @@ def generate(
 
 
 def generate_greedy(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32, **options: Any
+    model: CausalLM, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 32, **options: Any
 ) -> list[str]:
     """The texts alone of greedy generation up to an end token or line break; options as `generate`."""
     return [w.text for w in generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)]
 
 
-def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _end_ids(model: CausalLM, tokenizer: Any) -> frozenset[int]:
     """The ids that end a text, as the tokenizer and the model's generation settings name them."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = {*(named if isinstance(named, (list, tuple)) else [named]), tokenizer.eos_token_id}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from d4s.edits.spacing import Target, continuation
 from d4s.errors import EditError, TokenizerError
+from d4s.models.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
 
@@ -142,6 +145,8 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: Target = ""
 
 def sampling_config(tokenizer: Any, **settings: Any) -> GenerationConfig:
     """Settings of `model.generate`: these, the tokenizer's start, end and padding ids, and the library's defaults."""
+    from transformers import GenerationConfig  # slow to load
+
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -151,7 +156,7 @@ def sampling_config(tokenizer: Any, **settings: Any) -> GenerationConfig:
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, ids: Tensor, **settings: Any) -> Tensor:
+def sample(model: CausalLM, tokenizer: Any, ids: Tensor, **settings: Any) -> Tensor:
     """What the model writes behind rows of ids, drawn from its own probabilities unless settings say otherwise.
 
     ids: [rows, width] int64, without padding
@@ -173,7 +178,7 @@ def sample(model: Any, tokenizer: Any, ids: Tensor, **settings: Any) -> Tensor:
 
 @torch.no_grad()
 def generate_contexts(
-    model: Any, tokenizer: Any, *, per_seed: int = 1, length: int = 10, seed: int = 0
+    model: CausalLM, tokenizer: Any, *, per_seed: int = 1, length: int = 10, seed: int = 0
 ) -> tuple[str, ...]:
     """Short texts that the model itself continues the five seeds with, as prefixes "… . " of a prompt.
 

@@ -10,20 +10,21 @@ import torch
 from d4s.edits import Edit
 from d4s.errors import ModelError
 from d4s.models.architectures import check_bare, check_on_a_device
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating
 from d4s.models.prompts import pad_id, text_ids
 
 _WORDS = "The capital of"  # said to a model where there are no edits
 
 
-def check_ready(model: Any, tokenizer: Any, edits: Sequence[Edit] = ()) -> None:
+def check_ready(model: CausalLM, tokenizer: Any, edits: Sequence[Edit] = ()) -> None:
     """Raises ModelError unless the unedited model can be asked, and its weights and logits are finite."""
     check_askable(model, tokenizer, edits)
     check_finite(model)
     check_logits(model, tokenizer, edits[0].text if edits else _WORDS)
 
 
-def check_askable(model: Any, tokenizer: Any, edits: Sequence[Edit] = ()) -> None:
+def check_askable(model: CausalLM, tokenizer: Any, edits: Sequence[Edit] = ()) -> None:
     """Raises ModelError unless the model is a bare one, on one device, with an embedding for each token of the edits.
 
     What it says may be NaN: editing can bring a model to that, and its figures then say so.
@@ -33,7 +34,7 @@ def check_askable(model: Any, tokenizer: Any, edits: Sequence[Edit] = ()) -> Non
     check_vocabulary(model, tokenizer, edits)
 
 
-def check_finite(model: Any) -> None:
+def check_finite(model: CausalLM) -> None:
     """Raises ModelError if any weight holds NaN or infinity: nothing the model says then means anything."""
     for name, weight in model.named_parameters():
         # Quantised weights are left to `Anatomy.check_finite`, which refuses them where they are to be edited.
@@ -47,7 +48,7 @@ def check_finite(model: Any) -> None:
             )
 
 
-def check_logits(model: Any, tokenizer: Any, text: str) -> None:
+def check_logits(model: CausalLM, tokenizer: Any, text: str) -> None:
     """Raises ModelError if the model's logits after the text are not finite: its type of number is too small for it."""
     (ids,) = text_ids(tokenizer, (text,))
     if not ids:
@@ -68,7 +69,7 @@ def check_logits(model: Any, tokenizer: Any, text: str) -> None:
     )
 
 
-def check_vocabulary(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
+def check_vocabulary(model: CausalLM, tokenizer: Any, edits: Sequence[Edit]) -> None:
     """Raises ModelError for a token of the edits that the model has no embedding for: one added to its tokenizer."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from d4s.edits.spacing import Target, continuation
 from d4s.errors import ConfigError, TokenizerError
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating, most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, prompt_and_target_ids, start_ids, text_ids
 
@@ -65,7 +66,7 @@ class _Question:
 
 
 def score(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     questions: Sequence[tuple[str, Sequence[Target]]],
     *,
@@ -202,7 +203,7 @@ def _score(target: Ids, readings: Iterator[tuple[float, int]]) -> Score:
 
 
 def perplexity(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     texts: Sequence[str],
     *,

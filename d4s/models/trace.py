@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from d4s.models.causal_lm import CausalLM
+
 
 class _Stop(Exception):
     """Ends a forward pass after the last module that is of interest. Never leaves `stopping`."""
@@ -86,7 +88,7 @@ def replaced_forward(replacements: dict[nn.Module, Callable[..., Any]]) -> Itera
 
 
 @contextmanager
-def head_reads(model: nn.Module, rows: Tensor, positions: Tensor) -> Iterator[bool]:
+def head_reads(model: CausalLM, rows: Tensor, positions: Tensor) -> Iterator[bool]:
     """The output head sees hidden[rows, positions] as one sequence: logits come out [1, len(rows), vocabulary].
 
     Soft-caps and scales after the head stay the model's business. Yields False where the model names no head, and

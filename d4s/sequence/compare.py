@@ -24,6 +24,7 @@ from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Anatomy, Architecture
+from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
 from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.observers import Observer
@@ -36,7 +37,7 @@ Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
 
 
 def compare(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit],
     methods: Configs = ("d4s", "memit"),
@@ -285,11 +286,11 @@ def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
     return configured
 
 
-def weights_digest(model: Any) -> str:
+def weights_digest(model: CausalLM) -> str:
     """Hex digest of every bit of every parameter."""
     digest = hashlib.blake2b()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
         flat = parameter.detach().reshape(-1).cpu().contiguous()
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -20,6 +20,7 @@ from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import Editor, Method, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Architecture
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.prompts import subject_row
 from d4s.models.readiness import check_ready
@@ -39,7 +40,7 @@ class Result(Record):
     baseline: the unedited model's answers
     """
 
-    model: Any
+    model: CausalLM
     edits: tuple[Edit, ...]
     editor: Editor
     baseline: Baseline
@@ -84,7 +85,7 @@ def consolidate(result: Result) -> None:
 
 
 def edit_sequence(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit],
     *,

@@ -12,6 +12,7 @@ from d4s.errors import D4SError, DataError, ModelError
 from d4s.locate.covariance import fingerprint_of
 from d4s.methods import Workbench
 from d4s.methods.grace import GRACE, GRACEEditor
+from d4s.models.causal_lm import CausalLM
 from d4s.sequence.run import Result
 from d4s.tensor_files import load_tensors, save_tensors
 
@@ -35,7 +36,7 @@ def save_changes(result: Result, fingerprint: str, path: str | os.PathLike[str])
     save_tensors(path, tensors, {"format": FORMAT, "unedited": fingerprint, "grace": json.dumps(grace)})
 
 
-def load_changes_(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
+def load_changes_(model: CausalLM, tokenizer: Any, path: str | os.PathLike[str]) -> None:
     """Makes the unedited model, in place, what it was when `save_changes` wrote the file.
 
     Raises ModelError if the model is not the one that was edited, DataError if the file is not such a file; the
@@ -69,7 +70,7 @@ def load_changes_(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> N
             own[name].copy_(tensor)
 
 
-def bytes_of(model: Any) -> int:
+def bytes_of(model: CausalLM) -> int:
     """What the model takes on disk: its parameters and buffers, each once."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -13,6 +13,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import Method, Step, Workbench, method_for
 from d4s.methods.locate_then_edit import EDITS_AHEAD, Ahead, LocateEditor, TargetMethod, step_of
 from d4s.models.architectures import Architecture
+from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.readiness import check_ready
 from d4s.progress import progress_bar
@@ -32,7 +33,7 @@ def check_targets(bench: Workbench, method: TargetMethod) -> None:
 
 
 def search_targets(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit],
     *,

@@ -23,6 +23,7 @@ from d4s.figures.tables import frame_lines
 from d4s.files import finite_or_none, write_table
 from d4s.locate.covariance import Covariance
 from d4s.measure.statistics import RESAMPLES, correlation, mcnemar
+from d4s.models.causal_lm import CausalLM
 from d4s.models.scoring import score
 from d4s.sequence.compare import Configs, compare
 from d4s.sequence.comparison import Comparison
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 FORMS = ("true_false", "multiple_choice", "directly_generated")
 
 
-def target_surprise(model: Any, tokenizer: Any, edits: Sequence[Edit], seed: int = 0) -> dict[str, float]:
+def target_surprise(
+    model: CausalLM, tokenizer: Any, edits: Sequence[Edit], seed: int = 0
+) -> dict[str, float]:
     """How surprising the edits' targets are to the model as it is.
 
     perplexity: exp of the mean over edits of the target's mean token NLL, with its bootstrap interval
@@ -237,7 +240,7 @@ def plot_decline(history: DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def analyze_data(
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Sequence[Edit] | Mapping[str, Sequence[Edit]],
     methods: Configs = ("rome", "memit"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import erf, erfinv
 
 from d4s.errors import ConfigError
+from d4s.measure.columns import layers
 from d4s.sequence.record import Record
 
 Floats = NDArray[numpy.float64]
@@ -223,7 +224,7 @@ def estimate_remaining(
 
 def _square(row: Mapping[str, Any]) -> float:
     """‖W − W0‖² over all edited layers; NaN where a stored one was not finite."""
-    norms = [v for k, v in row.items() if k.startswith("delta_norm.")]
+    norms = [row[name] for name in layers(row, "delta_norm.<layer>").values()]
     return math.nan if None in norms else sum(v * v for v in norms)
 
 

@@ -16,6 +16,7 @@ from d4s.errors import ConfigError
 from d4s.figures.plots import plot_lines
 from d4s.figures.tables import frame_lines
 from d4s.files import finite_or_none, write_table, write_text
+from d4s.measure.columns import layers
 from d4s.measure.statistics import correlation
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.curves import few_layers, plot_forgetting, plot_metrics, plot_norms, plot_target_probability
@@ -63,16 +64,16 @@ class ModelView:
         for label, record in self.records.items():
             first = record.history[0]
             for row in record.history:
-                for name in (n for n in row if n.startswith("l1_norm.")):
-                    layer = name.removeprefix("l1_norm.")
+                changes = layers(row, "delta_norm.<layer>")
+                for layer, name in layers(row).items():
                     rows.append(
                         {
                             "method": label,
                             "step": row["step"],
-                            "layer": int(layer),
+                            "layer": layer,
                             "mean_absolute": row[name],
                             "growth": None if row[name] is None else row[name] / first[name] - 1,
-                            "delta_norm": row[f"delta_norm.{layer}"],
+                            "delta_norm": row[changes[layer]],
                         }
                     )
         return pandas.DataFrame(rows)
@@ -194,7 +195,7 @@ def plot_change(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]
 
     parts = []
     for label, frame in histories.items():
-        columns = [c for c in frame if str(c).startswith("delta_norm.") and str(c).count(".") == 1]
+        columns = list(layers(frame.columns, "delta_norm.<layer>").values())
         size = (frame[columns].astype(float) ** 2).sum(axis=1, skipna=False) ** 0.5
         parts.append(
             pandas.DataFrame({"panel": "edited layers", "line": label, "x": frame["step"], "y": size})

@@ -12,6 +12,7 @@ from d4s.edits import Edit
 from d4s.edits.questions import AnswerPool
 from d4s.edits.spacing import Target, continuation
 from d4s.errors import ConfigError
+from d4s.models.causal_lm import CausalLM
 from d4s.models.scoring import perplexity, score
 
 
@@ -31,7 +32,7 @@ class Retained:
 
     def __init__(
         self,
-        model: Any,
+        model: CausalLM,
         tokenizer: Any,
         facts: Sequence[Edit],
         texts: Sequence[str] | None = None,

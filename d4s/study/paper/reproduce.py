@@ -21,6 +21,7 @@ from d4s.files import write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
+from d4s.models.causal_lm import CausalLM
 from d4s.study.paper.data_figures import figure2, figure3
 from d4s.study.paper.model_figures import figure5, figure6, figure7, figure8
 from d4s.study.paper.protocols import PROTOCOLS
@@ -46,7 +47,7 @@ RUNS: dict[str, Callable[[Setting], Outcome]] = {
 
 def reproduce(
     name: str,
-    model: Any,
+    model: CausalLM,
     tokenizer: Any,
     edits: Mapping[str, Sequence[Edit]] | None = None,
     *,

@@ -13,6 +13,7 @@ from d4s.figures.tables import frame_lines
 from d4s.files import finite_or_none
 from d4s.locate.covariance import Covariance
 from d4s.measure.downstream import TaskScores
+from d4s.models.causal_lm import CausalLM
 from d4s.sequence.compare import compare
 from d4s.sequence.comparison import Comparison
 from d4s.study.retained import Retained
@@ -68,7 +69,7 @@ class Setting:
     """What a protocol runs on. data: name → edits, as many as the largest count or more; `facts` are not edited."""
 
     name: str
-    model: Any
+    model: CausalLM
     tokenizer: Any
     data: dict[str, list[Edit]]
     facts: list[Edit]
