@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
@@ -94,7 +95,7 @@ class Prior:
 
     def rows(self, rows: Tensor) -> Tensor:
         """A copy of `rows` in the dtype and on the device of the prior."""
-        return rows.detach().to(self.matrix, copy=True)
+        return rows.detach().to(self.matrix, copy=True).contiguous()
 
 
 def solve(residuals: Tensor, keys: Tensor, prior: Prior) -> Tensor:
@@ -117,6 +118,22 @@ def solve(residuals: Tensor, keys: Tensor, prior: Prior) -> Tensor:
         inner = torch.eye(n, dtype=keys.dtype, device=keys.device) + keys @ weighted
         return residuals.T @ torch.cholesky_solve(weighted.T, _cholesky(inner, "I + K (λC)⁻¹ Kᵀ"))
     return ops.closed_form((residuals.T @ keys)[None], (keys.T @ keys)[None], prior.matrix[None])[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that a step puts into the sums of one layer.
+
+    sign: +1: A += Rᵀ K, B += Kᵀ K; −1: they are taken out
+    edits: of each row, the place of its edit within the step
+    residuals: R, [n, d_out]; keys: K, [n, d_in]
+    """
+
+    layer: int
+    sign: float
+    edits: tuple[int, ...]
+    residuals: Tensor
+    keys: Tensor
 
 
 class ClosedForm:
@@ -150,6 +167,10 @@ class ClosedForm:
         return tuple(self._layers)
 
     @property
+    def priors(self) -> dict[int, Prior]:
+        return {layer: state.prior for layer, state in self._layers.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, priors included."""
         return sum(state.nbytes for state in self._layers.values())
@@ -174,6 +195,10 @@ class ClosedForm:
         """
         self._state(layer).add_(residuals, keys, -1.0)
 
+    def put_(self, rows: Rows) -> None:
+        """`add_` or `subtract_`, by the rows' sign."""
+        self._state(rows.layer).add_(rows.residuals, rows.keys, rows.sign)
+
     def delta(self, layer: int) -> Tensor:
         """Δ = A (λC + B)⁻¹, [d_out, d_in], relative to W0.
 
@@ -181,6 +206,15 @@ class ClosedForm:
         Raises NotPositiveDefiniteError if λC + B has no Cholesky factor.
         """
         return self._state(layer).current_delta()
+
+    def settle_(self, bound: float = 1e-11) -> None:
+        """Makes P and Δ afresh where a probe finds them further than `bound` from the sums.
+
+        Taking out rows that were much of a sum costs digits; a sequence's own probes, every `DELAYED_ROWS` rows, would
+        find that later.
+        """
+        for state in self._layers.values():
+            state.settle(bound)
 
     def deltas(self) -> dict[int, Tensor]:
         """`delta` of every layer."""
@@ -227,6 +261,33 @@ class ClosedForm:
                 if tuple(found.shape) != shape or not torch.isfinite(found).all():
                     raise D4SError(f"{layer}.{name} is {list(found.shape)}; must be {list(shape)} and finite")
             sums.set_sums(sums.prior.rows(residual_sum), sums.prior.rows(key_sum))
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that the next Δ hangs on, rounding and probes included; '{layer}.{name}', copies.
+
+        A run that goes on from `resume_` gives the bits that this one would. `state_dict`, a third to a half as large,
+        gives the same sums, from which Δ is solved for anew.
+        """
+        return {
+            f"{layer}.{name}": tensor
+            for layer, state in self._layers.items()
+            for name, tensor in state.snapshot().items()
+        }
+
+    def resume_(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `snapshot` gave in place of what is held. D4SError, before that, if it does not fit."""
+        parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._layers}
+        for name, tensor in state.items():
+            layer, _, part = name.partition(".")
+            if not layer.isdecimal() or int(layer) not in parts:
+                raise D4SError(
+                    f"closed-form snapshot holds {name!r}; this run edits layers {list(self.layers)}"
+                )
+            parts[int(layer)][part] = tensor
+        for number, held in self._layers.items():
+            held.check_snapshot(parts[number])
+        for number, held in self._layers.items():
+            held.resume_(parts[number])
 
     def _state(self, layer: int) -> _Layer:
         if layer not in self._layers:
@@ -297,6 +358,91 @@ class _Layer:
         self.waiting.clear()
         self.rows = 0
 
+    def snapshot(self) -> dict[str, Tensor]:
+        state = {"residual_sum": self.residual_sum, "key_sum": self.key_sum}
+        state |= {name: t for name in ("delta", "inverse") if (t := getattr(self, name)) is not None}
+        buffers = ("key_rows", "residual_rows", "factor_rows", "signs")
+        state |= {name: getattr(self, name)[: self.rows] for name in buffers}
+        if self.waiting:
+            residuals, keys, signs = zip(*self.waiting, strict=True)
+            state |= {"waiting_residuals": torch.cat(residuals), "waiting_keys": torch.cat(keys)}
+            state["waiting_signs"] = torch.tensor(
+                [[sign, len(rows)] for sign, rows in zip(signs, keys, strict=True)], dtype=torch.float64
+            )
+        state["counts"] = torch.tensor(
+            [self.fresh_residual, float(self.solved), float(self.refreshes)], dtype=torch.float64
+        )
+        state["generator"] = self.generator.get_state()
+        return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+    def check_snapshot(self, state: Mapping[str, Tensor]) -> None:
+        d_out, d_in = self.residual_sum.shape
+        rows = len(state["signs"]) if "signs" in state and state["signs"].ndim == 2 else 0
+        waiting = "waiting_signs" in state
+        shapes: dict[str, tuple[int, ...]] = {
+            "residual_sum": (d_out, d_in),
+            "key_sum": (d_in, d_in),
+            "key_rows": (rows, d_in),
+            "residual_rows": (rows, d_out),
+            "factor_rows": (rows, d_in),
+            "signs": (rows, 1),
+            "counts": (3,),
+            "generator": tuple(self.generator.get_state().shape),
+        }
+        shapes |= {
+            name: shape
+            for name, shape in (("delta", (d_out, d_in)), ("inverse", (d_in, d_in)))
+            if name in state
+        }
+        if waiting:
+            groups = state["waiting_signs"]
+            sound = (
+                groups.ndim == 2
+                and groups.shape[1] == 2
+                and torch.isfinite(groups).all()
+                and (groups[:, 1] >= 1).all()
+            )
+            held = int(groups[:, 1].sum()) if sound else -1
+            shapes |= {"waiting_residuals": (held, d_out), "waiting_keys": (held, d_in)}
+            shapes["waiting_signs"] = tuple(groups.shape) if sound else (-1,)
+        if set(state) != set(shapes) or rows > DELAYED_ROWS:
+            raise D4SError(
+                f"{self.name}: a closed-form snapshot holds {sorted(state)}, must hold {sorted(shapes)}"
+            )
+        for name, shape in shapes.items():
+            found = state[name]
+            wanted = torch.uint8 if name == "generator" else self.residual_sum.dtype
+            if name in ("counts", "waiting_signs"):
+                wanted = torch.float64
+            if tuple(found.shape) != shape or found.dtype != wanted or not torch.isfinite(found).all():
+                raise D4SError(
+                    f"{self.name}: {name} of a closed-form snapshot is {list(found.shape)} {found.dtype}; must be "
+                    f"{list(shape)} {wanted} and finite"
+                )
+
+    def resume_(self, state: Mapping[str, Tensor]) -> None:
+        place = self.residual_sum.device
+        self.residual_sum = state["residual_sum"].to(place, copy=True)
+        self.key_sum = state["key_sum"].to(place, copy=True)
+        self.delta = self._laid_out(state["delta"].to(place, copy=True)) if "delta" in state else None
+        self.inverse = state["inverse"].to(place, copy=True) if "inverse" in state else None
+        self.rows = len(state["signs"])
+        for name in ("key_rows", "residual_rows", "factor_rows", "signs"):
+            getattr(self, name)[: self.rows] = state[name].to(place)
+        self.waiting = []
+        if "waiting_signs" in state:
+            lengths = [int(length) for length in state["waiting_signs"][:, 1]]
+            for sign, residuals, keys in zip(
+                state["waiting_signs"][:, 0].tolist(),
+                state["waiting_residuals"].to(place).split(lengths),
+                state["waiting_keys"].to(place).split(lengths),
+                strict=True,
+            ):
+                self.waiting.append((residuals, keys, sign))
+        self.fresh_residual = float(state["counts"][0])
+        self.solved, self.refreshes = bool(state["counts"][1]), int(state["counts"][2])
+        self.generator.set_state(state["generator"].cpu())
+
     def current_delta(self) -> Tensor:
         if self.delta is None or (self.waiting and not self.solved):
             self._fold()
@@ -321,6 +467,13 @@ class _Layer:
         assert self.delta is not None
         return self.delta
 
+    def settle(self, bound: float) -> None:
+        self.current_delta()
+        if self.inverse is not None:
+            self._flush()
+            if not self._probe() <= bound:
+                self._refresh()
+
     def _laid_out(self, delta: Tensor) -> Tensor:
         return delta.T.contiguous().T if self.transposed else delta.contiguous()
 
@@ -337,7 +490,7 @@ class _Layer:
         """P and Δ from A and B."""
         factor = _cholesky(self.prior.matrix + self.key_sum, f"{self.name}: λC + B")
         self.delta = self._laid_out(torch.cholesky_solve(self.residual_sum.T, factor).T)
-        self.inverse = torch.cholesky_inverse(factor)
+        self.inverse = torch.cholesky_inverse(factor).contiguous()  # how it lies decides how it is rounded
         self.fresh_residual = self._probe()
 
     def _update(self, residuals: Tensor, keys: Tensor, sign: float) -> None:

@@ -75,6 +75,15 @@ class EditedWeights:
         """‖W − W0‖_F a layer."""
         return {layer: self._delta_square[layer] ** 0.5 for layer in self.layers}
 
+    def norms(self) -> Tensor:
+        """Σ|w| and Σ(ΔW)² a layer as they were last taken, [layers, 2] float64; `set_norms` takes them again."""
+        rows = [[self._l1[layer], self._delta_square[layer]] for layer in self.layers]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def set_norms(self, norms: Tensor) -> None:
+        for layer, (l1, square) in zip(self.layers, norms.tolist(), strict=True):
+            self._l1[layer], self._delta_square[layer] = l1, square
+
     def measure(self) -> None:
         """Takes the norms again, for methods that write by other means than `write_`."""
         sums = ops.l1_norms([self.anatomy.weight(layer).detach() for layer in self.layers])

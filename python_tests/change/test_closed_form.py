@@ -365,3 +365,68 @@ def test_everything_stays_on_the_device_of_the_prior(device):
     assert closed.delta(0).device.type == device.type
     truth = true_delta(residuals.to(device), keys.to(device), prior)
     assert relative_error(closed.delta(0), truth) <= 1e-9
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_snapshot_goes_on_with_the_same_bits(transposed, seed):
+    """At every number of edits, waiting rows and taken-out rows among them."""
+    generator = torch.Generator().manual_seed(seed)
+    d_in, d_out = 24, 5
+
+    def draw(n, d):
+        return torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+    c = draw(60, d_in)
+    prior = Prior(c.T @ c / 60, 0.5)
+    steps = [(draw(n, d_out), draw(n, d_in)) for n in [1, 1, 3, 1, 2, *[1] * 150]]
+
+    def go(run, begin, end):
+        for number in range(begin, end):
+            run.add_(*steps[number], 0)
+            if number % 7 == 3:
+                run.subtract_(steps[number - 1][0], steps[number - 1][1], 0)
+            if number % 5 != 4:  # else the rows wait
+                run.delta(0)
+
+    whole = ClosedForm({0: prior}, d_out, transposed=transposed, seed=3)
+    stored = {}
+    for number in range(len(steps)):
+        go(whole, number, number + 1)
+        stored[number + 1] = whole.snapshot()
+    for made in (1, 2, 4, 5, 9, 10, 70, 75, 100, 154):
+        again = ClosedForm({0: prior}, d_out, transposed=transposed, seed=4)
+        again.resume_(stored[made])
+        go(again, made, len(steps))
+        assert torch.equal(again.delta(0), whole.delta(0)), made
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(again.snapshot().values(), whole.snapshot().values(), strict=True)
+        )
+
+
+def test_a_snapshot_that_does_not_fit_is_refused_and_changes_nothing(seed):
+    generator = torch.Generator().manual_seed(seed)
+    run = ClosedForm({0: Prior.identity(4), 2: Prior.identity(4)}, 3)
+    for _ in range(30):  # many more than are worth a solve
+        for layer in (0, 2):
+            run.add_(torch.randn(1, 3, generator=generator), torch.randn(1, 4, generator=generator), layer)
+            run.delta(layer)
+    sound = run.snapshot()
+    wrong = {
+        "another layer": sound | {"1.signs": sound["0.signs"]},
+        "a missing part": {name: t for name, t in sound.items() if name != "2.key_sum"},
+        "another shape": sound | {"2.key_sum": torch.zeros(5, 5, dtype=torch.float64)},
+        "another type": sound | {"0.delta": sound["0.delta"].float()},
+        "not finite": sound | {"2.key_sum": sound["2.key_sum"] * float("nan")},
+        "too many rows": sound
+        | {
+            f"0.{name}": torch.zeros(65, d, dtype=torch.float64)
+            for name, d in (("key_rows", 4), ("residual_rows", 3), ("factor_rows", 4), ("signs", 1))
+        },
+        "a strange name": sound | {"x": sound["0.signs"]},
+    }
+    before = run.delta(0).clone()
+    for what, state in wrong.items():
+        with pytest.raises(D4SError):
+            run.resume_(state)
+        assert torch.equal(run.delta(0), before), what
