@@ -34,6 +34,10 @@ from d4s.errors import (
     NotPositiveDefiniteError,
     TokenizerError,
 )
+from d4s.journal.changes import Change, changes_between, changes_of
+from d4s.journal.edits_card import write_edits_card
+from d4s.journal.lora import export_gguf_lora, export_lora
+from d4s.journal.patch import apply_patch, export_patch, remove_patch
 from d4s.locate.covariance import Covariance, estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig
@@ -45,19 +49,22 @@ from d4s.sequence.observers import Observer
 from d4s.sequence.run import Result, consolidate, edit_sequence
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.target_search import search_targets
+from d4s.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from d4s.journal.journal import Journal
+    from d4s.journal.merge import merge
     from d4s.measure.downstream import run_tasks
     from d4s.sequence.compare import compare
     from d4s.sequence.comparison import Comparison
     from d4s.study.data_view import analyze_data
     from d4s.study.model_view import analyze_model
 
-__version__ = "0.2.0"
-
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
     "Comparison": "d4s.sequence.comparison",
+    "Journal": "d4s.journal.journal",
+    "merge": "d4s.journal.merge",
     "analyze_data": "d4s.study.data_view",
     "analyze_model": "d4s.study.model_view",
     "compare": "d4s.sequence.compare",
@@ -80,6 +87,7 @@ __all__ = [
     "METHODS",
     "Architecture",
     "Baseline",
+    "Change",
     "Comparison",
     "ConfigError",
     "Covariance",
@@ -93,6 +101,7 @@ __all__ = [
     "EditingStopped",
     "Evaluation",
     "ExtensionError",
+    "Journal",
     "KeptTargets",
     "Method",
     "ModelError",
@@ -105,18 +114,27 @@ __all__ = [
     "TokenizerError",
     "analyze_data",
     "analyze_model",
+    "apply_patch",
+    "changes_between",
+    "changes_of",
     "compare",
     "consolidate",
     "edit_sequence",
     "estimate_covariance",
     "evaluate",
+    "export_gguf_lora",
+    "export_lora",
+    "export_patch",
     "load_edits",
     "load_model",
+    "merge",
     "methods",
     "question_forms",
+    "remove_patch",
     "run_tasks",
     "save_edits",
     "search_targets",
     "take_baseline",
     "without_contradictions",
+    "write_edits_card",
 ]

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +60,72 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     `beside` may become a file, or a folder where nothing stands at `path`. Folders above are made where they lack.
     If the block raises, nothing is left, and what stood at `path` stays. A tensor file that cannot be written
-    raises OSError, as others do; so does a path at which a device or pipe stands, which nothing may replace.
+    raises OSError, as others do; so does a path at which a device or pipe stands, which nothing may replace. Such an
+    error names the path.
     """
     place = Path(path)
     check_place(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(place.parent)
     beside = place.with_name(f"{place.stem}.{os.getpid()}.part{place.suffix}")
     try:
-        yield beside
-        if beside.is_file():
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-        beside.replace(place)
+        with naming(place):
+            mode = None
+            if place.suffix == ".safetensors":
+                beside.touch()  # with the mode that the umask leaves
+                mode = stat.S_IMODE(beside.stat().st_mode)
+            yield beside
+            if beside.is_file():
+                if mode is not None:
+                    beside.chmod(mode)  # safetensors (0.8) gives its files to their owner alone
+                with open(beside, "rb") as file:
+                    os.fsync(file.fileno())
+            beside.replace(place)
+            sync_folder(place.parent)
     except SafetensorError as error:
         raise OSError(f"{place}: {error}") from None
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        else:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that gives way: what went wrong before says more
+            if beside.is_dir():
+                shutil.rmtree(beside)
+            else:
+                beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of a write or sync, which knows no name, is raised with that of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", os.fspath(path)) from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """The folder and those above it, where they lack, so that their names too outlast a loss of power."""
+    place = Path(path)
+    lacking = [folder for folder in (place, *place.parents) if not folder.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    for folder in lacking:
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """The names in a folder, a new one among them, outlast a loss of power. Where folders cannot be synced, nothing is
+    done (Windows)."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:
+        return
+    try:
+        with naming(path):
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -121,11 +168,13 @@ def read_json(
     format: str,
     fields: Iterable[str],
     later: Iterable[str] = (),
+    always_digest: bool = False,
 ) -> dict[str, Any]:
     """The JSON object that `write_json` wrote, checked against its digest.
 
     writer, format, fields: whose file it must be, what its field "format" says, and its other fields: all of them,
         and no more; later: fields that earlier versions did not write
+    always_digest: it is a file that was never written without a digest
     A file without a digest, as earlier versions wrote them, is read, with a line in the log.
     Raises DataError for a file that cannot be read, is no such object, or has changed since it was written.
     """
@@ -159,6 +208,8 @@ def read_json(
     for name in expected:
         if name not in record:
             raise wrong(f"it has no field {name!r}")
+    if stored is None and always_digest:
+        raise wrong("it has no field 'digest'")
     if stored is None:
         logger.info("%s: has no digest, so it is not checked that it is as it was written", path)
     return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from d4s.errors import D4SError
 from d4s.files import whole
 
+Outline = tuple[str, tuple[int, ...]]  # type, as safetensors names it ("F32", "I16"), and shape
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -23,12 +25,14 @@ class TensorFile:
 
     facts: its metadata, without the digest
     intact: whether all of it is what was written
+    digest: of all of it as it is
     """
 
     path: str
     tensors: dict[str, Tensor]
     facts: dict[str, str]
     intact: bool
+    digest: str
 
     def check_intact(self, error: type[D4SError]) -> None:
         """Raises `error` if it is damaged; a wrong shape or type, where there is one, says more, and goes first."""
@@ -46,11 +50,16 @@ def save_tensors(
 
 
 def load_tensors(
-    path: str | os.PathLike[str], wanted: str, made_by: str, error: type[D4SError]
+    path: str | os.PathLike[str],
+    wanted: str,
+    made_by: str,
+    error: type[D4SError],
+    before: Callable[[dict[str, str], dict[str, Outline]], None] | None = None,
 ) -> TensorFile:
     """Raises `error` for a file that is no safetensors file, or whose format is not the wanted one.
 
     made_by: the command that makes such files, for the text of the error
+    before: called with the facts and what tensors there are, before any of them is read; raises what is wrong with them
     """
     try:
         if not stat.S_ISDIR(mode := os.stat(path).st_mode) and not stat.S_ISREG(mode):
@@ -61,11 +70,15 @@ def load_tensors(
                 raise error(
                     f"{path}: format {facts.get('format')!r}, must be {wanted!r}; make it again ({made_by})"
                 )
+            if before is not None:
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                outlines = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in found.items()}
+                before({name: fact for name, fact in facts.items() if name != "digest"}, outlines)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as problem:
+    except (OSError, SafetensorError, RuntimeError) as problem:  # of torch: no room for a file of terabytes
         raise error(f"{path}: not a readable safetensors file ({problem})") from None
-    digest = facts.pop("digest", None)
-    return TensorFile(os.fspath(path), tensors, facts, digest == _digest(tensors, facts))
+    digest, made = facts.pop("digest", None), _digest(tensors, facts)
+    return TensorFile(os.fspath(path), tensors, facts, digest == made, made)
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:

@@ -22,6 +22,9 @@ import torch
 from d4s.edits import Edit, Question
 from d4s.edits.formats import load_edits, save_edits
 from d4s.errors import D4SError
+from d4s.journal.changes import Change
+from d4s.journal.edits_card import read_edits_card, write_edits_card
+from d4s.journal.patch import export_patch, read_patch
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import Targets
@@ -123,6 +126,20 @@ def _targets(path: Path) -> None:
     kept.save(path)
 
 
+def _patch(path: Path) -> None:
+    """One weight as factors, one dense."""
+    generator = torch.Generator().manual_seed(0)
+    base, key = torch.randn(6, 4, generator=generator), torch.randn(1, 4, generator=generator)
+    few = Change("h.1.weight", base, base + torch.ones(6, 1) @ key)
+    full = Change("h.2.weight", base, torch.randn(6, 4, generator=generator), transposed=True)
+    export_patch([few, full], path, fingerprint="ab", edits=[Edit("{} is", "José", "here", id="1")])
+
+
+def _card(path: Path) -> None:
+    facts = dict(base_fingerprint="ab", base_name="m", method="d4s", when="2026-01-01T00:00:00+00:00")
+    write_edits_card(path.parent, [Edit("{} is", "José", "here", paraphrases=["a"])], **facts)
+
+
 READERS = {
     **{
         f"edits: {path.stem}": Reader(_small(path.name), _edits)
@@ -135,6 +152,8 @@ READERS = {
     "baseline.json": Reader(_baseline, _load_baseline, guarded=True),
     "covariance.safetensors": Reader(_covariance, Covariance.load, guarded=True),
     "targets.safetensors": Reader(_targets, KeptTargets.load, guarded=True),
+    "patch.safetensors": Reader(_patch, read_patch, guarded=True),
+    "d4s_edits.json": Reader(_card, lambda path: read_edits_card(path.parent), guarded=True),
     "settings.json": Reader(
         lambda path: path.write_text(json.dumps(SETTINGS, indent=1)),
         lambda path: _Kept(path.parent, SETTINGS),

@@ -15,11 +15,11 @@ PACKAGE = ROOT / "d4s"
 
 # The path of an edit, from the ground up: a room imports only rooms that stand before it. A new room is put where it
 # belongs.
-GROUND = ("errors", "files", "tensor_files", "interrupts", "progress", "configuration")
+GROUND = ("version", "errors", "files", "tensor_files", "interrupts", "progress", "configuration")
 ROOMS = (
     *GROUND,
     *("ops", "figures", "edits", "models", "locate", "change", "measure", "methods"),
-    *("embedded", "sequence", "study", "cli"),
+    *("embedded", "journal", "sequence", "study", "cli"),
 )
 FACE, DOOR = "__init__.py", "__main__.py"  # of d4s itself: what it offers, and what `python -m d4s` runs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from d4s.models.causal_lm import CausalLM
 
 CHANGES = "weights.safetensors"  # in --out, until the model itself is there
 HELP = (
-    "edit a model in sequence. Where the edits were made but the model could not be saved (a full disk), the same "
+    "edit a model in sequence. The same command again goes on where it was interrupted. Where the edits were made but "
+    "the model could not be saved (a full disk), the same "
     f"command again only saves it, from {CHANGES} in --out"
 )
 
@@ -48,6 +50,12 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
     add_fields(verb)
     add_targets(verb)
+    verb.add_argument(
+        "--keep-vectors",
+        choices=("yes", "no"),
+        default="yes",
+        help="no: a smaller journal, from which no single edit can be undone",
+    )
     add_scores(verb)
 
 
@@ -62,7 +70,7 @@ def run(options: Namespace) -> None:
     if _is_unsaved(options.out):
         _save_again(options)
         return
-    out = empty_folder(options.out)
+    out = options.out if _goes_on(options.out) else empty_folder(options.out)
     edits, config = loaded_edits(options), configuration(options)
     model, tokenizer = loaded_model(options)
     check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
@@ -88,12 +96,14 @@ def run(options: Namespace) -> None:
             generate=options.generate,
             measure=task_scores(options, model, tokenizer),
             seed=options.seed,
+            journal=out / "journal",
+            keep_vectors=options.keep_vectors == "yes",
         )
     except EditingInterrupted as error:
         made: Result = error.result
         if not made.edits_table:
             raise
-        before = f"{len(made.edits_table)} edits were made before; they are in {out}"
+        before = f"{len(made.edits_table)} edits were made before; they are in {out}; the same command goes on there"
         _save(made, unedited, out)
         if isinstance(error, EditingFailed):
             raise D4SError(f"{error}. {before}") from error
@@ -131,7 +141,7 @@ def _save(result: Any, unedited: str, out: Path) -> None:
             write("history.csv", lambda path: write_table(result.to_frame(), path))
             if (found := result.editor.bench.targets) is not None and len(found):
                 write("targets.safetensors", found.save)
-        write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path))
+        write("model", lambda path: _save_model(result.model, result.editor.tokenizer, path, out))
     except KeyboardInterrupt:
         if (out / CHANGES).exists():
             print(f"d4s: the model was not saved; repeat the command with --out {out}", file=sys.stderr)
@@ -146,11 +156,28 @@ def _save(result: Any, unedited: str, out: Path) -> None:
     raise D4SError(says)
 
 
-def _save_model(model: CausalLM, tokenizer: Any, path: Path) -> None:
+def _save_model(model: CausalLM, tokenizer: Any, path: Path, out: Path) -> None:
+    """With the card of its edits; in the place of an earlier model, which a part of the sequence had made."""
+    from d4s.journal.journal import Journal
 
-    with whole(path) as beside:
+    new = path.with_name(f"{path.name}.new") if path.exists() else path
+    with whole(new) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        if (out / "journal").exists():  # an earlier version's runs have none
+            Journal(out).write_card(beside)
+    if new != path:
+        old = path.with_name(f"{path.name}.old")
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old)
+
+
+def _goes_on(out: Path) -> bool:
+    """Whether a sequence was begun there that has not come to its end."""
+    from d4s.journal.folder import Folder
+
+    return Folder.exists(out / "journal") and not Folder.open(out / "journal").is_complete
 
 
 def _is_unsaved(out: Path) -> bool:
@@ -166,7 +193,7 @@ def _save_again(options: Namespace) -> None:
     model, tokenizer = loaded_model(options)
     check_folder(out, room=bytes_of(model))
     load_changes_(model, tokenizer, out / CHANGES)
-    _save_model(model, tokenizer, out / "model")
+    _save_model(model, tokenizer, out / "model", out)
     (out / CHANGES).unlink()
     words(options)(
         f"the edits of {out} had been made, and their model is saved now; no other was made\n"

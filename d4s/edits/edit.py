@@ -160,6 +160,11 @@ class Edit:
         """The prompt with the subject in its place."""
         return self.prompt.replace("{}", self.subject)
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """What decides the edit's key: its text, and where in it the subject ends."""
+        return self.text, self.prompt.find("{}") + len(self.subject)
+
     def target(self, text: str) -> Target:
         """A target as it is scored after one of this edit's prompts."""
         return target_of(text, self.target_prefix)

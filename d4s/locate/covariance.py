@@ -65,6 +65,13 @@ class Covariance:
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted(self.moments))
 
+    def digest(self, layers: Sequence[int]) -> str:
+        """Hex digest of the statistics of these layers, whatever else is held."""
+        found = hashlib.sha256(f"{self.count}".encode())
+        for layer in layers:
+            found.update(self.mean(layer).cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
     def mean(self, layer: int) -> Tensor:
         """C of a layer, [d_in, d_in] float64, on the statistics' device. CovarianceError if it is not held."""
         if layer not in self.moments:

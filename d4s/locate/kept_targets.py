@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -94,6 +94,35 @@ class KeptTargets:
         if new:
             self._parts.append(_on(targets[list(new.values())], torch.device("cpu")))
 
+    def take_in(self, other: KeptTargets) -> None:
+        """All that another one of the same identity holds."""
+        self.check(other.identity or {})
+        for rows, targets in other._by_part():
+            new = [row for row, fact in enumerate(rows) if fact not in self._rows]
+            for place, row in enumerate(new):
+                self._rows[rows[row]] = (len(self._parts), place)
+            if new:
+                self._parts.append(targets[new])
+
+    def since(self, part: int) -> Iterator[KeptTargets]:
+        """What was added at each time from the `part`-th on, each by itself."""
+        for rows, targets in list(self._by_part())[part:]:
+            one = KeptTargets(self.identity)
+            one._rows = {fact: (0, row) for row, fact in enumerate(rows)}
+            one._parts = [targets]
+            yield one
+
+    @property
+    def times(self) -> int:
+        """How often something was added."""
+        return len(self._parts)
+
+    def _by_part(self) -> Iterator[tuple[list[Fact], Targets]]:
+        facts: list[list[Fact]] = [[] for _ in self._parts]
+        for fact, (part, _) in sorted(self._rows.items(), key=lambda item: item[1]):
+            facts[part].append(fact)
+        yield from zip(facts, self._parts, strict=True)
+
     def lacking(self, edits: Sequence[Edit]) -> list[Edit]:
         """One edit of each fact that is not held."""
         return list({_fact(edit): edit for edit in edits if edit not in self}.values())
@@ -121,11 +150,20 @@ class KeptTargets:
         file = load_tensors(path, FORMAT, "d4s targets", DataError)
         file.check_intact(DataError)
         try:
-            kept = KeptTargets(json.loads(file.facts["identity"]))
+            identity = json.loads(file.facts["identity"])
+            if not isinstance(identity, dict) or not all(isinstance(v, str) for v in identity.values()):
+                raise ValueError("the identity is no object of texts")
+            kept = KeptTargets(identity)
             facts = json.loads(file.facts["edits"])
             kept._rows = {(prompt, *rest): (0, i) for i, (prompt, *rest) in enumerate(facts)}
-            kept._parts = [Targets(*(file.tensors[name] for name in _PARTS))]
-            lengths = {len(file.tensors[name]) for name in _PARTS}
+            parts = [file.tensors[name] for name in _PARTS]
+            for name, tensor in zip(_PARTS, parts, strict=True):
+                if tensor.dtype != torch.float32 or tensor.ndim != 1 + (name in ("start", "delta")):
+                    raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}")
+            if parts[0].shape != parts[1].shape:
+                raise ValueError(f"start is {list(parts[0].shape)} and delta {list(parts[1].shape)}")
+            kept._parts = [Targets(*parts)]
+            lengths = {len(tensor) for tensor in parts}
         except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not what KeptTargets.save wrote ({error!r})") from None
         if lengths != {len(kept._rows)}:

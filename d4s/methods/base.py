@@ -60,6 +60,10 @@ class Workbench:
             )
         return self._contexts[wanted]
 
+    def statistics_digest(self, layers: Sequence[int]) -> str | None:
+        """What tells the key statistics that were used from others; None: none were."""
+        return None if self._covariance is None else self._covariance.digest(layers)
+
     def covariance(self, layers: Sequence[int]) -> Covariance:
         """Key statistics of the layers, checked to be this model's. Asked for before the first edit."""
         if self._covariance is None:
@@ -203,6 +207,11 @@ class Editor(ABC):
         self._torn = False
         return step
 
+    @property
+    def torn(self) -> bool:
+        """Whether a step failed half-way, so that what the editor keeps may not be what the weights hold."""
+        return self._torn
+
     def tear(self) -> None:
         """A step was taken back by the caller: `edit` refuses another one, as after a step that failed half-way."""
         self._torn = True
@@ -223,6 +232,25 @@ class Editor(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """All that is needed to go on later, as plain tensors."""
         return {f"weight.{layer}": w for layer, w in self.weights.current().items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """All that is needed to go on with the same bits; `resume_` takes it. May be larger than `state_dict`."""
+        return self.state_dict() | {"norms": self.weights.norms()}
+
+    def resume_(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `snapshot` gave, on the same model with the same configuration.
+
+        Raises D4SError if it does not fit.
+        """
+        rest = {name: tensor for name, tensor in state.items() if name != "norms"}
+        norms = state.get("norms", torch.empty(0))
+        if tuple(norms.shape) != (len(self.weights.layers), 2):
+            raise D4SError(
+                f"the norms of a {self.method.name} snapshot are {list(norms.shape)}, must be "
+                f"{[len(self.weights.layers), 2]}"
+            )
+        self.load_state_dict(rest)
+        self.weights.set_norms(norms)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from `state_dict`, on the same model with the same configuration.

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from d4s.change.closed_form import ClosedForm
+from d4s.change.closed_form import ClosedForm, Rows
 from d4s.edits import Edit, check_batch
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
@@ -92,21 +92,25 @@ class D4SEditor(LocateEditor):
             seed=self.bench.seed,
         )
         self.held: dict[tuple[str, int], Edit] = {}  # what is in the sums, by its place
+        self.put: list[Rows] = []  # what the last step put into the sums, in order
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self.ahead.announce(edits)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
-        if self.replaces and len(distinct := {_place(edit): edit for edit in batch}) < len(batch):
+        if self.replaces and len(distinct := {edit.place: edit for edit in batch}) < len(batch):
             # Multi-hop cases share facts; in the sums a fact stands once.
             step = self.apply(list(distinct.values()))
             order = {place: i for i, place in enumerate(distinct)}
-            return step.select([order[_place(edit)] for edit in batch])
+            made = [batch.index(edit) for edit in distinct.values()]
+            self.put = [replace(rows, edits=tuple(made[i] for i in rows.edits)) for rows in self.put]
+            return step.select([order[edit.place] for edit in batch])
+        self.put = []
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
-        again = [i for i, edit in enumerate(batch) if _place(edit) in self.held]
+        again = [i for i, edit in enumerate(batch) if edit.place in self.held]
         once = not self.measured
-        old = self.base_residuals([self.held[_place(batch[i])] for i in again]) if once and again else None
+        old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         for i, layer in enumerate(layers):
@@ -117,13 +121,39 @@ class D4SEditor(LocateEditor):
             else:
                 already = keys @ self.closed_form.delta(layer).T
                 residuals = (targets.target.double() - self.state(bare)) / share + already
-            self.closed_form.add_(residuals, keys, layer)
+            self._put(Rows(layer, 1.0, tuple(range(len(batch))), residuals, keys))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
-                self.closed_form.subtract_(already[again] if old is None else old / share, keys[again], layer)
+                taken = already[again] if old is None else old / share
+                self._put(Rows(layer, -1.0, tuple(again), taken, keys[again]))
             self.weights.write_(layer, self.closed_form.delta(layer))
-        if self.replaces:
-            self.held |= {_place(edit): _fact(*_told(edit)) for edit in batch}
+        self.hold(batch)
         return step_of(targets)
+
+    def _put(self, rows: Rows) -> None:
+        self.closed_form.put_(rows)
+        self.put.append(rows)
+
+    def make_again(self, batch: Sequence[Edit], put: Sequence[Rows]) -> None:
+        """A step that this editor, or one like it, has made: from what it put into the sums, with the same bits.
+
+        The weights are written by `write`, once for all steps that are made again.
+        """
+        for layer in self.weights.layers:
+            for rows in put:
+                if rows.layer == layer:
+                    self.closed_form.put_(rows)
+            self.closed_form.delta(layer)
+        self.hold(batch)
+
+    def hold(self, batch: Sequence[Edit]) -> None:
+        """These edits are in the sums, each in the place of an earlier one of its prompt."""
+        if self.replaces:
+            self.held |= {edit.place: _fact(*_told(edit)) for edit in batch}
+
+    def write(self) -> None:
+        """Every layer's weight from its sums."""
+        for layer, delta in self.closed_form.deltas().items():
+            self.weights.write_(layer, delta)
 
     def base_residuals(self, edits: Sequence[Edit]) -> Tensor:
         """z − h_L of earlier edits, found again on the unedited weights. [edits, d_model] float64"""
@@ -137,7 +167,7 @@ class D4SEditor(LocateEditor):
         layers were taken on weights that have since changed below them; after this none is stale.
         A failure leaves weights and sums as they were.
         """
-        last = list({_place(edit): edit for edit in edits}.values())
+        last = list({edit.place: edit for edit in edits}.values())
         check_batch(last)
         state = self.state_dict()
         with self.weights.all_or_nothing():
@@ -151,16 +181,27 @@ class D4SEditor(LocateEditor):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums, and "held": the edits in them, as bytes of JSON."""
+        return self.closed_form.state_dict() | {"held": self.held_as_bytes()}
+
+    def held_as_bytes(self) -> Tensor:
         held = json.dumps([_told(edit) for edit in self.held.values()]).encode()
-        return self.closed_form.state_dict() | {"held": torch.frombuffer(bytearray(held), dtype=torch.uint8)}
+        return torch.frombuffer(bytearray(held), dtype=torch.uint8)
 
     def take_state(self, state: Mapping[str, Tensor]) -> None:
         self.closed_form.load_state_dict({name: value for name, value in state.items() if name != "held"})
-        self.held = {
-            _place(edit): edit for edit in (_fact(*f) for f in json.loads(bytes(state["held"].tolist())))
-        }
-        for layer, delta in self.closed_form.deltas().items():
-            self.weights.write_(layer, delta)
+        self.take_held(state["held"])
+        self.write()
+
+    def take_held(self, stored: Tensor) -> None:
+        self.held = {edit.place: edit for edit in (_fact(*f) for f in json.loads(bytes(stored.tolist())))}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return self.closed_form.snapshot() | {"held": self.held_as_bytes()}
+
+    def resume_(self, state: Mapping[str, Tensor]) -> None:
+        self.closed_form.resume_({name: value for name, value in state.items() if name != "held"})
+        self.take_held(state["held"])
+        self.write()
 
 
 def _told(edit: Edit) -> tuple[str, str, str, str | None]:
@@ -171,8 +212,3 @@ def _told(edit: Edit) -> tuple[str, str, str, str | None]:
 def _fact(prompt: str, subject: str, target_new: str, target_prefix: str | None = None) -> Edit:
     """The edit that `_told` tells of, and nothing else of it."""
     return Edit(prompt, subject, target_new, kind="question", target_prefix=target_prefix)
-
-
-def _place(edit: Edit) -> tuple[str, int]:
-    """What decides an edit's key: its text, and where in it the subject ends."""
-    return edit.text, edit.prompt.find("{}") + len(edit.subject)

@@ -187,6 +187,7 @@ class Ahead:
     def __init__(self, editor: LocateEditor) -> None:
         self.editor = editor
         self._coming: list[Edit] = []
+        self._at: dict[str, int] = {}  # place among those announced, by id
         self._ready: dict[str, tuple[Edit, Targets, Tensor]] = {}
         if (kept := editor.bench.targets) is not None:
             kept.check(
@@ -202,24 +203,42 @@ class Ahead:
 
     def announce(self, edits: Sequence[Edit]) -> None:
         self._coming = list(edits)
+        self._at = {edit.id: place for place, edit in enumerate(edits)}
 
     def take(self, batch: Sequence[Edit]) -> tuple[Targets, Tensor]:
-        """Targets and lowest keys [edits, d_in] of the batch; the announced edits that follow it are done in the
-        same pass."""
-        if any(edit.id not in self._ready or self._ready[edit.id][0] != edit for edit in batch):
-            window = list(batch)
-            if batch[0] in self._coming:
-                at = self._coming.index(batch[0])
-                window = self._coming[at : at + max(EDITS_AHEAD, len(batch))]
-                window += [edit for edit in batch if edit not in window]
-            with self.editor.weights.at_base():
-                targets = self.targets(window)
-                keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
-            self._ready = {
-                edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
-            }
-        ready = [self._ready[edit.id] for edit in batch]
-        return Targets.concatenate([t for _, t, _ in ready]), torch.cat([k for _, _, k in ready])
+        """Targets and lowest keys [edits, d_in] of the batch.
+
+        Announced edits are done `EDITS_AHEAD` together, always the same ones: a sequence that goes on after an
+        interruption groups them, and so rounds, as one that was never interrupted.
+        """
+        ready = {edit.id: self._ready[edit.id] for edit in batch if self._is_ready(edit)}
+        if len(ready) < len(batch):
+            self._ready = ready
+            for window in self._windows([edit for edit in batch if edit.id not in ready]):
+                with self.editor.weights.at_base():
+                    targets = self.targets(window)
+                    keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
+                self._ready |= {
+                    edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
+                }
+        found = [self._ready[edit.id] for edit in batch]
+        return Targets.concatenate([t for _, t, _ in found]), torch.cat([k for _, _, k in found])
+
+    def _is_ready(self, edit: Edit) -> bool:
+        return edit.id in self._ready and self._ready[edit.id][0] == edit
+
+    def _windows(self, edits: Sequence[Edit]) -> list[list[Edit]]:
+        """What is done together so that these edits are: their windows among those announced, and the others."""
+        begins: dict[int, None] = {}
+        others: list[Edit] = []
+        for edit in edits:
+            place = self._at.get(edit.id)
+            if place is None or self._coming[place] != edit:
+                others.append(edit)
+            else:
+                begins[place - place % EDITS_AHEAD] = None
+        windows = [self._coming[begin : begin + EDITS_AHEAD] for begin in begins]
+        return [*windows, others] if others else windows
 
     def targets(self, edits: Sequence[Edit]) -> Targets:
         """Those kept, and those of other edits searched on the unedited weights, which the model has to hold now."""

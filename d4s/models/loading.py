@@ -60,6 +60,7 @@ def load_model(
         raise ConfigError(f"device {place}: {str(error).splitlines()[0]}") from None
     if (Path(text) / CODEBOOK_FILE).exists():
         load_codebook(model, text)
+    model.d4s_source = text  # what a journal calls its model
     return model, tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
 from d4s.sequence.comparison import Comparison, record_place
+from d4s.sequence.journaling import Journaling
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record
 from d4s.sequence.run import run
@@ -70,8 +72,9 @@ def compare(
     targets: of the unedited model, for the methods that search them there; None: those that one sequence has searched
         are kept in `out`, and serve all later ones with the same contexts, last layer and target optimiser
     baseline: the unedited model's answers to the edits; None: taken once, for all methods
-    out: folder in which each sequence is kept as soon as it ends, so that a comparison that was interrupted, or
-        gets more methods or seeds, goes on where it was; sequences made otherwise are refused. None: nowhere
+    out: folder in which each sequence is kept as it is made (`journals/`, until it ends), so that a comparison that was
+        interrupted, within a sequence or between two, or gets more methods or seeds, goes on where it was; sequences
+        made otherwise are refused. None: nowhere
     All others: as `edit_sequence`.
 
     A method that fails after some edits, or cannot begin, is kept with what was measured up to there and the
@@ -139,6 +142,8 @@ def compare(
                 f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
             )
             own_targets = targets if method.searches_ahead else None
+            seeded = replace(schedule, seed=seed)
+            journal = None if kept is None else kept.journal(label, seed)
             try:
                 with ExitStack() as stack:
                     if own_targets is None and method.searches_ahead and kept is not None:
@@ -153,12 +158,7 @@ def compare(
                         progress=progress,
                     )
                     result = run(
-                        bench,
-                        order,
-                        method,
-                        replace(schedule, seed=seed),
-                        baseline=baseline,
-                        observers=observers,
+                        bench, order, method, seeded, baseline=baseline, journal=journal, observers=observers
                     )
             except EditingInterrupted as error:
                 error.result.restore()
@@ -169,6 +169,8 @@ def compare(
                     errors.append(error)
                 results[label][seed] = error.result.record()
             except D4SError as error:
+                if journal is not None and journal.is_anothers:
+                    raise
                 unfinished.add((label, seed))
                 errors.append(error)
                 results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
@@ -178,6 +180,7 @@ def compare(
                 del result  # and with it the copy of the weights
                 if kept is not None:
                     results[label][seed].save(record_place(kept.folder, label, seed))
+                    kept.drop_journal(label, seed)
             if weights_digest(model) != before:
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
@@ -253,6 +256,17 @@ class _Kept:
         finally:
             if len(found) > known:
                 found.save(place)
+
+    def journal(self, label: str, seed: int) -> Journaling:
+        """Of a sequence that is under way, which goes on in it. ConfigError if another process makes this one."""
+        return Journaling(self._journal_place(label, seed), keep_vectors=False)
+
+    def drop_journal(self, label: str, seed: int) -> None:
+        """The sequence has ended, and its record says what is asked of it."""
+        shutil.rmtree(self._journal_place(label, seed), ignore_errors=True)
+
+    def _journal_place(self, label: str, seed: int) -> Path:
+        return self.folder / "journals" / record_place(self.folder, label, seed).stem
 
     def record(self, label: str, seed: int, method: Method) -> Record | None:
         """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from d4s.edits import Edit
@@ -28,6 +28,12 @@ class Observer:
         What each edit's test right after its step finds is not there yet.
         """
 
+    def tested(self, result: Result, batch: Sequence[Edit], figures: Sequence[Mapping[str, Any]]) -> None:
+        """Each edit of the batch was tested right after its step.
+
+        figures: of each edit, by name, as `evaluate` gives them
+        """
+
     def point(self, result: Result) -> None:
         """The last row of the history, and its evaluation, are new."""
 
@@ -49,6 +55,10 @@ class Observers(Observer):
     def step(self, result: Result, batch: Sequence[Edit]) -> None:
         for one in self.told:
             one.step(result, batch)
+
+    def tested(self, result: Result, batch: Sequence[Edit], figures: Sequence[Mapping[str, Any]]) -> None:
+        for one in self.told:
+            one.tested(result, batch, figures)
 
     def point(self, result: Result) -> None:
         for one in self.told:

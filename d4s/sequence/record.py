@@ -154,7 +154,7 @@ class Record:
                 _rows(stored["history"], "history", needed=("step", "l1_growth", "edit_seconds")),
                 _rows(stored["edits_table"], "edits_table", needed=("id", "step")),
                 [
-                    _evaluation(one, f"evaluations[{i}]")
+                    read_evaluation(one, f"evaluations[{i}]")
                     for i, one in enumerate(files.as_list(stored["evaluations"], "evaluations"))
                 ],
                 None if stored["failure"] is None else files.as_text(stored["failure"], "failure"),
@@ -172,6 +172,12 @@ class Record:
             if len(record.evaluations) != len(record.history):
                 raise files.WrongType("history and evaluations are not equally long")
             return record
+
+
+def read_history_row(value: Any, place: str) -> dict[str, Any]:
+    """A history row from its JSON values. Raises files.WrongType for others."""
+    (row,) = _rows([value], place, needed=("step", "l1_growth", "edit_seconds"))
+    return row
 
 
 def _rows(
@@ -206,7 +212,8 @@ def _rows(
     return rows
 
 
-def _evaluation(value: Any, place: str) -> Evaluation:
+def read_evaluation(value: Any, place: str) -> Evaluation:
+    """An evaluation from its JSON values. Raises files.WrongType for others."""
     stored = files.as_object(value, place)
     metrics = {}
     for name, metric in files.as_object(stored.get("metrics"), f"{place}.metrics").items():

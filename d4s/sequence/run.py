@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,9 @@ from d4s.progress import stage
 from d4s.sequence.observers import Bar, Observer, Observers
 from d4s.sequence.record import Record
 from d4s.sequence.schedule import Measure, Schedule
+
+if TYPE_CHECKING:
+    from d4s.sequence.journaling import Journaling
 
 
 @dataclass(kw_only=True)
@@ -103,6 +106,8 @@ def edit_sequence(
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     seed: int = 0,
+    journal: str | os.PathLike[str] | None = None,
+    keep_vectors: bool = True,
     observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> Result:
@@ -129,6 +134,9 @@ def edit_sequence(
         `Result.failure` says why
     baseline: the unedited model's answers to these edits, where they have been taken before
     seed: of contexts, samples and intervals; same seed, same machine: same result
+    journal: folder in which the sequence is kept as it is made (docs/formats/journal.md): what was done is durable, and
+        the same call goes on in it after an interruption; None: nowhere
+    keep_vectors: whether the journal keeps keys and residuals, without which no single edit can be taken back
     observers: told of each step and point while it happens (`d4s.Observer`)
 
     Raises a D4SError before anything is changed if an edit, the model, the statistics or an argument is not
@@ -160,7 +168,12 @@ def edit_sequence(
         progress=progress,
     )
     configured = method_for(method, bench.anatomy, config)
-    return run(bench, edits, configured, schedule, baseline=baseline, observers=observers)
+    kept = None
+    if journal is not None:
+        from d4s.sequence.journaling import Journaling
+
+        kept = Journaling(journal, keep_vectors=keep_vectors)
+    return run(bench, edits, configured, schedule, baseline=baseline, journal=kept, observers=observers)
 
 
 def run(
@@ -170,34 +183,22 @@ def run(
     schedule: Schedule,
     *,
     baseline: Baseline | None = None,
+    journal: Journaling | None = None,
     observers: Sequence[Observer] = (),
 ) -> Result:
     """`edit_sequence`, where the workbench, the configuration and the schedule are there already."""
     edits = tuple(edits)
-    _check(bench, edits, method, schedule)
-    model, tokenizer, shown = bench.model, bench.tokenizer, bench.progress
-    with evaluating(model):
-        settled = method.settled(bench, edits)
-        editor = settled.editor(bench)
-        if baseline is None:
-            stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=shown)
-            baseline = take_baseline(model, tokenizer, edits, progress=shown)
-        fields, decided = asdict(method), asdict(settled)
-        result = Result(
-            method.name,
-            fields,
-            chosen={name: value for name, value in decided.items() if value != fields[name]},
-            model=model,
-            edits=edits,
-            editor=editor,
-            baseline=baseline,
-        )
-        under_way = _Run(result, schedule, shown)
-        stage(f"{method.name}: the unedited model is scored on {len(edits)} edits", shown=shown)
-        under_way.point(0)
-        stage(f"{method.name}: {len(edits)} edits, {schedule.batch_size} a step", shown=shown)
-        editor.announce(edits)
-        told = Observers([Bar(shown=shown), *observers])
+    try:
+        _check(bench, edits, method, schedule)
+        with evaluating(bench.model):
+            under_way = _begun(bench, edits, method, schedule, baseline, journal)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+    result = under_way.result
+    with evaluating(bench.model):
+        told = Observers([Bar(shown=bench.progress), *([] if journal is None else [journal]), *observers])
         try:
             told.began(result)
             under_way.steps(told)
@@ -209,6 +210,54 @@ def run(
             raise (EditingStopped if stopped else EditingFailed)(result.failure, result) from error
         told.ended(result, None)
     return result
+
+
+def _begun(
+    bench: Workbench,
+    edits: tuple[Edit, ...],
+    method: Method,
+    schedule: Schedule,
+    baseline: Baseline | None,
+    journal: Journaling | None,
+) -> Run:
+    """The sequence with its unedited model scored, or as far as its journal goes."""
+    model, shown = bench.model, bench.progress
+    if journal is not None:
+        journal.check(method, bench, edits, schedule)
+    settled = method.settled(bench, edits) if journal is None else journal.settled(method, bench, edits)
+    if journal is not None and settled.searches_ahead:
+        bench.targets = journal.targets(bench.targets)
+    editor = settled.editor(bench)
+    if baseline is None and journal is not None:
+        baseline = journal.baseline()
+    if baseline is None:
+        stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=shown)
+        baseline = take_baseline(model, bench.tokenizer, edits, progress=shown)
+    fields, decided = asdict(method), asdict(settled)
+    result = Result(
+        method.name,
+        fields,
+        chosen={name: value for name, value in decided.items() if value != fields[name]},
+        model=model,
+        edits=edits,
+        editor=editor,
+        baseline=baseline,
+    )
+    under_way = Run(result, schedule, shown)
+    if journal is not None:
+        journal.open(result, method, bench, schedule)
+    editor.announce(edits)
+    try:
+        if journal is not None:
+            journal.restore(under_way)
+        if not result.history:
+            stage(f"{method.name}: the unedited model is scored on {len(edits)} edits", shown=shown)
+            under_way.point(0)
+    except BaseException:
+        editor.restore()
+        raise
+    stage(f"{method.name}: {len(edits)} edits, {schedule.batch_size} a step", shown=shown)
+    return under_way
 
 
 def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> None:
@@ -229,7 +278,7 @@ def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Sc
             subject_row(bench.tokenizer, edit.prompt, edit.subject)
 
 
-class _Run:
+class Run:
     """A sequence under way: clocks, and the tests right after each step."""
 
     def __init__(self, result: Result, schedule: Schedule, progress: bool) -> None:
@@ -243,7 +292,14 @@ class _Run:
     def steps(self, observers: Observer) -> None:
         """All steps, and the points that are due behind them."""
         result, schedule, made = self.result, self.schedule, 0
+        done = len(result.edits_table)
         for batch in schedule.batches(result.edits):
+            if made < done:  # by the sequence that this one goes on with
+                before, made = made, made + len(batch)
+                if made == done and self._lacks_point(before, made):
+                    self.point(made)
+                    observers.point(result)
+                continue
             try:
                 self.step(batch, observers)
             except (D4SError, torch.OutOfMemoryError) as error:
@@ -256,20 +312,29 @@ class _Run:
                     observers.point(result)
                 return
             before, made = made, made + len(batch)
-            if made == len(result.edits) or schedule.is_due(before, made):
+            if self._lacks_point(before, made):
                 self.point(made)
                 observers.point(result)
+
+    def _lacks_point(self, before: int, made: int) -> bool:
+        due = made == len(self.result.edits) or self.schedule.is_due(before, made)
+        return due and self.result.history[-1]["step"] != made
 
     def step(self, batch: Sequence[Edit], observers: Observer) -> None:
         with deferred():  # an interruption finds the weights, the rows and the observers of the same edits
             self._make(batch)
             observers.step(self.result, batch)
         if self.schedule.original:
-            now = self._evaluate(batch, limit=0, only_edited=True)
-            for table_row, found in zip(self.result.edits_table[-len(batch) :], now.rows, strict=True):
-                table_row["written_probability"] = found["target_probability"]
-            for name, values in self.right_after.items():
-                values += [row[name] for row in now.rows if row.get(name) is not None]
+            self.test(batch, observers)
+
+    def test(self, batch: Sequence[Edit], observers: Observer) -> None:
+        """The edits of the last step, right after it."""
+        now = self._evaluate(batch, limit=0, only_edited=True)
+        for table_row, found in zip(self.result.edits_table[-len(batch) :], now.rows, strict=True):
+            table_row["written_probability"] = found["target_probability"]
+        for name, values in self.right_after.items():
+            values += [row[name] for row in now.rows if row.get(name) is not None]
+        observers.tested(self.result, batch, now.rows)
 
     def _make(self, batch: Sequence[Edit]) -> None:
         """The step and its rows: both, or neither."""

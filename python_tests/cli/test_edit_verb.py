@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_a_model(place, tmp_p
     out = tmp_path / "run"
     line = failed(capsys, "edit", "m", "edits.json", "--out", str(out), "--method", "ft-m", "--limit", "1")
     assert str(out / "model") in line and "No space left" in line
-    kept = ["baseline.json", "history.csv", "result.json", "weights.safetensors"]
+    kept = ["baseline.json", "history.csv", "journal", "result.json", "weights.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == kept
 
 

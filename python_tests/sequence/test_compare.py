@@ -24,6 +24,7 @@ from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
 from d4s.measure.columns import Column
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
+from d4s.sequence import run
 from d4s.sequence.compare import _orders, compare, weights_digest
 from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.record import Record
@@ -238,7 +239,9 @@ def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_method
     assert found.results["grace"][0].failure is None
     again = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
     assert not again.collapsed, "what failed is tried again, what went through is not"
-    assert len(calls) == 2 + 3 + 3
+    assert (
+        len(calls) == 2 + 3 + 2
+    )  # the point that failed and the one after it; the unedited model is not asked again
 
 
 def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
@@ -430,9 +433,8 @@ def test_a_sequence_that_could_not_be_measured_is_tried_again(tmp_path, seed):
     assert [path.name for path in (tmp_path / "c" / "results").iterdir()] == ["memit-0.json"]
     again = Measure()
     found = compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=again)
-    assert (
-        not found.unfinished and not found.collapsed and again.calls == len(found.results["d4s"][0].history)
-    )
+    assert not found.unfinished and not found.collapsed
+    assert again.calls == 3 and len(found.results["d4s"][0].history) == 5  # it went on where it was
     with pytest.raises(ConfigError, match=r"with other measure .*'t'.*'another'"):
         compared(model, covariance, out=tmp_path / "c", evaluate_every=2, measure=Measure("another"))
 
@@ -440,7 +442,7 @@ def test_a_sequence_that_could_not_be_measured_is_tried_again(tmp_path, seed):
 def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
     model, covariance = ready(seed)
     before = state(model)
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(EditingFailed, match="JSON"):
         compared(model, covariance, out=tmp_path / "c", measure=lambda: {"m": object()})
     assert same(state(model), before)
 
@@ -462,3 +464,34 @@ def test_a_shuffle_keeps_the_edits_of_a_case_together():
         assert len(runs) == 9 and all(run == list(range(run[0], run[0] + len(run))) for run in runs)
     alone = [replace(edit, tags={}) for edit in edits]
     assert _orders(alone, (5,), True, None) == {5: random.Random(5).sample(alone, 30)}
+
+
+@pytest.mark.parametrize("method", ["d4s", "memit"])
+def test_a_comparison_goes_on_within_a_sequence(method, monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    options = dict(seeds=seed, evaluate_every=3, out=tmp_path / "whole")
+    whole = compared(model, covariance, {method: FAST}, **options)
+    plain, calls = MEMITEditor.edit, []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    options["out"] = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("d4s.methods.base.Editor.edit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(model, covariance, {method: FAST}, **options)
+    (journal,) = (tmp_path / "out" / "journals").iterdir()
+    with pytest.raises(ConfigError, match="is the journal of another sequence: config"):
+        compared(model, covariance, {method: FAST | {"prior_weight": 2.0}}, **options)
+    evaluated = []
+    evaluate = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: evaluated.append(len(a[2])) or evaluate(*a, **k))
+    again = compared(model, covariance, {method: FAST}, **options)
+    assert evaluated == [1, 1, 6, 1, 7]  # edits 5 and 6 and their point, edit 7 and the last point
+    one, other = (found.results[method][seed] for found in (whole, again))
+    assert without_times(one.history) == without_times(other.history)
+    assert one.edits_table == other.edits_table and not journal.exists()

@@ -77,7 +77,7 @@ def test_a_model_that_could_not_be_saved_is_saved_by_the_same_command(method, ca
         broken.setattr(GPT2LMHeadModel, "save_pretrained", full)
         line = fails(capsys, *command, "--out", "run")
     assert "run/model" in line and "No space left" in line and "repeat the command with --out run" in line
-    kept = ["baseline.json", "history.csv", "result.json", "weights.safetensors"]
+    kept = ["baseline.json", "history.csv", "journal", "result.json", "weights.safetensors"]
     assert sorted(os.listdir("run")) == kept and all(name in line for name in kept)
     before = Path("run/result.json").read_bytes()
     with monkeypatch.context() as untouched:
@@ -87,7 +87,7 @@ def test_a_model_that_could_not_be_saved_is_saved_by_the_same_command(method, ca
     assert same(weights("run"), weights("whole"))
     assert same(weights("run"), load_file("m/model.safetensors")) == (method == "grace")
     assert Path("run/result.json").read_bytes() == before
-    assert sorted(os.listdir("run")) == sorted(os.listdir("whole")) == [*kept[:2], "model", "result.json"]
+    assert sorted(os.listdir("run")) == sorted(os.listdir("whole")) == [*kept[:3], "model", "result.json"]
     if method == "grace":
         books = [load_file(f"{run}/model/grace_codebook.safetensors") for run in ("run", "whole")]
         assert same(*books)

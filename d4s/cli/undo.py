@@ -1,0 +1,51 @@
+"""`d4s undo`: edits of a journal are taken back, as if they had never been made."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from d4s.cli.printing import print_json, words
+
+HELP = "take edits back, as if they had never been made; a model saved beside the journal follows"
+
+
+def add(verb: ArgumentParser) -> None:
+    add_journal(verb)
+    verb.add_argument("ids", metavar="ID", nargs="+", help="of edits, as d4s log lists them")
+
+
+def run(options: Namespace) -> None:
+    change(options, stand=False)
+
+
+def add_journal(verb: ArgumentParser) -> None:
+    verb.add_argument("journal", metavar="DIR", help="a journal, or the --out of d4s edit")
+
+
+def change(options: Namespace, *, stand: bool) -> None:
+    from d4s.journal.journal import Journal
+
+    journal = Journal(options.journal)
+    (journal.redo if stand else journal.undo)(options.ids)
+    follow(options, journal, f"{'redone' if stand else 'undone'}: {', '.join(options.ids)}")
+
+
+def follow(options: Namespace, journal: object, said: str) -> None:
+    """The saved model becomes what the journal comes to; and what was done is said."""
+    from d4s.journal.journal import Journal
+
+    assert isinstance(journal, Journal)
+    model = journal.folder.model
+    if model.is_dir():
+        journal.write_to_folder(model)
+    left = [edit.id for edit in journal.edits]
+    if options.json:
+        print_json({"stand": left, "model": str(model) if model.is_dir() else None})
+    words(options)(
+        f"{said}; {len(left)} edits stand"
+        + (
+            f"\nedited model: {model}"
+            if model.is_dir()
+            else "\nno model is saved beside it: d4s patch export DIR …"
+        )
+    )

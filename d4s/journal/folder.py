@@ -1,0 +1,304 @@
+"""The files of a journal (docs/formats/journal.md): where they are, how they are written, and what of them is sound."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from d4s.errors import ConfigError, DataError, shown
+from d4s.files import (
+    WrongType,
+    as_count,
+    as_json,
+    as_list,
+    as_object,
+    as_text,
+    checking,
+    make_folder,
+    read_json,
+    write_json,
+)
+from d4s.journal.log import Log
+from d4s.tensor_files import TensorFile, load_tensors, save_tensors
+from d4s.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "d4s-journal-1"
+TENSORS = "d4s-journal-tensors-1"
+WRITER = "d4s.edit_sequence(journal=…)"
+HEAD = (
+    "created", "by", "versions", "model", "tokenizer", "statistics", "edits", "method", "config", "chosen", "schedule",
+    "count", "dtype", "layers", "weights", "transposed", "keeps_vectors", "snapshot_every", "segment_every", "source",
+)  # fmt: skip
+# What a sequence must have in common with a journal that it goes on in.
+SAME = ("model", "tokenizer", "statistics", "edits", "method", "config", "schedule", "dtype")
+SNAPSHOTS_KEPT = 2
+FOLDERS = ("segments", "snapshots", "targets", "points")
+_LEFT_OVER = re.compile(
+    r".+\.[0-9]+\.part(\.[a-z]+)?"
+)  # as `files.whole` names what it writes beside its place
+
+
+def now() -> dict[str, str]:
+    """When and by whom, as each event says it."""
+    try:
+        by = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        by = str(os.getuid()) if hasattr(os, "getuid") else ""
+    return {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "by": by}
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "d4s": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class Folder:
+    """A journal's folder: its head, its log, and its tensor files by number."""
+
+    def __init__(self, root: Path, head: dict[str, Any], log: Log) -> None:
+        self.root, self.head, self.log = root, head, log
+        self._lock: FileLock | None = None
+
+    @staticmethod
+    def exists(path: str | os.PathLike[str]) -> bool:
+        return (Path(path) / "journal.json").exists()
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Folder:
+        """Raises DataError for a folder that is no journal or holds links, or whose head or log is damaged.
+
+        path: the journal, or a folder that holds it as journal/, as `d4s edit --out` leaves it
+        """
+        root = Path(path)
+        if not Folder.exists(root) and Folder.exists(root / "journal"):
+            root = root / "journal"
+        check_own(root)
+        if not Folder.exists(root):
+            raise DataError(f"{root}: is no journal (it has no journal.json)")
+        place = root / "journal.json"
+        head = read_json(place, writer=WRITER, format=FORMAT, fields=HEAD, always_digest=True)
+        with checking(place, WRITER):
+            _check_head(head)
+        return Folder(root, head, Log.read(root / "log.jsonl", digest_of(head)))
+
+    @staticmethod
+    def is_free(path: str | os.PathLike[str]) -> bool:
+        """Whether a journal may begin here: there is nothing, or what a process left that ended before it had begun."""
+        root = Path(path)
+        if not root.is_dir():
+            return not os.path.lexists(root)
+        return all(
+            entry.name == "lock" or (entry.name.startswith("journal.") and _LEFT_OVER.fullmatch(entry.name))
+            for entry in os.scandir(root)
+        )
+
+    @staticmethod
+    def create(path: str | os.PathLike[str], head: Mapping[str, Any]) -> Folder:
+        """A new journal, locked. ConfigError where another process writes one, or something else is there."""
+        root = Path(path)
+        make_folder(root)
+        full = {"format": FORMAT, **json.loads(json.dumps(head))}
+        folder = Folder(root, full, Log(root / "log.jsonl", digest_of(full)))
+        check_own(root)
+        folder.lock()  # before the head: two processes that begin at once would write one over the other's
+        try:
+            if not Folder.is_free(root):
+                raise ConfigError(
+                    f"{root}: another process has begun something here in the meantime; name another folder"
+                )
+            write_json(full, root / "journal.json", indent=1)
+        except BaseException:
+            folder.unlock()
+            raise
+        return folder
+
+    def lock(self) -> None:
+        """This process alone writes, until it ends or `unlock`. ConfigError where another one does."""
+        if self._lock is None:
+            place = self.root / "lock"
+            place.touch()
+            lock = FileLock(place, timeout=0, mode=stat.S_IMODE(place.stat().st_mode))  # as the umask has it
+            try:
+                lock.acquire()
+            except Timeout:
+                raise ConfigError(
+                    f"{self.root}: another process is writing to this journal; wait for its end, or name another folder"
+                ) from None
+            except NotImplementedError:
+                raise ConfigError(
+                    f"{self.root}: this file system has no locks, so a second process could not be kept from writing; "
+                    "name a folder on another one"
+                ) from None
+            self._lock = lock
+            self._remove_left_over()
+
+    def _remove_left_over(self) -> None:
+        """What a process that ended while it wrote has left beside its place."""
+        for folder in (self.root, *(self.root / name for name in FOLDERS)):
+            for entry in os.scandir(folder) if folder.is_dir() else ():
+                if _LEFT_OVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    _removed(Path(entry.path))
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def append(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return self.log.append(kind, **now(), **fields)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its sequence has come to its end."""
+        return any(event["kind"] == "ended" and event["failure"] is None for event in self.events)
+
+    @property
+    def model(self) -> Path:
+        """Where the edited model is saved beside it, if it is."""
+        return (self.root.parent if self.root.name == "journal" else self.root) / "model"
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return self.log.events
+
+    # Tensor files: "base", "priors", or a number in "segments", "snapshots" or "targets".
+
+    def place(self, kind: str, number: int | None = None) -> Path:
+        return self.root / (f"{kind}.safetensors" if number is None else f"{kind}/{number:06d}.safetensors")
+
+    def save(
+        self, kind: str, number: int | None, tensors: Mapping[str, Tensor], facts: Mapping[str, str] = {}
+    ) -> str:
+        """The digest of the file, durable when this returns."""
+        place = self.place(kind, number)
+        save_tensors(place, tensors, {"format": TENSORS, "journal": self.log.begin, "kind": kind, **facts})
+        return self._stored(kind, number)[1]
+
+    def load(self, kind: str, number: int | None = None, digest: str | None = None) -> TensorFile:
+        """Raises DataError for a file that is missing, damaged, another journal's, or not the one that was logged."""
+        file, found = self._stored(kind, number)
+        if digest is not None and found != digest:
+            raise DataError(f"{file.path}: is not the file that the log names (its digest differs)")
+        return file
+
+    def _stored(self, kind: str, number: int | None) -> tuple[TensorFile, str]:
+        place = self.place(kind, number)
+        file = load_tensors(place, TENSORS, WRITER, DataError)
+        file.check_intact(DataError)
+        if file.facts.get("journal") != self.log.begin or file.facts.get("kind") != kind:
+            raise DataError(f"{place}: belongs to another journal, or stands in another file's place")
+        return file, file.digest
+
+    def sound(self, kind: str, upto: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+        """(number, event) of the files of a kind that the log names, oldest first.
+
+        Whether they are sound shows when they are loaded.
+        kind: "segments" | "snapshots"; upto: of events before this one
+        """
+        event_kind, field = {"segments": ("segment", "step"), "snapshots": ("snapshot", "event")}[kind]
+        return [(e[field], e) for e in self.events[:upto] if e["kind"] == event_kind]
+
+    def drop_old_snapshots(self) -> None:
+        for number, _ in self.sound("snapshots")[:-SNAPSHOTS_KEPT]:
+            _removed(self.place("snapshots", number))
+
+
+def _removed(path: Path) -> None:
+    """One that cannot be removed only takes up room, and is tried again by the next one who removes."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: is not needed any more, and cannot be removed (%s)", path, error.strerror)
+
+
+def check_own(root: Path) -> None:
+    """DataError if something in a journal is no file or folder of its own.
+
+    A symbolic link could have what is elsewhere read as the journal's, or written over; a pipe never ends. The journal
+    itself may be reached through a link.
+    """
+    waiting = [root] if root.is_dir() else []
+    while waiting:
+        folder = waiting.pop()
+        for entry in os.scandir(folder):
+            if entry.is_symlink():
+                raise DataError(
+                    f"{entry.path}: is a symbolic link; a journal holds all its files itself. Put in its place what it "
+                    "leads to, if that is the journal's, or remove it"
+                )
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise DataError(
+                    f"{entry.path}: is a pipe, socket or device; a journal holds files only. Remove it"
+                )
+            if folder == root and stat.S_ISDIR(mode) != (entry.name in FOLDERS) and _is_ours(entry.name):
+                kind = "folder" if stat.S_ISDIR(mode) else "file"
+                raise DataError(f"{entry.path}: is a {kind}; that is not what a journal has there")
+            if stat.S_ISDIR(mode) and (folder != root or entry.name in FOLDERS):
+                waiting.append(Path(entry.path))
+
+
+def _is_ours(name: str) -> bool:
+    files = ("journal.json", "log.jsonl", "lock", "base.safetensors", "priors.safetensors", "baseline.json")
+    return name in FOLDERS or name in files
+
+
+def _check_head(head: Mapping[str, Any]) -> None:
+    """Raises WrongType for a head that holds other values than a journal's."""
+    for name in ("created", "by", "model", "tokenizer", "edits", "method", "dtype", "source"):
+        as_text(head[name], name)
+    if head["statistics"] is not None:
+        as_text(head["statistics"], "statistics")
+    for name in ("versions", "config", "chosen", "schedule", "weights", "transposed"):
+        as_json(as_object(head[name], name), name)
+    for name in ("count", "snapshot_every", "segment_every"):
+        if as_count(head[name], name) < 1:
+            raise WrongType(f"{name} must be 1 or more, not 0")
+    layers = [as_count(layer, "layers") for layer in as_list(head["layers"], "layers")]
+    for name in ("weights", "transposed"):
+        if set(head[name]) != {str(layer) for layer in layers}:
+            raise WrongType(f"{name} must have an entry for each of the layers {layers}")
+    as_count(head["schedule"].get("seed"), "schedule, seed")
+    if not isinstance(head["keeps_vectors"], bool):
+        raise WrongType(f"keeps_vectors must be true or false, not {shown(head['keeps_vectors'])}")
+
+
+def differing(head: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str] = SAME) -> list[str]:
+    """What a journal's head and a sequence that wants to go on in it do not agree in, each with both values."""
+    return [
+        f"{name} ({_short(head.get(name))} there, {_short(wanted[name])} here)"
+        for name in names
+        if head.get(name) != wanted[name]
+    ]
+
+
+def _short(value: Any, most: int = 120) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= most else f"{text[:most]}…"

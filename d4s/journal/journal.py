@@ -1,0 +1,503 @@
+"""A journal as its user sees it: what was done, taken back, done again, checked, and the weights that it comes to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from d4s.change.closed_form import Rows
+from d4s.edits import Edit
+from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
+from d4s.files import read_json, whole
+from d4s.journal.changes import Change
+from d4s.journal.edits_card import write_edits_card
+from d4s.journal.folder import Folder, digest_of, now
+from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
+from d4s.journal.patch import export_patch
+from d4s.journal.sums import Standing, Sums, edits_of, packed
+from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.methods import METHODS, Workbench
+from d4s.methods.d4s import D4SEditor
+from d4s.models.causal_lm import CausalLM
+from d4s.models.forward import evaluating
+from d4s.models.loading import load_model
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+WORTH_WITHIN = 1e-6  # relative: what two ways of rebuilding Δ may differ by
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `Journal.verify` found.
+
+    checked: what was looked at, in words; problems: what is wrong, in words
+    difference: of Δ rebuilt from vectors alone and by snapshots, relative; None: there are no vectors
+    """
+
+    checked: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    difference: float | None = None
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return "\n".join([*self.checked, *(f"WRONG: {text}" for text in self.problems)])
+
+
+@dataclass
+class Journal:
+    """The journal in a folder, as `edit_sequence(journal=…)` and `d4s edit --out` write it.
+
+    What changes it is durable when it returns, and refused while another process writes.
+    Raises DataError for a folder that is no journal, or whose head or log is damaged.
+    """
+
+    path: Path
+    folder: Folder = field(init=False, repr=False)
+    _sums: Sums | None = field(default=None, init=False, repr=False)
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self._sums = Path(path), None
+        self.folder = Folder.open(self.path)
+
+    @property
+    def head(self) -> Mapping[str, Any]:
+        """What the sequence is (docs/formats/journal.md)."""
+        return self.folder.head
+
+    @property
+    def sums(self) -> Sums:
+        """Rebuilt when first asked for. DataError where the method keeps none, or a file is missing or damaged."""
+        if self._sums is None:
+            self._sums = Sums(self.folder)
+        return self._sums
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits that stand, in the order in which they were made."""
+        return self._standing().edits
+
+    def _standing(self) -> Standing:
+        """Which edits stand, by the log alone."""
+        if self._sums is not None:
+            return self._sums.standing
+        return standing_of(self.folder)
+
+    # What was done
+
+    def log(self) -> list[dict[str, Any]]:
+        """A row an edit, in the order made: id, prompt, subject, target_new, at, by, step, stands.
+
+        And where it was tested right after its step: written_probability, efficacy, paraphrase.
+        """
+        standing = self._standing()
+        rows: list[dict[str, Any]] = []
+        by_id: dict[str, dict[str, Any]] = {}
+        for event in self.folder.events:
+            if event["kind"] in ("step", "revised"):
+                for edit in edits_of(event, self.folder):
+                    row = {
+                        "id": edit.id,
+                        "prompt": edit.prompt,
+                        "subject": edit.subject,
+                        "target_new": edit.target_new,
+                        "target_true": edit.target_true,
+                        "at": event.get("at"),
+                        "by": event.get("by"),
+                        "step": event["step"],
+                        "stands": edit.id not in standing.undone,
+                        "revises": event.get("id"),
+                    }
+                    rows.append(row)
+                    by_id[edit.id] = row
+            elif event["kind"] == "tested":
+                tested = rows[-len(event["written_probability"]) :]
+                for i, row in enumerate(tested):
+                    for name in ("written_probability", "efficacy", "paraphrase"):
+                        row[name] = event[name][i]
+        return rows
+
+    def to_frame(self) -> DataFrame:
+        """`log` as a DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.log())
+
+    # What is changed
+
+    def undo(self, ids: str | Iterable[str]) -> None:
+        """The edits no longer stand: sums and weights are what the other edits put into them.
+
+        O(d²) an edit, whatever the number of edits. What is exact is said in `d4s.journal.sums`.
+        Raises EditError for an edit that was not made or was undone already; nothing is changed then.
+        """
+        self._change(ids, stand=False)
+
+    def redo(self, ids: str | Iterable[str]) -> None:
+        """Edits that were undone stand again. Raises EditError for one that stands; nothing is changed then."""
+        self._change(ids, stand=True)
+
+    def _change(self, ids: str | Iterable[str], *, stand: bool) -> None:
+        named = [ids] if isinstance(ids, str) else list(dict.fromkeys(ids))
+        if not named:
+            raise EditError("no edit was named; the journal's log has their ids (d4s log)")
+        with self._writing():
+            self.sums.change(named, stand=stand)
+            self.sums.closed_form.settle_()  # fails, if it does, before anything is written
+            self.folder.append("redone" if stand else "undone", ids=named)
+            self._snapshot()
+
+    def revise(
+        self,
+        edit_id: str,
+        target_new: str,
+        *,
+        model: CausalLM | None = None,
+        tokenizer: Any = None,
+        covariance: Covariance | str | os.PathLike[str] | None = None,
+    ) -> Edit:
+        """The edit no longer stands, and one with another target is made in its place; returns that.
+
+        model, tokenizer: the unedited ones, on which its target is searched; None: loaded from where the journal's came
+            from. The model holds all edits that stand afterwards
+        covariance: key statistics, where the method has any; None: those of the cache
+        """
+        old = self._standing().get(edit_id).edit
+        record = {k: v for k, v in old.to_dict().items() if k != "id"} | {"target_new": target_new}
+        new = Edit.from_dict(record)
+        if new.id in self._standing().made:
+            new = Edit.from_dict(record | {"id": f"{new.id}-{len(self._standing().made)}"})
+        with self._writing():
+            self.sums.change([edit_id], stand=False)
+            model, tokenizer = self._unedited(model, tokenizer)
+            with evaluating(model):
+                editor = self._editor(model, tokenizer, covariance)
+                editor.closed_form.resume_(self.sums.closed_form.snapshot())
+                editor.hold(self.sums.standing.edits)
+                editor.write()
+                made = editor.edit([new])
+            number = self._segment(editor.put)
+            self.folder.append(
+                "revised",
+                id=edit_id,
+                edits=[new.to_dict()],
+                step=number,
+                first_probability=list(made.first_probability),
+                last_probability=list(made.last_probability),
+            )
+            self._sums = None
+            self._snapshot()
+        return new
+
+    def consolidate(
+        self,
+        *,
+        model: CausalLM | None = None,
+        tokenizer: Any = None,
+        covariance: Covariance | str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Keys and residuals of all edits that stand are taken anew and solved for as one batch: what undoing and later
+        edits below them had made stale is fresh. Of several edits of one prompt the last counts.
+
+        Arguments as of `revise`.
+        """
+        batch = list({edit.place: edit for edit in self.edits}.values())
+        if not batch:
+            raise EditError("no edit stands, so there is nothing to consolidate")
+        with self._writing():
+            _ = self.sums  # the journal must have them
+            model, tokenizer = self._unedited(model, tokenizer)
+            with evaluating(model):
+                editor = self._editor(model, tokenizer, covariance)
+                editor.announce(batch)
+                editor.edit(batch)
+            number = self._segment(editor.put)
+            self.folder.append("consolidated", ids=[edit.id for edit in batch], step=number)
+            self._sums = None
+            self._snapshot()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """This process alone; a failure leaves the journal as the log says, and its sums are built anew."""
+        self.folder.lock()
+        try:
+            if Folder.open(self.folder.root).events != self.folder.events:  # grown since it was opened
+                lock = self.folder._lock
+                self.folder, self._sums = Folder.open(self.folder.root), None
+                self.folder._lock = lock
+            yield
+        except BaseException:
+            self._sums = None
+            raise
+        finally:
+            self.folder.unlock()
+
+    def _segment(self, put: Sequence[Rows]) -> int:
+        """Vectors of a step of their own; its number."""
+        used = [
+            int(e["step"])
+            for e in self.folder.events
+            if e["kind"] in ("step", "segment", "revised", "consolidated")
+        ]
+        number = max(used, default=0) + 1
+        digest = self.folder.save("segments", number, packed({number: put}))
+        self.folder.append("segment", first=number, step=number, digest=digest)
+        return number
+
+    def _snapshot(self) -> None:
+        state = self.sums.closed_form.snapshot()
+        event = len(self.folder.events) - 1
+        digest = self.folder.save("snapshots", event, state)
+        self.folder.append("snapshot", event=event, digest=digest)
+        self.folder.drop_old_snapshots()
+
+    def _unedited(self, model: CausalLM | None, tokenizer: Any) -> tuple[CausalLM, Any]:
+        if model is None:
+            source = self.head["source"]
+            if not source:
+                raise ConfigError(
+                    f"{self.path} does not say what its model was loaded from; give model and tokenizer"
+                )
+            model, tokenizer = load_model(source, dtype=self.head["dtype"])
+        if (mine := fingerprint_of(model)) != self.head["model"]:
+            raise ModelError(
+                f"the model is not the unedited one of {self.path} (weights {self.head['model'][:12]}, this one "
+                f"{mine[:12]}), or not in its type, {self.head['dtype']}"
+            )
+        return model, tokenizer
+
+    def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> D4SEditor:
+        """As the sequence's, on the unedited model."""
+        if isinstance(covariance, (str, os.PathLike)):
+            covariance = Covariance.load(covariance)
+        cls = METHODS[self.head["method"]]
+        fields = {**self.head["config"], **self.head["chosen"]}
+        bench = Workbench(model, tokenizer, covariance=covariance, seed=int(self.head["schedule"]["seed"]))
+        target = fields.pop("target", None)
+        method = cls.preset(bench.anatomy).changed(fields | ({} if target is None else {"target": target}))
+        editor = method.editor(bench)
+        if bench.statistics_digest(editor.weights.layers) != self.head["statistics"]:
+            raise ConfigError(
+                f"the key statistics are not those of {self.path}; give the file that its sequence was made with "
+                "(covariance)"
+            )
+        if not isinstance(editor, D4SEditor):
+            raise DataError(f"{self.path}: {self.head['method']} keeps no sums")
+        return editor
+
+    # What it comes to
+
+    def weights(self) -> dict[str, Tensor]:
+        """W of every edited weight, by its name in the model, as the model stores it."""
+        summed = self.folder.place("priors").exists()
+        found = self.sums.weights() if summed else self._of_snapshot()
+        return {self.head["weights"][str(layer)]: weight for layer, weight in found.items()}
+
+    def _of_snapshot(self) -> dict[int, Tensor]:
+        """Of a method without sums: the weights of its last snapshot, which its end has left."""
+        for number, event in reversed(self.folder.sound("snapshots")):
+            state = self.folder.load("snapshots", number, event["digest"]).tensors
+            base = self.folder.load("base").tensors
+            found = {}
+            for layer in self.head["layers"]:
+                if (stored := state.get(f"weight.{layer}")) is not None:
+                    found[layer] = stored
+                elif (delta := state.get(f"delta.{layer}")) is not None:
+                    change = delta.T if self.head["transposed"][str(layer)] else delta
+                    found[layer] = (base[f"{layer}"].float() + change).to(base[f"{layer}"].dtype)
+                else:
+                    raise DataError(
+                        f"{self.path}: {self.head['method']} changes no weight that could be given"
+                    )
+            return found
+        raise DataError(f"{self.path}: has no snapshot yet; go on with its sequence to its end")
+
+    def changes(self) -> list[Change]:
+        """What the edits that stand have changed, a weight each, with exact factors where the method keeps sums."""
+        head, base, weights = self.head, self.folder.load("base").tensors, self.weights()
+        factors = (
+            self.sums.factors() if self.folder.place("priors").exists() and head["keeps_vectors"] else {}
+        )
+        found = []
+        for layer in head["layers"]:
+            name = head["weights"][str(layer)]
+            left, right = factors.get(layer, (None, None))
+            if left is not None and not left.shape[1]:
+                left = right = None  # no edit stands
+            transposed = bool(head["transposed"][str(layer)])
+            found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
+        return found
+
+    def export_patch(self, path: str | os.PathLike[str]) -> dict[str, int]:
+        """The change as a file that `d4s.apply_patch` takes (docs/formats/patch.md); bytes a weight."""
+        return export_patch(self.changes(), path, fingerprint=self.head["model"], edits=self.edits)
+
+    def export_lora(
+        self, folder: str | os.PathLike[str], *, rank: int | None = None, model: CausalLM | None = None
+    ) -> Adapter:
+        """The change as an adapter folder of PEFT; arguments as of `d4s.export_lora` and `revise`."""
+        return export_lora(self.changes(), folder, rank=rank, model=self._unedited(model, None)[0])
+
+    def export_gguf_lora(
+        self, path: str | os.PathLike[str], *, rank: int | None = None, model: CausalLM | None = None
+    ) -> Adapter:
+        """The change as an adapter of llama.cpp; arguments as of `d4s.export_gguf_lora` and `revise`."""
+        return export_gguf_lora(self.changes(), path, rank=rank, model=self._unedited(model, None)[0])
+
+    def write_card(self, folder: str | os.PathLike[str]) -> None:
+        """d4s_edits.json into a model's folder: the edits that stand."""
+        head = self.head
+        write_edits_card(
+            folder,
+            self.edits,
+            base_fingerprint=head["model"],
+            base_name=head["source"],
+            method=head["method"],
+            when=now()["at"],
+        )
+
+    def write_to(self, model: CausalLM) -> None:
+        """The unedited model becomes the edited one, in place. ModelError for another model."""
+        self._unedited(model, None)
+        own = dict(model.named_parameters())
+        weights = self.weights()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                own[name].copy_(weight)
+
+    def write_to_folder(self, folder: str | os.PathLike[str]) -> None:
+        """The edited weights into a saved model's safetensors files, each of which is there whole or as it was.
+
+        Raises ModelError for a folder that has not all of them.
+        """
+        left = self.weights()
+        shapes = {name: weight.shape for name, weight in left.items()}
+        holding: dict[Path, list[str]] = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names = [name for name in file.keys() if name in shapes]  # noqa: SIM118
+                for name in names:
+                    if tuple(file.get_slice(name).get_shape()) != tuple(shapes[name]):
+                        raise ModelError(f"{path}: {name} has another shape than the journal's")
+            if names:
+                holding[path] = names
+        lacking = sorted(set(left) - {name for names in holding.values() for name in names})
+        if lacking:
+            raise ModelError(f"{folder}: holds no {lacking[0]}; it is not the model of {self.path}")
+        from safetensors.torch import load_file, save_file
+
+        for path, names in holding.items():
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+            tensors = load_file(path)
+            tensors |= {name: left[name].contiguous() for name in names}
+            with whole(path) as beside:
+                save_file(tensors, beside, metadata=facts)
+        self.write_card(folder)
+
+    def verify(self) -> Verification:
+        """Every file against the digest that the log names, and the weights against what they must be.
+
+        Δ rebuilt from vectors alone against that by snapshots; the weights, bit for bit, against the model that is
+        saved beside the journal (`model/`), where there is one.
+        """
+        checked, problems = [f"log: {len(self.folder.events)} events, each bound to those before it"], []
+        if self.folder.log.torn:
+            problems.append(
+                f"log: its last line is torn ({self.folder.log.torn} bytes), its event was not done"
+            )
+        for kind in ("segments", "snapshots"):
+            named = self.folder.sound(kind)
+            if kind == "snapshots":
+                named = [one for one in named if self.folder.place(kind, one[0]).exists()]
+            for number, event in named:
+                try:
+                    self.folder.load(kind, number, event["digest"])
+                except D4SError as error:
+                    problems.append(str(error))
+            checked.append(f"{kind}: {len(named)}")
+        points = [event for event in self.folder.events if event["kind"] == "point"]
+        for event in points:
+            try:
+                self._point(event)
+            except D4SError as error:
+                problems.append(str(error))
+        checked.append(f"points: {len(points)}")
+        difference = None
+        try:
+            weights = self.weights()
+            if self.folder.place("priors").exists() and self.head["keeps_vectors"]:
+                difference = self._difference()
+                if not difference <= WORTH_WITHIN:
+                    problems.append(
+                        f"Δ from vectors alone differs from that by snapshots by {difference:.2g}, relative"
+                    )
+                checked.append(
+                    f"Δ from vectors alone: within {difference:.1g} of that by snapshots, relative"
+                )
+            if self.folder.model.is_dir():
+                problems += self._beside(weights)
+                checked.append("the model beside it: every edited weight")
+        except D4SError as error:
+            problems.append(str(error))
+        return Verification(tuple(checked), tuple(problems), difference)
+
+    def _point(self, event: Mapping[str, Any]) -> None:
+        place = self.folder.root / f"points/{int(event['made']):06d}.json"
+        stored = read_json(
+            place,
+            writer="a journal",
+            format="d4s-journal-point-1",
+            fields=("row", "evaluation", "fewer", "measured"),
+        )
+        if digest_of(stored) != event["digest"]:
+            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+
+    def _difference(self) -> float:
+        alone = Sums(self.folder, snapshots=False).closed_form
+        largest = 0.0
+        for layer, delta in self.sums.closed_form.deltas().items():
+            size = float(delta.norm())
+            largest = max(largest, float((alone.delta(layer) - delta).norm()) / size if size else 0.0)
+        return largest
+
+    def _beside(self, weights: Mapping[str, Tensor]) -> list[str]:
+        left, problems = set(weights), []
+        for path in sorted(self.folder.model.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in weights:
+                        left.discard(name)
+                        if not torch.equal(file.get_tensor(name), weights[name].cpu()):
+                            problems.append(f"{path}: {name} is not what the journal comes to")
+        return [*problems, *(f"{self.folder.model}: holds no {name}" for name in sorted(left))]
+
+
+def standing_of(folder: Folder) -> Standing:
+    """Which edits of a log stand, without their vectors."""
+    from d4s.journal.sums import Made
+
+    standing = Standing(replaces=folder.head["method"] == "d4s")
+    for event in folder.events:
+        if event["kind"] == "revised":
+            standing.undone |= {event["id"]}
+        if event["kind"] in ("step", "revised"):
+            for edit in edits_of(event, folder):
+                standing.add(Made(edit, int(event["step"])))
+        elif event["kind"] == "undone":
+            standing.undone |= set(event["ids"])
+        elif event["kind"] == "redone":
+            standing.undone -= set(event["ids"])
+    return standing

@@ -1,0 +1,407 @@
+"""The sums of a journal without its model: what every edit has put into them, and what they are without some of them.
+
+A row belongs to one edit of a step. Added rows (sign +1) are in the sums while their edit stands. Rows taken out (−1)
+are an earlier edit's of the same prompt, in whose place the later one came: they are taken out while the later edit
+and one of the earlier ones stand. So for any set of edits that stand the rows are known, and undoing is putting in and
+taking out the difference, in O(d²) an edit.
+
+Exact is that the sums are those rows'. They are also those of a sequence that never made the edit, to rounding, where
+one layer is edited without contexts by the paper's rule of the residual, or no other edit has the prompt. With several
+layers the keys above the lowest, and residuals that were measured on weights which held the edit, are those of the
+sequence that was; `Journal.consolidate` takes all of them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d4s import ops
+from d4s.change.closed_form import ClosedForm, Prior, Rows
+from d4s.edits import Edit
+from d4s.errors import D4SError, DataError, EditError, unknown_name
+from d4s.journal.folder import Folder
+
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Made:
+    """One edit of the log, with the rows that it put into the sums.
+
+    Those of a prompt that stands in a step twice are its last edit's.
+    follows: id of the earlier edit of its prompt in whose place it came, whose rows it took out
+    """
+
+    edit: Edit
+    step: int
+    rows: tuple[Rows, ...] = ()
+    follows: str | None = None
+
+
+@dataclass
+class Standing:
+    """Which edits were made, in order, and which of them stand.
+
+    replaces: whether a later edit of a prompt takes the place of an earlier one (d4s), or both stay (as published, the
+        others)
+    by_place: edits of one prompt, in the order in which they were made
+    """
+
+    replaces: bool = True
+    made: dict[str, Made] = field(default_factory=dict)
+    undone: set[str] = field(default_factory=set)
+    by_place: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+
+    def add(self, made: Made) -> None:
+        earlier = self.by_place.setdefault(made.edit.place, [])
+        standing = [edit_id for edit_id in earlier if edit_id not in self.undone]
+        self.made[made.edit.id] = replace(made, follows=standing[-1] if standing else None)
+        earlier.append(made.edit.id)
+
+    def get(self, edit_id: str) -> Made:
+        if edit_id not in self.made:
+            raise EditError(unknown_name("edit", edit_id, self.made))
+        return self.made[edit_id]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """Those that stand, in the order in which they were made."""
+        return [made.edit for edit_id, made in self.made.items() if edit_id not in self.undone]
+
+    def rows(self, place: tuple[str, int], undone: Iterable[str]) -> dict[tuple[str, int, str | None], Rows]:
+        """Every row that one prompt's edits have in the sums while `undone` do not stand.
+
+        By edit, number of the row, and, of a row that takes out an earlier edit's, that edit.
+        """
+        out, found = set(undone), dict[tuple[str, int, str | None], Rows]()
+        earlier: Made | None = None
+        for edit_id in self.by_place.get(place, ()):
+            if edit_id in out:
+                continue
+            made = self.made[edit_id]
+            for number, rows in enumerate(made.rows):
+                if rows.sign > 0:
+                    found[edit_id, number, None] = rows
+            if earlier is not None and self.replaces:
+                for number, rows in enumerate(_taken_out(made, earlier)):
+                    found[edit_id, number, earlier.edit.id] = rows
+            earlier = made
+        return found
+
+    def change(self, ids: Sequence[str], stand: bool) -> tuple[list[Rows], list[Rows]]:
+        """(rows to be put in, rows to be taken out) such that the edits stand, or stand no longer."""
+        after = self.undone - set(ids) if stand else self.undone | set(ids)
+        put: list[Rows] = []
+        taken: list[Rows] = []
+        for place in dict.fromkeys(self.made[edit_id].edit.place for edit_id in ids):
+            old, new = self.rows(place, self.undone), self.rows(place, after)
+            put += [rows for key, rows in new.items() if key not in old]
+            taken += [rows for key, rows in old.items() if key not in new]
+        self.undone = after
+        return put, taken
+
+
+def _taken_out(made: Made, earlier: Made) -> list[Rows]:
+    """What leaves the sums for `made` in the place of `earlier`: as it was, or, where it had come in another's place
+    or in none, `earlier`'s own rows in the lowest layer, above which keys are not those that went in."""
+    if made.follows == earlier.edit.id:
+        return [rows for rows in made.rows if rows.sign < 0]
+    lowest = min((rows.layer for rows in (*made.rows, *earlier.rows)), default=0)
+    return [negated(rows) for rows in earlier.rows if rows.sign > 0 and rows.layer == lowest]
+
+
+def of_one(rows: Rows, place: int) -> Rows | None:
+    """The rows of one edit of a step. place: of the edit within it"""
+    own = [i for i, edit in enumerate(rows.edits) if edit == place]
+    if not own:
+        return None
+    return Rows(rows.layer, rows.sign, (0,) * len(own), rows.residuals[own], rows.keys[own])
+
+
+def by_edit(batch: Sequence[Edit], put: Sequence[Rows], step: int) -> list[Made]:
+    """A step's edits with their rows."""
+    return [
+        Made(edit, step, tuple(one for rows in put if (one := of_one(rows, i)) is not None))
+        for i, edit in enumerate(batch)
+    ]
+
+
+class Sums:
+    """A journal's closed form, rebuilt from its files, and the weights that follow from it.
+
+    Raises DataError where the journal keeps no sums (its method has none), or a file of it is missing or damaged.
+    """
+
+    def __init__(self, folder: Folder, *, snapshots: bool = True) -> None:
+        """snapshots: False: from vectors alone"""
+        self.folder = folder
+        head = folder.head
+        if not folder.place("priors").exists():
+            raise DataError(
+                f"{folder.root}: {head['method']} keeps no sums, so single edits cannot be taken back; d4s, memit-seq, "
+                "alphaedit and encore do"
+            )
+        self.layers: list[int] = head["layers"]
+        self.transposed = {layer: bool(head["transposed"][str(layer)]) for layer in self.layers}
+        priors, base = folder.load("priors").tensors, folder.load("base").tensors
+        try:
+            self.base = {layer: base[f"{layer}"] for layer in self.layers}
+            shapes = {
+                layer: (w.shape[1], w.shape[0]) if self.transposed[layer] else (w.shape[0], w.shape[1])
+                for layer, w in self.base.items()
+            }
+            self.priors = {layer: _prior(priors[f"{layer}"], shapes[layer][1]) for layer in self.layers}
+        except (KeyError, IndexError, D4SError) as error:
+            raise DataError(f"{folder.root}: base or priors are not those of its layers ({error})") from None
+        self.shapes = shapes
+        self.closed_form = self._empty()
+        self.standing = Standing(replaces=head["method"] == "d4s")
+        self._replay(snapshots)
+
+    def _empty(self) -> ClosedForm:
+        (d_out,) = {shape[0] for shape in self.shapes.values()}
+        return ClosedForm(
+            self.priors,
+            d_out,
+            transposed=any(self.transposed.values()),
+            seed=int(self.folder.head["schedule"]["seed"]),
+        )
+
+    def _replay(self, snapshots: bool) -> None:
+        """Everything in the log: from the newest sound snapshot on into the sums, from the start on into `standing`."""
+        begin = 0
+        for number, event in reversed(self.folder.sound("snapshots") if snapshots else []):
+            try:
+                state = self.folder.load("snapshots", number, event["digest"]).tensors
+                self.closed_form.resume_({name: t for name, t in state.items() if name != "held"})
+            except D4SError:
+                self.closed_form = self._empty()
+                continue
+            begin = number + 1
+            break
+        segments = Segments(self.folder)
+        for event in self.folder.events:
+            put, taken, anew = self._one(event, segments)
+            if event["n"] < begin:
+                continue
+            if anew:
+                self.closed_form = self._empty()
+            for rows in put:
+                self.closed_form.put_(rows)
+            for rows in taken:
+                self.closed_form.put_(negated(rows))
+            if taken:
+                self.closed_form.settle_()
+            elif put:
+                for layer in self.layers:
+                    self.closed_form.delta(layer)
+
+    def _one(self, event: Mapping[str, Any], segments: Segments) -> tuple[list[Rows], list[Rows], bool]:
+        """(what an event puts into the sums, takes out, whether they begin anew); `standing` is told of it."""
+        standing, kind = self.standing, event["kind"]
+        if kind == "step":
+            return self.take_step(event, segments.rows(int(event["step"]))), [], False
+        if kind in ("undone", "redone"):
+            return *standing.change(event["ids"], stand=kind == "redone"), False
+        if kind == "revised":
+            _, taken = standing.change([event["id"]], stand=False)
+            return self.take_step(event, segments.rows(int(event["step"]))), taken, False
+        if kind == "consolidated":
+            put = segments.rows(int(event["step"]))
+            batch = [standing.get(edit_id).edit for edit_id in event["ids"]]
+            # The undone ones keep their rows, and may be redone; earlier edits of a prompt are in no sum any more.
+            for edit in standing.edits:
+                standing.made[edit.id] = Made(edit, int(event["step"]))
+            for made in by_edit(batch, put, int(event["step"])):
+                standing.made[made.edit.id] = made
+            return put, [], True
+        return [], [], False
+
+    def take_step(self, event: Mapping[str, Any], put: list[Rows]) -> list[Rows]:
+        """The edits of an event, made by these rows, stand."""
+        for made in by_edit(edits_of(event, self.folder), put, int(event["step"])):
+            self.standing.add(made)
+        return put
+
+    def change(self, ids: Sequence[str], *, stand: bool) -> None:
+        """The edits stand again, or no longer: into the sums, in O(d²) an edit.
+
+        Raises EditError for an edit that was not made, or that stands, or does not, already; the sums are as before.
+        """
+        for edit_id in ids:
+            self.standing.get(edit_id)
+            if (edit_id in self.standing.undone) != stand:
+                raise EditError(f"edit {edit_id!r} {'stands' if stand else 'was undone'} already")
+        put, taken = self.standing.change(ids, stand=stand)
+        for rows in put:
+            self.closed_form.put_(rows)
+        for rows in taken:
+            self.closed_form.put_(negated(rows))
+
+    def weights(self) -> dict[int, Tensor]:
+        """W = round(W0 + Δ) of every edited layer, as the model stores it."""
+        found = {}
+        for layer in self.layers:
+            weight = self.base[layer].clone()
+            ops.write_back_(
+                weight, self.base[layer], self.closed_form.delta(layer), transposed=self.transposed[layer]
+            )
+            found[layer] = weight
+        return found
+
+    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Δ = left · right of every edited layer, left [d_out, rows], right [rows, d_in], float64: a row an edit.
+
+        Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P.
+        """
+        found = {}
+        for layer in self.layers:
+            rows = [
+                one
+                for place in self.standing.by_place
+                for one in self.standing.rows(place, self.standing.undone).values()
+                if one.layer == layer
+            ]
+            d_out, d_in = self.shapes[layer]
+            if not rows:
+                found[layer] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
+                continue
+            residuals = torch.cat([one.sign * one.residuals.double() for one in rows])
+            keys = torch.cat([one.keys.double() for one in rows])
+            signs = torch.cat([torch.full((len(one.keys), 1), one.sign).double() for one in rows])
+            matrix = self.priors[layer].matrix.double() + (signs * keys).T @ keys
+            found[layer] = (residuals.T, torch.linalg.solve(matrix, keys.T).T)
+        return found
+
+
+def negated(rows: Rows) -> Rows:
+    """The same rows, taken out where they were put in, and the reverse."""
+    return Rows(rows.layer, -rows.sign, rows.edits, rows.residuals, rows.keys)
+
+
+def edits_of(event: Mapping[str, Any], folder: Folder) -> list[Edit]:
+    try:
+        return [Edit.from_dict(record) for record in event["edits"]]
+    except (D4SError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{folder.root}, event {event.get('n')}: holds no edits ({error})") from None
+
+
+def _prior(stored: Tensor, d_in: int) -> Prior:
+    if stored.ndim == 0:
+        return Prior.identity(d_in, float(stored))
+    return Prior(stored, dtype=stored.dtype)
+
+
+class Segments:
+    """The vectors of a journal's steps, read from its segments as they are asked for."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._named = folder.sound("segments")
+        self._open: tuple[int, dict[int, list[Rows]]] | None = None
+
+    def __contains__(self, step: int) -> bool:
+        return any(int(e["first"]) <= step <= number for number, e in self._named)
+
+    def rows(self, step: int) -> list[Rows]:
+        """What the step put into the sums, in order. DataError where its segment is missing or damaged.
+
+        Of several segments that hold it the newest sound one: it was written since an older one was found damaged.
+        """
+        if self._open is None or step not in self._open[1]:
+            self._open = self._sound(step)
+        return self._open[1][step]
+
+    def _sound(self, step: int) -> tuple[int, dict[int, list[Rows]]]:
+        why: DataError | None = None
+        for number, event in reversed(self._named):
+            if not int(event["first"]) <= step <= number:
+                continue
+            try:
+                file = self.folder.load("segments", number, event["digest"])
+                found = unpacked(file.tensors, file.path)
+                if step in found:
+                    return number, found
+                raise DataError(f"{file.path}: has no vectors of step {step}")
+            except DataError as error:
+                why = why or error
+        raise why or DataError(
+            f"{self.folder.root}: no vectors are kept of step {step}"
+            + (
+                "; go on with the sequence (the same command again), which makes them"
+                if self.folder.head["keeps_vectors"]
+                else " (--keep-vectors no), so no single edit can be taken back"
+            )
+        )
+
+
+def packed(steps: Mapping[int, Sequence[Rows]]) -> dict[str, Tensor]:
+    """A segment: step → what it put into the sums, as tensors by name (docs/formats/journal.md)."""
+    tensors: dict[str, Tensor] = {}
+    for step, put in steps.items():
+        for layer in dict.fromkeys(rows.layer for rows in put):
+            own = [rows for rows in put if rows.layer == layer]
+            name = f"{step}.{layer}"
+            tensors[f"{name}.keys"] = _narrow(torch.cat([rows.keys for rows in own]))
+            tensors[f"{name}.residuals"] = _narrow(torch.cat([rows.residuals for rows in own]))
+            tensors[f"{name}.signs"] = torch.tensor(
+                [rows.sign for rows in own for _ in rows.edits], dtype=torch.int8
+            )
+            tensors[f"{name}.edits"] = torch.tensor(
+                [e for rows in own for e in rows.edits], dtype=torch.int32
+            )
+    return tensors
+
+
+def _narrow(rows: Tensor) -> Tensor:
+    """float32 where that holds every value exactly."""
+    small = rows.float()
+    return small if torch.equal(small.to(rows.dtype), rows) else rows
+
+
+def unpacked(tensors: Mapping[str, Tensor], path: str) -> dict[int, list[Rows]]:
+    """Step → rows, in the order in which they were put. DataError for tensors that are no segment."""
+    found: dict[int, list[Rows]] = {}
+    try:
+        names = dict.fromkeys(tuple(map(int, name.split(".")[:2])) for name in tensors)
+        for step, layer in sorted(names):
+            keys, residuals, signs, edits = (
+                tensors[f"{step}.{layer}.{part}"] for part in ("keys", "residuals", "signs", "edits")
+            )
+            if (
+                keys.ndim != 2
+                or residuals.ndim != 2
+                or not len(keys) == len(residuals) == len(signs) == len(edits)
+            ):
+                raise ValueError(f"step {step}, layer {layer}: rows of different number")
+            put = found.setdefault(step, [])
+            for begin, end, sign in _runs(signs.tolist()):
+                here = slice(begin, end)
+                put.append(
+                    Rows(
+                        layer,
+                        float(sign),
+                        tuple(edits[here].tolist()),
+                        residuals[here].double(),
+                        keys[here].double(),
+                    )
+                )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: is no segment of a journal ({error})") from None
+    return found
+
+
+def _runs(signs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, sign) of neighbours of one sign; a step puts one group of each sign into a layer."""
+    begin = 0
+    for at in range(1, len(signs) + 1):
+        if at == len(signs) or signs[at] != signs[begin]:
+            if signs[begin] not in (1, -1):
+                raise ValueError(f"a sign is {signs[begin]}")
+            yield begin, at, signs[begin]
+            begin = at
