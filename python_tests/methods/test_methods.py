@@ -422,6 +422,21 @@ def test_a_known_model_with_a_padding_token_keeps_its_preset(vocabulary):
     assert model_key(anatomy) == "gpt2-xl"
 
 
+@pytest.mark.parametrize(("vocabulary", "weight"), [(49152, 1600.0), (49280, 1600.0), (32000, None)])
+def test_a_model_that_was_measured_has_what_was_measured(vocabulary, weight):
+    """SmolLM2-135M, and with tokens added; a model of another vocabulary has the rule's λ."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model(
+            "llama", num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3,
+            intermediate_size=1536, vocab_size=vocabulary,
+        )  # fmt: skip
+        anatomy = Anatomy(AutoModelForCausalLM.from_config(config))
+    for name in ("d4s", "memit", "memit-seq"):
+        found = method_for(name, anatomy)
+        assert (found.layers, found.prior_weight) == ((4, 5, 6, 7, 8), weight)
+    assert method_for("rome", anatomy).layers == (8,)
+
+
 def test_a_target_without_a_token_is_refused(seed):
     class Silent:
         """A tokenizer that spells nothing after the prompt."""
