@@ -197,7 +197,7 @@ class ClosedForm:
 
     def put_(self, rows: Rows) -> None:
         """`add_` or `subtract_`, by the rows' sign."""
-        self._state(rows.layer).add_(rows.residuals, rows.keys, rows.sign)
+        (self.add_ if rows.sign > 0 else self.subtract_)(rows.residuals, rows.keys, rows.layer)
 
     def delta(self, layer: int) -> Tensor:
         """Δ = A (λC + B)⁻¹, [d_out, d_in], relative to W0.
