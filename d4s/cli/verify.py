@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 
+from d4s.cli.arguments import add_covariance, loaded_covariance, loaded_model
 from d4s.cli.printing import print_json
 from d4s.cli.undo import add_journal
 from d4s.errors import DataError
@@ -14,12 +15,24 @@ HELP = "check a journal: every file, the weights rebuilt from it, and the model 
 
 def add(verb: ArgumentParser) -> None:
     add_journal(verb)
+    verb.add_argument(
+        "--again", metavar="MODEL", help="also make every edit again from the log, on the unedited MODEL"
+    )
+    verb.add_argument("--device", help="of MODEL: cpu, cuda …; default: cuda where there is one")
+    add_covariance(verb)
 
 
 def run(options: Namespace) -> None:
     from d4s.journal.journal import Journal
 
-    found = Journal(options.journal).verify()
+    journal = Journal(options.journal)
+    if options.again is None:
+        found = journal.verify()
+    else:
+        options.model, options.dtype = options.again, journal.head["dtype"]
+        model, tokenizer = loaded_model(options)
+        covariance = loaded_covariance(options, model, tokenizer)
+        found = journal.verify(model=model, tokenizer=tokenizer, covariance=covariance)
     if options.json:
         print_json(dataclasses.asdict(found) | {"sound": found.sound})
     else:

@@ -48,6 +48,8 @@ HEAD = (
 # What a sequence must have in common with a journal that it goes on in.
 SAME = ("model", "tokenizer", "statistics", "edits", "method", "config", "schedule", "dtype")
 SNAPSHOTS_KEPT = 2
+# Kinds of events that no sequence makes.
+CHANGED_AFTER = ("undone", "redone", "revised", "consolidated", "merged")
 FOLDERS = ("segments", "snapshots", "targets", "points")
 _LEFT_OVER = re.compile(
     r".+\.[0-9]+\.part(\.[a-z]+)?"

@@ -19,12 +19,12 @@ from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import read_json, whole
 from d4s.journal.changes import Change
 from d4s.journal.edits_card import write_edits_card
-from d4s.journal.folder import Folder, digest_of, now
+from d4s.journal.folder import CHANGED_AFTER, Folder, digest_of, now
 from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
 from d4s.journal.patch import export_patch
 from d4s.journal.sums import Standing, Sums, edits_of, packed
 from d4s.locate.covariance import Covariance, fingerprint_of
-from d4s.methods import METHODS, Workbench
+from d4s.methods import METHODS, Editor, Workbench
 from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
@@ -183,7 +183,7 @@ class Journal:
             self.sums.change([edit_id], stand=False)
             model, tokenizer = self._unedited(model, tokenizer)
             with evaluating(model):
-                editor = self._editor(model, tokenizer, covariance)
+                editor = self._summing_editor(model, tokenizer, covariance)
                 editor.closed_form.resume_(self.sums.closed_form.snapshot())
                 editor.hold(self.sums.standing.edits)
                 editor.write()
@@ -220,7 +220,7 @@ class Journal:
             _ = self.sums  # the journal must have them
             model, tokenizer = self._unedited(model, tokenizer)
             with evaluating(model):
-                editor = self._editor(model, tokenizer, covariance)
+                editor = self._summing_editor(model, tokenizer, covariance)
                 editor.announce(batch)
                 editor.edit(batch)
             number = self._segment(editor.put)
@@ -278,7 +278,13 @@ class Journal:
             )
         return model, tokenizer
 
-    def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> D4SEditor:
+    def _summing_editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> D4SEditor:
+        editor = self._editor(model, tokenizer, covariance)
+        if not isinstance(editor, D4SEditor):
+            raise DataError(f"{self.path}: {self.head['method']} keeps no sums")
+        return editor
+
+    def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> Editor:
         """As the sequence's, on the unedited model."""
         if isinstance(covariance, (str, os.PathLike)):
             covariance = Covariance.load(covariance)
@@ -293,8 +299,6 @@ class Journal:
                 f"the key statistics are not those of {self.path}; give the file that its sequence was made with "
                 "(covariance)"
             )
-        if not isinstance(editor, D4SEditor):
-            raise DataError(f"{self.path}: {self.head['method']} keeps no sums")
         return editor
 
     # What it comes to
@@ -407,11 +411,20 @@ class Journal:
                 save_file(tensors, beside, metadata=facts)
         self.write_card(folder)
 
-    def verify(self) -> Verification:
+    def verify(
+        self,
+        *,
+        model: CausalLM | None = None,
+        tokenizer: Any = None,
+        covariance: Covariance | str | os.PathLike[str] | None = None,
+    ) -> Verification:
         """Every file against the digest that the log names, and the weights against what they must be.
 
         Δ rebuilt from vectors alone against that by snapshots; the weights, bit for bit, against the model that is
         saved beside the journal (`model/`), where there is one.
+        model, tokenizer: the unedited ones, on which all edits are then made again from the log alone (and taken back);
+            on the machine that made them, in float32 on the CPU, that gives the same bits. None: they are not
+        covariance: key statistics, where the method has any
         """
         checked, problems = [f"log: {len(self.folder.events)} events, each bound to those before it"], []
         if self.folder.log.torn:
@@ -450,6 +463,9 @@ class Journal:
             if self.folder.model.is_dir():
                 problems += self._beside(weights)
                 checked.append("the model beside it: every edited weight")
+            if model is not None:
+                problems += self._made_again(model, tokenizer, covariance, weights)
+                checked.append("every edit made again from the log alone: the same weights, bit for bit")
         except D4SError as error:
             problems.append(str(error))
         return Verification(tuple(checked), tuple(problems), difference)
@@ -461,9 +477,35 @@ class Journal:
             writer="a journal",
             format="d4s-journal-point-1",
             fields=("row", "evaluation", "fewer", "measured"),
+            always_digest=True,
         )
         if digest_of(stored) != event["digest"]:
             raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+
+    def _made_again(
+        self, model: CausalLM, tokenizer: Any, covariance: Any, weights: Mapping[str, Tensor]
+    ) -> list[str]:
+        """What differs after all steps of the log on the unedited model, which is unedited again afterwards."""
+        if any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
+            return [
+                "made again: only what a sequence alone has made can be; this journal was changed afterwards"
+            ]
+        self._unedited(model, None)
+        steps = [edits_of(event, self.folder) for event in self.folder.events if event["kind"] == "step"]
+        with evaluating(model):
+            editor = self._editor(model, tokenizer, covariance)
+            try:
+                editor.announce([edit for batch in steps for edit in batch])
+                for batch in steps:
+                    editor.edit(batch)
+                own = dict(model.named_parameters())
+                return [
+                    f"made again: {name} differs by {float((own[name].detach().cpu() - w.cpu()).abs().max()):.2g}"
+                    for name, w in weights.items()
+                    if not torch.equal(own[name].detach().cpu(), w.cpu())
+                ]
+            finally:
+                editor.restore()
 
     def _difference(self) -> float:
         alone = Sums(self.folder, snapshots=False).closed_form

@@ -17,7 +17,16 @@ from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none, read_json, write_json
-from d4s.journal.folder import SAME, SNAPSHOTS_KEPT, Folder, differing, digest_of, now, versions
+from d4s.journal.folder import (
+    CHANGED_AFTER,
+    SAME,
+    SNAPSHOTS_KEPT,
+    Folder,
+    differing,
+    digest_of,
+    now,
+    versions,
+)
 from d4s.journal.sums import Segments, edits_of, packed
 from d4s.locate.covariance import fingerprint_of
 from d4s.locate.kept_targets import KeptTargets, tokenizer_fingerprint
@@ -37,7 +46,6 @@ SEGMENT_EVERY = 64  # steps
 SNAPSHOT_EVERY = 1000  # steps, of an editor whose steps can be made again from their vectors
 LINES_AN_EDIT = 2_000  # bytes of the log, about
 BYTES_A_STEP = 4 << 20  # of an editor whose cannot: what snapshots may cost a step, on the average
-CHANGED_AFTER = ("undone", "redone", "revised", "consolidated", "merged")
 _RIGHT_AFTER = ("efficacy", "paraphrase")
 
 

@@ -33,6 +33,8 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
     assert "d4s on m (weights " in said and said.count(" yes ") == 3
     assert "Steve Jobs worked for → Manila" in said and second in said
     assert "every edited weight" in done(capsys, "verify", run)
+    again = done(capsys, "verify", run, "--again", "m", "--covariance", "c.safetensors")
+    assert "made again from the log alone: the same weights" in again
     whole = weights(run)
 
     assert "2 edits stand" in done(capsys, "undo", run, second)

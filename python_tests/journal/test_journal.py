@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from support.sequences import EDITS, FAST, ready, sequence
+from support.sequences import EDITS, FAST, ready, same, sequence, state
 from support.tiny import tiny_tokenizer
 
 from d4s.edits import Edit
@@ -243,6 +243,20 @@ def test_the_log_says_what_was_done(tmp_path, seed):
         row["written_probability"] for row in result.edits_table
     ]
     assert list(journal.to_frame()["target_new"]) == [e.target_new for e in EDITS[:3]]
+
+
+@pytest.mark.parametrize("method", ["d4s", "memit"])
+def test_the_log_alone_makes_the_same_weights(method, tmp_path, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    options = dict(method=method, config=FAST, batch_size=2, journal=tmp_path / "j", original=False)
+    sequence(model, covariance, **options).restore()
+    arguments = dict(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+    found = Journal(tmp_path / "j").verify(**arguments)
+    assert found.sound and "made again from the log alone" in str(found) and same(before, state(model))
+    other, _ = ready(seed + 1)
+    wrong = Journal(tmp_path / "j").verify(**arguments | {"model": other})
+    assert "not the unedited one" in str(wrong)
 
 
 def test_damage_is_found(tmp_path, seed):
