@@ -46,7 +46,8 @@ from d4s.methods import METHODS, Method
 from d4s.models.architectures import ARCHITECTURES, Architecture
 from d4s.models.loading import load_model
 from d4s.sequence.observers import Observer
-from d4s.sequence.run import Result, consolidate, edit_sequence
+from d4s.sequence.result import Result, consolidate
+from d4s.sequence.run import edit_sequence
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.target_search import search_targets
 from d4s.version import __version__ as __version__

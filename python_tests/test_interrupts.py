@@ -16,7 +16,7 @@ from d4s.errors import EditError
 from d4s.interrupts import Terminated, deferred, ending_signals_raise
 from d4s.methods import base
 from d4s.models.architectures import Anatomy
-from d4s.sequence import run as sequence
+from d4s.sequence import under_way
 from d4s.sequence.run import edit_sequence
 
 EDITS = [
@@ -24,7 +24,7 @@ EDITS = [
     Edit("The twin city of {} is", "Lyon", "Paris", id="b"),
 ]
 OPTIONS = dict(method="ft-m", config={"steps": 1, "learning_rate": 0.1}, original=False, progress=False)
-WATCHED = {sequence.__file__, base.__file__}
+WATCHED = {under_way.__file__, base.__file__}
 
 
 def weight_of(model) -> torch.Tensor:

@@ -19,7 +19,7 @@ from d4s.progress import stage
 
 if TYPE_CHECKING:
     from d4s.edits import Edit
-    from d4s.sequence.run import Result
+    from d4s.sequence.result import Result
 
 HELP = "edit the embedded model, and compare with a method that collapses"
 SHOWN = 5  # facts printed before and after

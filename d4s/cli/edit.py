@@ -64,7 +64,8 @@ def run(options: Namespace) -> None:
     from d4s.locate.kept_targets import KeptTargets
     from d4s.methods import METHODS, method_for
     from d4s.models.architectures import Anatomy
-    from d4s.sequence.run import Result, edit_sequence
+    from d4s.sequence.result import Result
+    from d4s.sequence.run import edit_sequence
     from d4s.sequence.saving import bytes_of
 
     if _is_unsaved(options.out):

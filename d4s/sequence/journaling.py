@@ -38,8 +38,9 @@ from d4s.methods.d4s import D4SEditor
 from d4s.progress import stage
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import read_evaluation, read_history_row
-from d4s.sequence.run import Result, Run
+from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
+from d4s.sequence.under_way import Run
 
 POINT = "d4s-journal-point-1"
 SEGMENT_EVERY = 64  # steps

@@ -9,7 +9,7 @@ from d4s.edits import Edit
 from d4s.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d4s.sequence.run import Result
+    from d4s.sequence.result import Result
 
 
 class Observer:

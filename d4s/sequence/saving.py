@@ -13,7 +13,7 @@ from d4s.locate.covariance import fingerprint_of
 from d4s.methods import Workbench
 from d4s.methods.grace import GRACE, GRACEEditor
 from d4s.models.causal_lm import CausalLM
-from d4s.sequence.run import Result
+from d4s.sequence.result import Result
 from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-weights-1"

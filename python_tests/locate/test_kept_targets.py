@@ -18,6 +18,7 @@ from d4s.locate.covariance import estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import locate_then_edit
 from d4s.sequence import run as sequence
+from d4s.sequence import under_way
 from d4s.sequence.compare import compare
 from d4s.sequence.run import edit_sequence
 
@@ -122,8 +123,8 @@ def test_a_fact_that_stands_twice_is_kept_once_and_moves_no_other(seed, tmp_path
 def test_targets_that_do_not_fit_are_refused_before_the_model_is_asked_anything(seed, monkeypatch):
     kept = KeptTargets()
     made(seed, kept)
-    for name in ("take_baseline", "evaluate"):
-        monkeypatch.setattr(sequence, name, lambda *_a, **_k: pytest.fail("the model was asked"))
+    for module, name in ((sequence, "take_baseline"), (under_way, "evaluate")):
+        monkeypatch.setattr(module, name, lambda *_a, **_k: pytest.fail("the model was asked"))
     with pytest.raises(DataError, match="another model"):
         made(seed + 1, kept)
 

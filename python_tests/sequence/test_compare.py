@@ -24,7 +24,7 @@ from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
 from d4s.measure.columns import Column
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
-from d4s.sequence import run
+from d4s.sequence import under_way
 from d4s.sequence.compare import _orders, compare, weights_digest
 from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.record import Record
@@ -488,8 +488,10 @@ def test_a_comparison_goes_on_within_a_sequence(method, monkeypatch, tmp_path, s
     with pytest.raises(ConfigError, match="is the journal of another sequence: config"):
         compared(model, covariance, {method: FAST | {"prior_weight": 2.0}}, **options)
     evaluated = []
-    evaluate = run.evaluate
-    monkeypatch.setattr(run, "evaluate", lambda *a, **k: evaluated.append(len(a[2])) or evaluate(*a, **k))
+    evaluate = under_way.evaluate
+    monkeypatch.setattr(
+        under_way, "evaluate", lambda *a, **k: evaluated.append(len(a[2])) or evaluate(*a, **k)
+    )
     again = compared(model, covariance, {method: FAST}, **options)
     assert evaluated == [1, 1, 6, 1, 7]  # edits 5 and 6 and their point, edit 7 and the last point
     one, other = (found.results[method][seed] for found in (whole, again))

@@ -89,7 +89,7 @@ def test_a_sequence_that_was_broken_off_goes_on_with_the_same_bits(name, monkeyp
         again.restore()
         # And once more, when all is done: nothing is edited.
         with monkeypatch.context() as patch:
-            patch.setattr("d4s.sequence.run.evaluate", lambda *_a, **_k: pytest.fail("asked again"))
+            patch.setattr("d4s.sequence.under_way.evaluate", lambda *_a, **_k: pytest.fail("asked again"))
             done = sequence(model, covariance, **options(name, journal=path))
         assert same(state(model), right) and told(done) == said
         done.restore()
