@@ -42,11 +42,13 @@ class TensorFile:
 
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], facts: Mapping[str, str]
-) -> None:
-    """One file, written beside its place and then renamed. facts: "format" among them"""
+) -> str:
+    """One file, written beside its place and then renamed; its digest. facts: "format" among them"""
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = _digest(on_cpu, facts)
     with whole(path) as beside:
-        save_file(on_cpu, beside, metadata={**facts, "digest": _digest(on_cpu, facts)})
+        save_file(on_cpu, beside, metadata={**facts, "digest": digest})
+    return digest
 
 
 def load_tensors(

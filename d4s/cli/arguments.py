@@ -93,6 +93,10 @@ def add_skip_bad(verb: ArgumentParser) -> None:
     verb.add_argument("--skip-bad", action="store_true", help="leave wrong records out, and list them")
 
 
+def add_journal(verb: ArgumentParser) -> None:
+    verb.add_argument("journal", metavar="DIR", help="a journal, or the --out of d4s edit")
+
+
 def add_fields(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--set",

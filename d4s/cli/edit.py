@@ -61,9 +61,7 @@ def add(verb: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     from d4s.locate.covariance import fingerprint_of
-    from d4s.locate.kept_targets import KeptTargets
-    from d4s.methods import METHODS, method_for
-    from d4s.models.architectures import Anatomy
+    from d4s.methods import METHODS
     from d4s.sequence.result import Result
     from d4s.sequence.run import edit_sequence
     from d4s.sequence.saving import bytes_of
@@ -78,11 +76,6 @@ def run(options: Namespace) -> None:
     needs = getattr(METHODS.get(options.method), "needs", ())
     covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
     unedited = fingerprint_of(model)
-    kept: KeptTargets | None = None
-    if options.targets is not None:
-        kept = KeptTargets.load(options.targets)
-    elif method_for(options.method, Anatomy(model), config).searches_ahead:
-        kept = KeptTargets()
     try:
         result = edit_sequence(
             model,
@@ -91,7 +84,7 @@ def run(options: Namespace) -> None:
             method=options.method,
             config=config,
             covariance=covariance,
-            targets=kept,
+            targets=options.targets,
             batch_size=options.batch_size,
             evaluate_every=options.evaluate_every,
             generate=options.generate,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from d4s.cli.arguments import add_journal
 from d4s.cli.printing import print_json
-from d4s.cli.undo import add_journal
 
 HELP = "which edits a model was given: when, by whom, how they took, and which of them stand"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.undo import add_journal, change
+from d4s.cli.arguments import add_journal
+from d4s.cli.undo import change
 
 HELP = "make edits stand again that were undone"
 

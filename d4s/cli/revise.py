@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.arguments import add_covariance, add_model, loaded_covariance, loaded_model
-from d4s.cli.undo import add_journal, follow
+from d4s.cli.arguments import add_covariance, add_journal, add_model, loaded_covariance, loaded_model
+from d4s.cli.undo import follow
 
 HELP = "give an edit another answer: it is taken back, and one with the new answer is made"
 

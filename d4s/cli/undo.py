@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
+from d4s.cli.arguments import add_journal
 from d4s.cli.printing import print_json, words
+
+if TYPE_CHECKING:
+    from d4s.journal.journal import Journal
 
 HELP = "take edits back, as if they had never been made; a model saved beside the journal follows"
 
@@ -18,10 +23,6 @@ def run(options: Namespace) -> None:
     change(options, stand=False)
 
 
-def add_journal(verb: ArgumentParser) -> None:
-    verb.add_argument("journal", metavar="DIR", help="a journal, or the --out of d4s edit")
-
-
 def change(options: Namespace, *, stand: bool) -> None:
     from d4s.journal.journal import Journal
 
@@ -30,11 +31,8 @@ def change(options: Namespace, *, stand: bool) -> None:
     follow(options, journal, f"{'redone' if stand else 'undone'}: {', '.join(options.ids)}")
 
 
-def follow(options: Namespace, journal: object, said: str) -> None:
+def follow(options: Namespace, journal: Journal, said: str) -> None:
     """The saved model becomes what the journal comes to; and what was done is said."""
-    from d4s.journal.journal import Journal
-
-    assert isinstance(journal, Journal)
     model = journal.folder.model
     if model.is_dir():
         journal.write_to_folder(model)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.arguments import add_covariance, loaded_covariance, loaded_model
+from d4s.cli.arguments import add_covariance, add_journal, loaded_covariance, loaded_model
 from d4s.cli.printing import print_json
-from d4s.cli.undo import add_journal
 from d4s.errors import DataError
 
 HELP = "check a journal: every file, the weights rebuilt from it, and the model saved beside it"

@@ -47,6 +47,8 @@ HEAD = (
 )  # fmt: skip
 # What a sequence must have in common with a journal that it goes on in.
 SAME = ("model", "tokenizer", "statistics", "edits", "method", "config", "schedule", "dtype")
+POINT = "d4s-journal-point-1"
+POINT_FIELDS = ("row", "evaluation", "fewer", "measured")
 SNAPSHOTS_KEPT = 2
 # Kinds of events that no sequence makes.
 CHANGED_AFTER = ("undone", "redone", "revised", "consolidated", "merged")
@@ -168,6 +170,11 @@ class Folder:
                 if _LEFT_OVER.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     _removed(Path(entry.path))
 
+    def reread(self) -> None:
+        """The log as it is now: it may have grown before this process had the lock."""
+        check_own(self.root)
+        self.log = Log.read(self.log.path, self.log.begin)
+
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
@@ -195,39 +202,59 @@ class Folder:
     def place(self, kind: str, number: int | None = None) -> Path:
         return self.root / (f"{kind}.safetensors" if number is None else f"{kind}/{number:06d}.safetensors")
 
-    def save(
-        self, kind: str, number: int | None, tensors: Mapping[str, Tensor], facts: Mapping[str, str] = {}
-    ) -> str:
+    def save(self, kind: str, number: int | None, tensors: Mapping[str, Tensor]) -> str:
         """The digest of the file, durable when this returns."""
-        place = self.place(kind, number)
-        save_tensors(place, tensors, {"format": TENSORS, "journal": self.log.begin, "kind": kind, **facts})
-        return self._stored(kind, number)[1]
+        facts = {"format": TENSORS, "journal": self.log.begin, "kind": kind}
+        return save_tensors(self.place(kind, number), tensors, facts)
+
+    def add_segment(self, first: int, last: int, tensors: Mapping[str, Tensor]) -> None:
+        """Vectors of the steps from `first` to `last` (`d4s.journal.sums.packed`), and the line that names them."""
+        self.append("segment", first=first, step=last, digest=self.save("segments", last, tensors))
+
+    def add_snapshot(self, state: Mapping[str, Tensor]) -> None:
+        """The state after the last event, and the line that names it; the oldest snapshot goes."""
+        event = len(self.events) - 1
+        self.append("snapshot", event=event, digest=self.save("snapshots", event, state))
+        self._drop_old_snapshots()
+
+    def add_point(self, made: int, values: Mapping[str, Any]) -> None:
+        """The JSON values of a point, by POINT_FIELDS, and the line that names them."""
+        stored = {"format": POINT, **values}
+        write_json(stored, self._point_place(made))
+        self.append("point", made=made, digest=digest_of(stored))
+
+    def point(self, event: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """(place, values) of the point that a line of the log names. DataError for another file, or a damaged one."""
+        place = self._point_place(int(event["made"]))
+        stored = read_json(place, writer="a journal", format=POINT, fields=POINT_FIELDS, always_digest=True)
+        if digest_of(stored) != event["digest"]:
+            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+        return place, stored
+
+    def _point_place(self, made: int) -> Path:
+        return self.root / f"points/{made:06d}.json"
 
     def load(self, kind: str, number: int | None = None, digest: str | None = None) -> TensorFile:
         """Raises DataError for a file that is missing, damaged, another journal's, or not the one that was logged."""
-        file, found = self._stored(kind, number)
-        if digest is not None and found != digest:
-            raise DataError(f"{file.path}: is not the file that the log names (its digest differs)")
-        return file
-
-    def _stored(self, kind: str, number: int | None) -> tuple[TensorFile, str]:
         place = self.place(kind, number)
         file = load_tensors(place, TENSORS, WRITER, DataError)
         file.check_intact(DataError)
         if file.facts.get("journal") != self.log.begin or file.facts.get("kind") != kind:
             raise DataError(f"{place}: belongs to another journal, or stands in another file's place")
-        return file, file.digest
+        if digest is not None and file.digest != digest:
+            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+        return file
 
-    def sound(self, kind: str, upto: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    def sound(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
         """(number, event) of the files of a kind that the log names, oldest first.
 
         Whether they are sound shows when they are loaded.
-        kind: "segments" | "snapshots"; upto: of events before this one
+        kind: "segments" | "snapshots"
         """
         event_kind, field = {"segments": ("segment", "step"), "snapshots": ("snapshot", "event")}[kind]
-        return [(e[field], e) for e in self.events[:upto] if e["kind"] == event_kind]
+        return [(e[field], e) for e in self.events if e["kind"] == event_kind]
 
-    def drop_old_snapshots(self) -> None:
+    def _drop_old_snapshots(self) -> None:
         for number, _ in self.sound("snapshots")[:-SNAPSHOTS_KEPT]:
             _removed(self.place("snapshots", number))
 

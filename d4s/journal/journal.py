@@ -16,10 +16,10 @@ from torch import Tensor
 from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
-from d4s.files import read_json, whole
+from d4s.files import whole
 from d4s.journal.changes import Change
 from d4s.journal.edits_card import write_edits_card
-from d4s.journal.folder import CHANGED_AFTER, Folder, digest_of, now
+from d4s.journal.folder import CHANGED_AFTER, Folder, now
 from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
 from d4s.journal.patch import export_patch
 from d4s.journal.sums import Standing, Sums, edits_of, packed
@@ -104,7 +104,6 @@ class Journal:
         """
         standing = self._standing()
         rows: list[dict[str, Any]] = []
-        by_id: dict[str, dict[str, Any]] = {}
         for event in self.folder.events:
             if event["kind"] in ("step", "revised"):
                 for edit in edits_of(event, self.folder):
@@ -121,7 +120,6 @@ class Journal:
                         "revises": event.get("id"),
                     }
                     rows.append(row)
-                    by_id[edit.id] = row
             elif event["kind"] == "tested":
                 tested = rows[-len(event["written_probability"]) :]
                 for i, row in enumerate(tested):
@@ -233,10 +231,10 @@ class Journal:
         """This process alone; a failure leaves the journal as the log says, and its sums are built anew."""
         self.folder.lock()
         try:
-            if Folder.open(self.folder.root).events != self.folder.events:  # grown since it was opened
-                lock = self.folder._lock
-                self.folder, self._sums = Folder.open(self.folder.root), None
-                self.folder._lock = lock
+            known = self.folder.events
+            self.folder.reread()
+            if self.folder.events != known:
+                self._sums = None
             yield
         except BaseException:
             self._sums = None
@@ -252,16 +250,11 @@ class Journal:
             if e["kind"] in ("step", "segment", "revised", "consolidated")
         ]
         number = max(used, default=0) + 1
-        digest = self.folder.save("segments", number, packed({number: put}))
-        self.folder.append("segment", first=number, step=number, digest=digest)
+        self.folder.add_segment(number, number, packed({number: put}))
         return number
 
     def _snapshot(self) -> None:
-        state = self.sums.closed_form.snapshot()
-        event = len(self.folder.events) - 1
-        digest = self.folder.save("snapshots", event, state)
-        self.folder.append("snapshot", event=event, digest=digest)
-        self.folder.drop_old_snapshots()
+        self.folder.add_snapshot(self.sums.closed_form.snapshot())
 
     def _unedited(self, model: CausalLM | None, tokenizer: Any) -> tuple[CausalLM, Any]:
         if model is None:
@@ -444,7 +437,7 @@ class Journal:
         points = [event for event in self.folder.events if event["kind"] == "point"]
         for event in points:
             try:
-                self._point(event)
+                self.folder.point(event)
             except D4SError as error:
                 problems.append(str(error))
         checked.append(f"points: {len(points)}")
@@ -469,18 +462,6 @@ class Journal:
         except D4SError as error:
             problems.append(str(error))
         return Verification(tuple(checked), tuple(problems), difference)
-
-    def _point(self, event: Mapping[str, Any]) -> None:
-        place = self.folder.root / f"points/{int(event['made']):06d}.json"
-        stored = read_json(
-            place,
-            writer="a journal",
-            format="d4s-journal-point-1",
-            fields=("row", "evaluation", "fewer", "measured"),
-            always_digest=True,
-        )
-        if digest_of(stored) != event["digest"]:
-            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
 
     def _made_again(
         self, model: CausalLM, tokenizer: Any, covariance: Any, weights: Mapping[str, Tensor]
@@ -529,17 +510,7 @@ class Journal:
 
 def standing_of(folder: Folder) -> Standing:
     """Which edits of a log stand, without their vectors."""
-    from d4s.journal.sums import Made
-
     standing = Standing(replaces=folder.head["method"] == "d4s")
     for event in folder.events:
-        if event["kind"] == "revised":
-            standing.undone |= {event["id"]}
-        if event["kind"] in ("step", "revised"):
-            for edit in edits_of(event, folder):
-                standing.add(Made(edit, int(event["step"])))
-        elif event["kind"] == "undone":
-            standing.undone |= set(event["ids"])
-        elif event["kind"] == "redone":
-            standing.undone -= set(event["ids"])
+        standing.follow(event, folder, lambda _step: [])
     return standing

@@ -190,14 +190,8 @@ def _write(
     for begin in range(0, len(facts), SEGMENT):
         part = facts[begin : begin + SEGMENT]
         # Every row that its prompt has in the sums belongs to the one edit that is left of it.
-        steps = {
-            begin + i + 1: [
-                Rows(r.layer, r.sign, (0,) * len(r.edits), r.residuals, r.keys) for r in fact.rows
-            ]
-            for i, fact in enumerate(part)
-        }
-        digest = folder.save("segments", begin + len(part), packed(steps))
-        folder.append("segment", first=begin + 1, step=begin + len(part), digest=digest)
+        steps = {begin + i + 1: fact.rows for i, fact in enumerate(part)}
+        folder.add_segment(begin + 1, begin + len(part), packed(steps))
         for i, fact in enumerate(part):
             folder.append(
                 "step", step=begin + i + 1, edits=[fact.edit.to_dict()], seconds=0.0, made_at=fact.at

@@ -13,7 +13,7 @@ sequence that was; `Journal.consolidate` takes all of them anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,34 @@ class Standing:
                     found[edit_id, number, earlier.edit.id] = rows
             earlier = made
         return found
+
+    def follow(
+        self, event: Mapping[str, Any], folder: Folder, rows_of: Callable[[int], list[Rows]]
+    ) -> tuple[list[Rows], list[Rows], bool]:
+        """Takes an event of the log; (rows that it put into the sums, took out, whether the sums began anew).
+
+        rows_of: step → what it put into the sums
+        """
+        kind = event["kind"]
+        if kind in ("undone", "redone"):
+            return *self.change(event["ids"], stand=kind == "redone"), False
+        if kind not in ("step", "revised", "consolidated"):
+            return [], [], False
+        step, taken = int(event["step"]), list[Rows]()
+        put = rows_of(step)
+        if kind == "consolidated":
+            batch = [self.get(edit_id).edit for edit_id in event["ids"]]
+            # The undone ones keep their rows, and may be redone; earlier edits of a prompt are in no sum any more.
+            for edit in self.edits:
+                self.made[edit.id] = Made(edit, step)
+            for made in by_edit(batch, put, step):
+                self.made[made.edit.id] = made
+            return put, [], True
+        if kind == "revised":
+            _, taken = self.change([event["id"]], stand=False)
+        for made in by_edit(edits_of(event, folder), put, step):
+            self.add(made)
+        return put, taken, False
 
     def change(self, ids: Sequence[str], stand: bool) -> tuple[list[Rows], list[Rows]]:
         """(rows to be put in, rows to be taken out) such that the edits stand, or stand no longer."""
@@ -186,7 +214,7 @@ class Sums:
             break
         segments = Segments(self.folder)
         for event in self.folder.events:
-            put, taken, anew = self._one(event, segments)
+            put, taken, anew = self.standing.follow(event, self.folder, segments.rows)
             if event["n"] < begin:
                 continue
             if anew:
@@ -200,33 +228,6 @@ class Sums:
             elif put:
                 for layer in self.layers:
                     self.closed_form.delta(layer)
-
-    def _one(self, event: Mapping[str, Any], segments: Segments) -> tuple[list[Rows], list[Rows], bool]:
-        """(what an event puts into the sums, takes out, whether they begin anew); `standing` is told of it."""
-        standing, kind = self.standing, event["kind"]
-        if kind == "step":
-            return self.take_step(event, segments.rows(int(event["step"]))), [], False
-        if kind in ("undone", "redone"):
-            return *standing.change(event["ids"], stand=kind == "redone"), False
-        if kind == "revised":
-            _, taken = standing.change([event["id"]], stand=False)
-            return self.take_step(event, segments.rows(int(event["step"]))), taken, False
-        if kind == "consolidated":
-            put = segments.rows(int(event["step"]))
-            batch = [standing.get(edit_id).edit for edit_id in event["ids"]]
-            # The undone ones keep their rows, and may be redone; earlier edits of a prompt are in no sum any more.
-            for edit in standing.edits:
-                standing.made[edit.id] = Made(edit, int(event["step"]))
-            for made in by_edit(batch, put, int(event["step"])):
-                standing.made[made.edit.id] = made
-            return put, [], True
-        return [], [], False
-
-    def take_step(self, event: Mapping[str, Any], put: list[Rows]) -> list[Rows]:
-        """The edits of an event, made by these rows, stand."""
-        for made in by_edit(edits_of(event, self.folder), put, int(event["step"])):
-            self.standing.add(made)
-        return put
 
     def change(self, ids: Sequence[str], *, stand: bool) -> None:
         """The edits stand again, or no longer: into the sums, in O(d²) an edit.
@@ -304,9 +305,6 @@ class Segments:
         self.folder = folder
         self._named = folder.sound("segments")
         self._open: tuple[int, dict[int, list[Rows]]] | None = None
-
-    def __contains__(self, step: int) -> bool:
-        return any(int(e["first"]) <= step <= number for number, e in self._named)
 
     def rows(self, step: int) -> list[Rows]:
         """What the step put into the sums, in order. DataError where its segment is missing or damaged.

@@ -16,7 +16,7 @@ from torch import Tensor
 from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
-from d4s.files import as_list, as_text, check_folder, checking, finite_or_none, read_json, write_json
+from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
 from d4s.journal.folder import (
     CHANGED_AFTER,
     SAME,
@@ -42,7 +42,6 @@ from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.under_way import Run
 
-POINT = "d4s-journal-point-1"
 SEGMENT_EVERY = 64  # steps
 SNAPSHOT_EVERY = 1000  # steps, of an editor whose steps can be made again from their vectors
 LINES_AN_EDIT = 2_000  # bytes of the log, about
@@ -109,7 +108,7 @@ class Journaling(Observer):
         if Folder.exists(self.path):
             self.folder = Folder.open(self.path)
             self.folder.lock()
-            self.folder = self._locked(self.folder)
+            self.folder.reread()
         elif not Folder.is_free(self.path):
             raise ConfigError(
                 f"{self.path}: already holds something else; name a new or empty folder, or a journal"
@@ -120,13 +119,6 @@ class Journaling(Observer):
         self.number = 0  # of the last step that is in the log
         self.at_snapshot = 0
         self.as_logged = True  # whether the editor's state is what the log's steps have made
-
-    @staticmethod
-    def _locked(folder: Folder) -> Folder:
-        """Read again, since it may have grown until it was locked."""
-        again = Folder.open(folder.root)
-        again._lock = folder._lock
-        return again
 
     def close(self) -> None:
         """Another process may write."""
@@ -178,7 +170,8 @@ class Journaling(Observer):
     def open(self, result: Result, method: Method, bench: Workbench, schedule: Schedule) -> None:
         """The head and what goes with it, written if the journal is new, compared if it is not."""
         editor = result.editor
-        wanted = self._head(result, method, bench, schedule)
+        state = sum(tensor.nbytes for tensor in editor.snapshot().values())
+        wanted = self._head(result, method, bench, schedule, state)
         if self.folder is None:
             self.folder = Folder.create(self.path, wanted)
         else:
@@ -189,7 +182,7 @@ class Journaling(Observer):
                     "does not go on. d4s.Journal works with it; name another folder for a new sequence"
                 )
         folder = self.folder
-        expected = self._expected_bytes(editor, len(result.edits) - self._made())
+        expected = self._expected_bytes(editor, len(result.edits) - self._made(), state)
         stage(
             f"journal {self.path}: up to {expected / 1e6:.0f} MB more",
             shown=bench.progress and expected > 1e6,
@@ -212,11 +205,13 @@ class Journaling(Observer):
         assert self.folder is not None
         return sum(len(event["edits"]) for event in self.folder.events if event["kind"] == "step")
 
-    def _expected_bytes(self, editor: Editor, edits: int) -> int:
-        """What the journal will hold: W0, priors, snapshots, and of each edit its line and its vectors."""
+    def _expected_bytes(self, editor: Editor, edits: int, state: int) -> int:
+        """What the journal will hold: W0, priors, snapshots, and of each edit its line and its vectors.
+
+        state: bytes of a snapshot now, which sums outgrow
+        """
         weights = editor.weights
         base = sum(w.nbytes for w in weights.base.values())
-        state = sum(t.nbytes for t in editor.snapshot().values())
         an_edit = LINES_AN_EDIT
         if isinstance(editor, D4SEditor):
             shapes = [weights.anatomy.shape(layer) for layer in weights.layers]
@@ -227,10 +222,11 @@ class Journaling(Observer):
         # One snapshot more than are kept, while the oldest is still there.
         return base + (SNAPSHOTS_KEPT + 1) * state + edits * an_edit
 
-    def _head(self, result: Result, method: Method, bench: Workbench, schedule: Schedule) -> dict[str, Any]:
+    def _head(
+        self, result: Result, method: Method, bench: Workbench, schedule: Schedule, state: int
+    ) -> dict[str, Any]:
         editor, anatomy = result.editor, result.editor.anatomy
         layers = editor.weights.layers
-        state = sum(t.nbytes for t in editor.snapshot().values())
         again = isinstance(editor, D4SEditor) and self.keep_vectors
         every = SNAPSHOT_EVERY if again else max(10, math.ceil(state / BYTES_A_STEP))
         moment = now()
@@ -338,11 +334,8 @@ class Journaling(Observer):
             editor.write()
 
     def _point(self, event: Mapping[str, Any], under_way: Run) -> None:
-        place = self.path / f"points/{int(event['made']):06d}.json"
-        fields = ("row", "evaluation", "fewer", "measured")
-        stored = read_json(place, writer="a journal", format=POINT, fields=fields, always_digest=True)
-        if digest_of(stored) != event["digest"]:
-            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+        assert self.folder is not None
+        place, stored = self.folder.point(event)
         with checking(place, "a journal"):
             row = read_history_row(stored["row"], "row")
             evaluation = read_evaluation(stored["evaluation"], "evaluation")
@@ -403,16 +396,13 @@ class Journaling(Observer):
         assert self.folder is not None
         row, evaluation = result.history[-1], result.evaluations[-1]
         made = int(row["step"])
-        stored = {
-            "format": POINT,
+        values = {
             "row": finite_or_none(row),
             "evaluation": evaluation.to_dict(),
             "fewer": self._run.rows_before.get(self._run.schedule.neighborhood_limit) if not made else None,
             "measured": list(result.columns),
         }
-        stored = _as_json(stored)
-        write_json(stored, self.path / f"points/{made:06d}.json")
-        self.folder.append("point", made=made, digest=digest_of(stored))
+        self.folder.add_point(made, _as_json(values))
 
     def ended(self, result: Result, error: BaseException | None) -> None:
         """What waits is written, where it still can be; then the journal may be written by another process.
@@ -448,19 +438,15 @@ class Journaling(Observer):
         assert self.folder is not None
         for stretch in _stretches(sorted(self.waiting)):
             steps = {step: self.waiting[step] for step in stretch}
-            digest = self.folder.save("segments", stretch[-1], packed(steps))
-            self.folder.append("segment", first=stretch[0], step=stretch[-1], digest=digest)
+            self.folder.add_segment(stretch[0], stretch[-1], packed(steps))
             for step in stretch:
                 del self.waiting[step]
 
     def _snapshot(self, editor: Editor) -> None:
         assert self.folder is not None
         self._segment()  # steps before a snapshot are not made again, so their vectors would be lost with this process
-        event = len(self.folder.events) - 1
-        digest = self.folder.save("snapshots", event, editor.snapshot())
-        self.folder.append("snapshot", event=event, digest=digest)
+        self.folder.add_snapshot(editor.snapshot())
         self.at_snapshot = self.number
-        self.folder.drop_old_snapshots()
 
 
 def _stretches(numbers: Sequence[int]) -> list[list[int]]:
