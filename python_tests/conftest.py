@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import zlib
 from typing import Any
@@ -31,6 +32,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
     """Every test is seeded, whether it asks for the seed or not."""
+
+
+@pytest.fixture
+def draw() -> random.Random:
+    """Of damaged inputs: new ones in every run. D4S_FUZZ_SEED=… repeats one."""
+    seed = int(os.environ.get("D4S_FUZZ_SEED", secrets.randbelow(2**31)))
+    print(f"D4S_FUZZ_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

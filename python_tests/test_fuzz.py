@@ -7,10 +7,7 @@ every run: the seed is printed, and D4S_FUZZ_SEED=… repeats it.
 from __future__ import annotations
 
 import json
-import os
 import random
-import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.hanging import ends_within
 
 from d4s.edits import Edit, Question
 from d4s.edits.formats import load_edits, save_edits
@@ -246,23 +244,10 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return data
 
 
-@pytest.fixture
-def draw() -> random.Random:
-    seed = int(os.environ.get("D4S_FUZZ_SEED", secrets.randbelow(2**31)))
-    print(f"D4S_FUZZ_SEED={seed}")
-    return random.Random(seed)
-
-
 @pytest.fixture(autouse=True)
 def _not_for_ever() -> Iterator[None]:
-    def hangs(*_: object) -> None:
-        pytest.fail("an input hangs")
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(HANGS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with ends_within(HANGS, "an input"):
+        yield
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import random
-import secrets
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.faults import Kept, told
+from support.hanging import ends_within
 from support.sequences import EDITS, ready, same, state
 
 from d4s import tensor_files
@@ -36,23 +35,10 @@ LONGEST = 5.0  # seconds of the processor for one
 HANGS = 240
 
 
-@pytest.fixture
-def draw() -> random.Random:
-    seed = int(os.environ.get("D4S_FUZZ_SEED", secrets.randbelow(2**31)))
-    print(f"D4S_FUZZ_SEED={seed}")
-    return random.Random(seed)
-
-
 @pytest.fixture(autouse=True)
 def _not_for_ever() -> Iterator[None]:
-    def hangs(*_: object) -> None:
-        pytest.fail("a journal hangs")
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(HANGS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with ends_within(HANGS, "a journal"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import secrets
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,13 +25,6 @@ from d4s.models.architectures import Anatomy
 from d4s.tensor_files import load_tensors, save_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = int(os.environ.get("D4S_TEST_SEED", secrets.randbelow(2**31)))
-    print(f"D4S_TEST_SEED={seed}")
-    return seed
 
 
 def changed_(model, seed: int, ranks: dict[int, int], size: float = 0.01) -> list[Change]:
