@@ -119,6 +119,17 @@ def add_targets(verb: ArgumentParser) -> None:
     )
 
 
+def add_collapse(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--stop-on-collapse",
+        type=share,
+        nargs="?",
+        const=0.1,
+        metavar="SHARE",
+        help="end at a point where fewer of the edits made than SHARE (a tenth) are still the greedy answer",
+    )
+
+
 def add_scores(verb: ArgumentParser) -> None:
     verb.add_argument("--generate", action="store_true", help="also score free generation")
     add_downstream(verb)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from d4s.cli.arguments import (
+    add_collapse,
     add_edits,
     add_model,
     add_scores,
@@ -34,6 +35,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     verb.add_argument("--count", type=count, help="edits made, the first of that order; default: all")
     add_targets(verb)
+    add_collapse(verb)
     add_scores(verb)
 
 
@@ -59,6 +61,7 @@ def run(options: Namespace) -> None:
         neighborhood_limit=options.neighborhood_limit,
         generate=options.generate,
         measure=task_scores(options, model, tokenizer),
+        stop_on_collapse=options.stop_on_collapse,
     )
     found.save(options.out)
     if options.json:

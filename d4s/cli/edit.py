@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d4s.cli.arguments import (
+    add_collapse,
     add_covariance,
     add_edits,
     add_fields,
@@ -56,6 +57,7 @@ def add(verb: ArgumentParser) -> None:
         default="yes",
         help="no: a smaller journal, from which no single edit can be undone",
     )
+    add_collapse(verb)
     add_scores(verb)
 
 
@@ -89,6 +91,7 @@ def run(options: Namespace) -> None:
             evaluate_every=options.evaluate_every,
             generate=options.generate,
             measure=task_scores(options, model, tokenizer),
+            stop_on_collapse=options.stop_on_collapse,
             seed=options.seed,
             journal=out / "journal",
             keep_vectors=options.keep_vectors == "yes",

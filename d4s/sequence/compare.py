@@ -55,6 +55,7 @@ def compare(
     original: bool = True,
     generate: bool = False,
     measure: Measure | None = None,
+    stop_on_collapse: float | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -96,6 +97,7 @@ def compare(
         generate=generate,
         measure=measure,
         stop_at_failure=True,
+        stop_on_collapse=stop_on_collapse,
     )
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))

@@ -84,6 +84,8 @@ class Record:
                 f"{len(missing)} of {len(self.edits_table)} edits: the target was found, but half of its probability "
                 f"or more was lost on the way into the weights: {named}"
             )
+        if self.failure:
+            lines.append(f"broke off: {self.failure}")
         return "\n".join(lines)
 
     def not_arrived(self) -> list[str]:

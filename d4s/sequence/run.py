@@ -43,6 +43,7 @@ def edit_sequence(
     generate: bool = False,
     measure: Measure | None = None,
     stop_at_failure: bool = False,
+    stop_on_collapse: float | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     seed: int = 0,
@@ -72,6 +73,8 @@ def edit_sequence(
         "<task> acc" or as another accuracy are shown in percent, others as they are
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
+    stop_on_collapse: ends the sequence at a point where a smaller share of the edits made is still the greedy answer,
+        as .1; `Result.failure` says so
     baseline: the unedited model's answers to these edits, where they have been taken before
     seed: of contexts, samples and intervals; same seed, same machine: same result
     journal: folder in which the sequence is kept as it is made (docs/formats/journal.md): what was done is durable, and
@@ -92,6 +95,7 @@ def edit_sequence(
         generate=generate,
         measure=measure,
         stop_at_failure=stop_at_failure,
+        stop_on_collapse=stop_on_collapse,
         seed=seed,
     )
     if isinstance(covariance, (str, os.PathLike)):

@@ -23,9 +23,11 @@ class Schedule:
     generate: whether free generation is scored
     measure: called at each point; its figures join the history row
     stop_at_failure: whether a step that fails ends the sequence instead of raising
+    stop_on_collapse: the share of the edits made that must still be the greedy answer; a point with fewer is the last.
+        None: the sequence goes on whatever it has become
     seed: of contexts, samples and intervals
 
-    Raises ConfigError for a number that is no whole number from 1 on.
+    Raises ConfigError for a number that is no whole number from 1 on, or no share.
     """
 
     batch_size: int = 1
@@ -35,6 +37,7 @@ class Schedule:
     generate: bool = False
     measure: Measure | None = None
     stop_at_failure: bool = False
+    stop_on_collapse: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,6 +47,9 @@ class Schedule:
         for name, value in (("batch_size", self.batch_size), *(("evaluate_every", p) for p in points)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
+        share = self.stop_on_collapse
+        if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
+            raise ConfigError(f"stop_on_collapse={share!r}, must be a share, above 0 and at most 1")
         if isinstance(self.evaluate_every, tuple):
             object.__setattr__(self, "evaluate_every", tuple(sorted(self.evaluate_every)))
 
@@ -64,6 +70,13 @@ class Schedule:
         """Neighbourhood prompts an edit at the point after `made` of `count` edits."""
         return self.neighborhood_limit if 0 < made < count else None
 
+    def collapse(self, row: Mapping[str, Any]) -> str | None:
+        """Why a history row is the last one; None: it is not. Row 0, before any edit, never is."""
+        least, kept = self.stop_on_collapse, row.get("efficacy_argmax")
+        if not row["step"] or least is None or kept is None or kept >= least:
+            return None
+        return f"{100 * kept:.1f} % of the edits made are the greedy answer, fewer than stop_on_collapse={least:g}"
+
     def told_apart(self) -> dict[str, Any]:
         """JSON values by which a kept sequence is known to have been made by this schedule, but for its seed.
 
@@ -78,4 +91,5 @@ class Schedule:
             "original": self.original,
             "generate": self.generate,
             "measure": getattr(owner, "settings", self.measure is not None),
+            "stop_on_collapse": self.stop_on_collapse,
         }

@@ -39,6 +39,8 @@ class Run:
                 if made == done and self._lacks_point(before, made):
                     self.point(made)
                     observers.point(result)
+                if self._has_collapsed(made):
+                    return
                 continue
             try:
                 self.step(batch, observers)
@@ -55,6 +57,18 @@ class Run:
             if self._lacks_point(before, made):
                 self.point(made)
                 observers.point(result)
+            if self._has_collapsed(made):
+                return
+
+    def _has_collapsed(self, made: int) -> bool:
+        """Whether the last point lies here, before the end, and is one that the schedule lets no step follow."""
+        result = self.result
+        if result.history[-1]["step"] != made or made == len(result.edits):
+            return False
+        why = self.schedule.collapse(result.history[-1])
+        if why is not None:
+            result.failure = f"after edit {made}: {why}"
+        return why is not None
 
     def _lacks_point(self, before: int, made: int) -> bool:
         due = made == len(self.result.edits) or self.schedule.is_due(before, made)

@@ -12,6 +12,7 @@ from support.command import FAST, done, failed
 from support.tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+from d4s.cli import main
 from d4s.edits.formats import load_edits
 from d4s.errors import ModelError
 from d4s.locate.covariance import Covariance, fingerprint_of
@@ -206,3 +207,17 @@ def test_values_that_nothing_can_be_done_with_are_one_line(options, texts, tmp_p
     out = str(tmp_path / "o")
     line = failed(capsys, "edit", "m", "edits.json", "--method", "memit", "--out", out, *options.split())
     assert all(text in line for text in texts) and len(line) < 400, line
+
+
+def test_a_collapsed_sequence_is_saved_and_says_so(place, tmp_path, capsys):
+    """Nothing is written, so what a random model says by itself is not the new answer of one edit at least."""
+    out = tmp_path / "run"
+    still = ("--covariance", "c.safetensors", *FAST, "learning_rate=1e-30", "--evaluate-every", "1")
+    text = done(capsys, "edit", "m", "edits.json", "--out", str(out), *still, "--stop-on-collapse", "1")
+    stored = json.loads((out / "result.json").read_text())
+    made = len(stored["edits_table"])
+    assert f"broke off: after edit {made}: " in text and "fewer than stop_on_collapse=1" in text
+    assert stored["failure"] in text and (out / "model").is_dir()
+    with pytest.raises(SystemExit):
+        main(["edit", "m", "edits.json", "--out", "other", "--stop-on-collapse", "2"])
+    assert "--stop-on-collapse: '2' must be a share" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.sequences import EDITS, ready, same, sequence, state
+from support.sequences import EDITS, FAST, ready, same, sequence, state
 
 import d4s
 from d4s.errors import ConfigError, EditingFailed, EditingInterrupted, EditingStopped, ModelError
@@ -142,3 +142,57 @@ def test_what_broke_off_is_told_by_type(monkeypatch, seed):
         error.result.restore()
         assert same(before, state(model))
     assert not issubclass(EditingStopped, Exception)  # `except Exception` lets Ctrl-C through
+
+
+@pytest.mark.parametrize("given", [0, 1.5, "a tenth"])
+def test_what_is_no_share_is_refused(given):
+    with pytest.raises(ConfigError, match=f"stop_on_collapse={given!r}, must be a share, above 0"):
+        d4s.Schedule(stop_on_collapse=given)
+
+
+STILL = FAST | dict(steps=1, learning_rate=1e-30)  # nothing is written, so that no edit is the answer
+
+
+def test_a_sequence_ends_at_the_point_where_it_has_collapsed(seed):
+    model, covariance = ready(seed)
+    told = Told()
+    result = sequence(
+        model, covariance, config=STILL, evaluate_every=3, stop_on_collapse=1.0, observers=[told]
+    )
+    share = f"{100 * result.history[-1]['efficacy_argmax']:.1f} % of the edits made"
+    assert [row["step"] for row in result.history] == [0, 3] and len(result.edits_table) == 3
+    assert result.failure == f"after edit 3: {share} are the greedy answer, fewer than stop_on_collapse=1"
+    assert told.log[-1] == ("a", "ended", "NoneType", result.failure)
+    assert share in result.summary()
+
+
+def test_a_sequence_that_holds_its_edits_is_not_ended(seed):
+    model, covariance = ready(seed)
+    points = {row["step"]: row for row in sequence(model, covariance, evaluate_every=2).history[1:]}
+    model, covariance = ready(seed)
+    least = min(row["efficacy_argmax"] for made, row in points.items() if made < len(EDITS))
+    if least > 0:
+        result = sequence(model, covariance, evaluate_every=2, stop_on_collapse=least)
+        assert result.failure is None and len(result.edits_table) == len(EDITS)
+        model, covariance = ready(seed)
+    below = min(least + 1e-6, 1.0)
+    result = sequence(model, covariance, evaluate_every=2, stop_on_collapse=below)
+    first = min(made for made, row in points.items() if row["efficacy_argmax"] < below)
+    assert result.history[-1]["step"] == first and (result.failure is not None) == (first < len(EDITS))
+
+
+def test_the_end_of_a_sequence_is_no_collapse(seed):
+    model, covariance = ready(seed)
+    result = sequence(model, covariance, config=STILL, stop_on_collapse=1.0)
+    assert result.failure is None and [row["step"] for row in result.history] == [0, len(EDITS)]
+
+
+def test_what_has_collapsed_does_not_go_on_in_its_journal(tmp_path, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    options = dict(config=STILL, evaluate_every=3, stop_on_collapse=1.0, journal=tmp_path / "journal")
+    first = sequence(model, covariance, **options)
+    first.restore()
+    assert same(before, state(model))
+    again = sequence(model, covariance, **options)
+    assert again.failure == first.failure and len(again.edits_table) == 3
