@@ -5,7 +5,8 @@ python -m benchmarks.real.comparison smollm2 counterfact.json corpus.txt --text 
 Cost on two idle cores, SmolLM2-135M: key statistics 3 minutes; an edit 3 s with d4s, .4 s once its targets are kept,
 8 s with methods that search on the weights as they are, 15 s with ROME (20 contexts); a point of 300 edits 2 minutes,
 of 1,000 5 minutes. Sequences end one after another, in the order in which they are named, and each is saved as it ends.
-A method of whose edits fewer than a tenth are still the greedy answer has collapsed, and is not taken further.
+The weights that a sequence has changed are kept in OUT/edited. A method of whose edits fewer than a tenth are still the
+greedy answer has collapsed, and is not taken further.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from typing import Any
 
 import d4s
 from d4s.edits import Edit
-from d4s.locate.covariance import Covariance
+from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.measure.metrics import Baseline, take_baseline
+from d4s.sequence.observers import Observer
+from d4s.sequence.result import Result
+from d4s.sequence.saving import save_changes
 from d4s.study.retained import Retained, untouched
 
 # Label → what differs from the preset. memit-seq is d4s with anchor="current", but for facts that change twice.
@@ -42,6 +47,7 @@ SEQUENCES: dict[str, dict[str, str]] = {
 POINTS = (50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000)
 COLLAPSE = 0.1
 FACTS = 200  # that no edit touches
+TOLD = ("anchor", "residual")  # fields by which sequences of one method are told apart
 CHARACTERS = 30_000  # of held-out text
 
 
@@ -69,6 +75,30 @@ def statistics(model: Any, tokenizer: Any, corpus: Path, tokens: int, place: Pat
     found = d4s.estimate_covariance(model, tokenizer, corpus, tokens=tokens)
     found.save(place)
     return found
+
+
+def answers(model: Any, tokenizer: Any, made: list[Edit], place: Path) -> Baseline:
+    """The unedited model's."""
+    if place.exists():
+        return Baseline.load(place)
+    found = take_baseline(model, tokenizer, made, progress=True)
+    found.save(place)
+    return found
+
+
+class Keep(Observer):
+    """The weights that each sequence has changed, as it leaves them: for scores that are taken afterwards.
+
+    unedited: the model's fingerprint before any edit
+    """
+
+    def __init__(self, folder: Path, unedited: str) -> None:
+        self.folder, self.unedited = folder, unedited
+
+    def ended(self, result: Result, error: BaseException | None) -> None:
+        if error is None:
+            name = "-".join([result.method, *(str(result.config[n]) for n in TOLD if n in result.config)])
+            save_changes(result, self.unedited, self.folder / f"{name}.safetensors")
 
 
 def main() -> None:
@@ -100,8 +130,10 @@ def main() -> None:
         covariance=covariance,
         evaluate_every=[point for point in POINTS if point <= options.count],
         seeds=options.seed,
+        baseline=answers(model, tokenizer, made, options.out / "baseline.json"),
         measure=Retained(model, tokenizer, facts, held_out(options.text), seed=options.seed),
         stop_on_collapse=COLLAPSE,
+        observers=[Keep(options.out / "edited", fingerprint_of(model))],
         out=options.out / "sequences",
     )
     found.save(options.out / "sequences")
