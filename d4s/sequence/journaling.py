@@ -35,7 +35,7 @@ from d4s.measure.columns import measured_columns
 from d4s.measure.metrics import Baseline
 from d4s.methods import Editor, Method, Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.progress import stage
+from d4s.progress import progress_bar, stage
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import read_evaluation, read_history_row
 from d4s.sequence.result import Result
@@ -314,7 +314,9 @@ class Journaling(Observer):
         self.at_snapshot = begin
         segments = Segments(self.folder)
         waiting = False  # whether weights are still to be written
+        bar = progress_bar(len(steps) - begin, "step", "made again", shown=editor.bench.progress)
         for place in range(begin, len(steps)):
+            bar.update()
             put = None
             if isinstance(editor, D4SEditor):
                 try:
@@ -332,6 +334,7 @@ class Journaling(Observer):
             self._take_vectors(editor, place + 1)
         if waiting and isinstance(editor, D4SEditor):
             editor.write()
+        bar.close()
 
     def _point(self, event: Mapping[str, Any], under_way: Run) -> None:
         assert self.folder is not None

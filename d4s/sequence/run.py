@@ -9,6 +9,7 @@ from typing import Any
 
 from d4s.edits import Edit, check_batch, check_sequence
 from d4s.errors import ConfigError, EditingFailed, EditingStopped
+from d4s.interrupts import ending_signals_raise
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
@@ -127,7 +128,19 @@ def run(
     observers: Sequence[Observer] = (),
 ) -> Result:
     """`edit_sequence`, where the workbench, the configuration and the schedule are there already."""
-    edits = tuple(edits)
+    with ending_signals_raise():  # a scheduler's SIGTERM, too, finds the journal closed
+        return _run(bench, tuple(edits), method, schedule, baseline, journal, observers)
+
+
+def _run(
+    bench: Workbench,
+    edits: tuple[Edit, ...],
+    method: Method,
+    schedule: Schedule,
+    baseline: Baseline | None,
+    journal: Journaling | None,
+    observers: Sequence[Observer],
+) -> Result:
     try:
         _check(bench, edits, method, schedule)
         with evaluating(bench.model):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import pytest
 import torch
 from support.sequences import EDITS, FAST, ready, same, sequence, state, without_times
 
 import d4s
-from d4s.errors import ConfigError, EditingFailed
+from d4s.errors import ConfigError, EditingFailed, EditingStopped
 from d4s.methods.base import Editor
 from d4s.sequence import journaling
 
@@ -93,6 +94,23 @@ def test_a_sequence_that_was_broken_off_goes_on_with_the_same_bits(name, monkeyp
             done = sequence(model, covariance, **options(name, journal=path))
         assert same(state(model), right) and told(done) == said
         done.restore()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="no SIGTERM here")
+def test_a_scheduler_that_ends_the_program_finds_the_journal_closed(tmp_path, seed):
+    """SIGTERM in the middle of a step, in a program of one's own: the vectors of all steps are in their segment."""
+
+    class Ends(d4s.Observer):
+        def step(self, result, batch):
+            if len(result.edits_table) == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    model, covariance = ready(seed)
+    with pytest.raises(EditingStopped, match="after edit 4: ended by SIGTERM"):
+        sequence(model, covariance, journal=tmp_path / "j", observers=[Ends()], **options("d4s"))
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert list((tmp_path / "j" / "segments").glob("*.safetensors"))
 
 
 def test_a_journal_changes_no_bit_of_what_is_done(tmp_path, seed):
