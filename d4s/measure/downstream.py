@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy
@@ -26,11 +27,16 @@ from d4s.models.forward import evaluating
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """value and its standard error (None where the harness gives none) over `count` questions."""
+    """value and its standard error (None where the harness gives none) over `count` questions.
+
+    each: its value question by question, of a group its members' one after another, where that was asked for and the
+        harness tells it
+    """
 
     value: float
     stderr: float | None
     count: int
+    each: tuple[float, ...] = ()
 
 
 def run_tasks(
@@ -42,6 +48,7 @@ def run_tasks(
     include_path: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
     trust_task_code: bool = False,
+    by_question: bool = False,
     seed: int = 0,
 ) -> dict[str, dict[str, TaskMetric]]:
     """Task → metric → TaskMetric, with the harness's own prompts, examples and scoring.
@@ -53,6 +60,7 @@ def run_tasks(
         before the harness's of the same name. If all tasks are there, nothing is fetched from anywhere
     trust_task_code: run the Python that task files in include_path name by `!function`, and let their templates do
         what they like; False: refuse the first, and keep templates in Jinja's sandbox
+    by_question: also tell each metric question by question (`TaskMetric.each`)
     seed: of the examples in few-shot prompts
 
     Metrics of a filtered answer are named after the filter: "exact_match (strict-match)". The model is left in
@@ -80,7 +88,7 @@ def run_tasks(
                 tasks=tasks,
                 limit=limit,
                 task_manager=manager,
-                log_samples=False,
+                log_samples=by_question,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
@@ -179,6 +187,13 @@ def _figures(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[s
             return int(found["n-samples"][task]["effective"])
         return sum(count(child) for child in groups.get(task, ()))
 
+    def each(task: str, name: str, kind: str) -> Iterator[float]:
+        for sample in found.get("samples", {}).get(task, ()):
+            if sample["filter"] == kind and isinstance(sample.get(name), Real):
+                yield float(sample[name])
+        for child in groups.get(task, ()):
+            yield from each(child, name, kind)
+
     figures: dict[str, dict[str, TaskMetric]] = {}
     for task, results in found["results"].items():
         if task in members and task not in tasks:
@@ -191,7 +206,7 @@ def _figures(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[s
             error = results.get(f"{name}_stderr,{kind}")
             known = isinstance(error, (int, float)) and math.isfinite(error)
             figures[task][name if kind == "none" else f"{name} ({kind})"] = TaskMetric(
-                float(value), float(error) if known else None, count(task)
+                float(value), float(error) if known else None, count(task), tuple(each(task, name, kind))
             )
     return figures
 

@@ -6,9 +6,11 @@ harness by `include`) with its data replaced by local files, rewritten into the 
 
 from __future__ import annotations
 
+import bz2
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,27 @@ from d4s.edits.formats import load_edits
 from d4s.edits.formats.fields import FieldError, fetch, text, texts
 from d4s.edits.formats.files import read_records
 from d4s.errors import ConfigError, DataError
-from d4s.files import write_text
+from d4s.files import read_bytes, write_text
 from d4s.measure.downstream import require_harness
 
 Row = dict[str, Any]
 
+GSM8K_EXAMPLES = 5  # in the harness's prompt
 
-def write_local_tasks(data_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> tuple[str, ...]:
+
+def write_local_tasks(
+    data_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    questions: int | None = None,
+    seed: int = 0,
+) -> tuple[str, ...]:
     """Writes a task for each of the files there are, and returns the names, for `run_tasks(include_path=out_dir)`.
 
     data_dir, each file optional:
         arc_challenge.jsonl  query ("Question: …"), choices, gold (number of the right choice)
+        hellaswag_val.txt.bz2
+                             six lines a question: "activity: context", number of the right ending, four endings
         winogrande.jsonl     context_options (two texts that differ in their last words), continuation, gold
         gsm8k.jsonl          question, answer ("… #### 18")
         truthfulqa.csv       Question, Best Answer, Correct Answers, Incorrect Answers (separated by ';')
@@ -36,14 +48,24 @@ def write_local_tasks(data_dir: str | os.PathLike[str], out_dir: str | os.PathLi
                              question, choice0 … choice3, answer (number of the right choice)
     out_dir: holds task files, rewritten data and what the harness caches of them; it names the installed
         harness by its place, so make it anew in another environment
+    questions: of each task, drawn by `seed`; of mmlu over all its subjects, each in proportion to its size, and
+        subjects that this leaves without any are left out. None: all
+    seed: of what is drawn; the first of what is drawn, which `run_tasks(limit=…)` takes, are a sample too
 
-    gsm8k has no training file here: its five examples are other test questions, so its figure is not quite
-    the published one's. truthfulqa.csv makes truthfulqa_mc1 and truthfulqa_mc2; the subjects make the group mmlu.
-    Raises DataError naming file, record and field of what cannot be read, or if no file is there.
+    gsm8k has no training file here: its five examples are other test questions (of those that were not drawn, where
+    they are five or more), so its figure is not quite the published one's. truthfulqa.csv makes truthfulqa_mc1 and
+    truthfulqa_mc2; the subjects make the group mmlu.
+    Raises ConfigError for a number of questions below 1; DataError naming file, record and field of what cannot be
+    read, or if no file is there.
     """
     require_harness()
+    if questions is not None and questions < 1:
+        raise ConfigError(f"questions={questions}: must be a whole number from 1 on")
     source, out = Path(data_dir), Path(out_dir)
     made: list[str] = []
+
+    def drawn(name: str, rows: Sequence[Row]) -> list[Row]:
+        return _drawn(rows, questions, f"{seed}/{name}")[0]
 
     def add(task: str, base: str, splits: Mapping[str, Iterable[Row]], **changes: Any) -> None:
         _write_task(out, task, splits, {"include": _harness_file(base), "task": task, **changes})
@@ -54,26 +76,41 @@ def write_local_tasks(data_dir: str | os.PathLike[str], out_dir: str | os.PathLi
         add(
             "arc_challenge",
             "arc/arc_challenge.yaml",
-            {"test": rows},
+            {"test": drawn("arc_challenge", rows)},
             training_split=None,
             validation_split=None,
         )
+    if (file := source / "hellaswag_val.txt.bz2").exists():
+        rows = drawn("hellaswag", _hellaswag(file))
+        add("hellaswag", "hellaswag/hellaswag.yaml", {"validation": rows}, training_split=None)
     if (file := source / "winogrande.jsonl").exists():
-        rows = _converted(file, _winogrande)
+        rows = drawn("winogrande", _converted(file, _winogrande))
         add("winogrande", "winogrande/default.yaml", {"validation": rows}, training_split=None)
     if (file := source / "gsm8k.jsonl").exists():
-        rows = _converted(file, _gsm8k)
-        add("gsm8k", "gsm8k/gsm8k.yaml", {"test": rows}, training_split=None, fewshot_split="test")
+        rows, others = _drawn(_converted(file, _gsm8k), questions, f"{seed}/gsm8k")
+        examples = {"examples": others} if len(others) >= GSM8K_EXAMPLES else {}
+        add(
+            "gsm8k",
+            "gsm8k/gsm8k.yaml",
+            {"test": rows} | examples,
+            training_split=None,
+            fewshot_split="examples" if examples else "test",
+        )
     if (file := source / "truthfulqa.csv").exists():
-        rows = _converted(file, _truthfulqa)
+        rows = drawn("truthfulqa", _converted(file, _truthfulqa))
         for task in ("truthfulqa_mc1", "truthfulqa_mc2"):
             add(task, f"truthfulqa/{task}.yaml", {"validation": rows})
     subjects = sorted(f.name.removesuffix("_test.csv") for f in (source / "mmlu" / "test").glob("*_test.csv"))
+    asked = {s: _converted(source / "mmlu" / "test" / f"{s}_test.csv", _mmlu) for s in subjects}
+    if questions is not None and subjects:
+        start = random.Random(f"{seed}/mmlu").random()
+        shares = _in_proportion([len(rows) for rows in asked.values()], questions, start)
+        counts = dict(zip(subjects, shares, strict=True))
+        subjects = [subject for subject in subjects if counts[subject]]
+        asked = {s: _drawn(asked[s], counts[s], f"{seed}/mmlu/{s}")[0] for s in subjects}
     for subject in subjects:
-        splits = {
-            split: _converted(source / "mmlu" / split / f"{subject}_{split}.csv", _mmlu)
-            for split in ("test", "dev")
-        }
+        dev = _converted(source / "mmlu" / "dev" / f"{subject}_dev.csv", _mmlu)
+        splits = {"test": asked[subject], "dev": dev}
         add(f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", splits, tag=[])
     if subjects:
         group = {
@@ -85,8 +122,8 @@ def write_local_tasks(data_dir: str | os.PathLike[str], out_dir: str | os.PathLi
         made.append("mmlu")
     if not made:
         raise DataError(
-            f"{source}: none of arc_challenge.jsonl, winogrande.jsonl, gsm8k.jsonl, truthfulqa.csv, mmlu/test "
-            "is there"
+            f"{source}: none of arc_challenge.jsonl, hellaswag_val.txt.bz2, winogrande.jsonl, gsm8k.jsonl, "
+            "truthfulqa.csv, mmlu/test is there"
         )
     return tuple(made)
 
@@ -143,22 +180,83 @@ def facts_task(
 
 
 def make_tasks(
-    data: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str], *, seed: int = 0
+    data: Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
+    *,
+    questions: int | None = None,
+    seed: int = 0,
 ) -> list[str]:
     """Writes the tasks of all the data, and returns their names: `write_local_tasks` of folders, `facts_task` of files
     of edits, which are named after their files.
+
+    questions: of each task of a folder; None: all
 
     Raises ConfigError if two would have one name.
     """
     made: list[str] = []
     for item in map(Path, data):
         if item.is_dir():
-            made += write_local_tasks(item, out_dir)
+            made += write_local_tasks(item, out_dir, questions=questions, seed=seed)
         elif item.stem in made:
             raise ConfigError(f"{item}: a task {item.stem!r} is there already; rename the file")
         else:
             made.append(facts_task(load_edits(item), out_dir, name=item.stem, seed=seed))
     return made
+
+
+def _drawn(rows: Sequence[Row], count: int | None, seed: str) -> tuple[list[Row], list[Row]]:
+    """(so many of them by chance, in the order drawn, the others); all of them, as they stand, where count is None."""
+    if count is None:
+        return list(rows), []
+    places = random.Random(seed).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in places[:count]], [rows[i] for i in places[count:]]
+
+
+def _in_proportion(sizes: Sequence[int], count: int, start: float) -> list[int]:
+    """`count` divided among groups of these sizes so that each member of any of them has the same chance.
+
+    Members stand in a row, group after group, and are taken at equal distances: a group's share is its part of the row,
+    rounded up or down.
+    start: where the first one is taken, from 0 to below 1, as a share of the distance
+    """
+    total = sum(sizes)
+    count = min(count, total)
+    first = int(
+        start * total
+    )  # taken are the places (first + i · total) / count: whole numbers, so nothing is rounded
+    shares, end, taken = [], 0, 0
+    for size in sizes:
+        end += size
+        before, taken = taken, -((first - end * count) // total)
+        shares.append(taken - before)
+    return shares
+
+
+def _hellaswag(path: Path) -> list[Row]:
+    """The fields out of which the harness makes its prompt. ctx_b is the sentence that the endings finish, where it
+    begins with a small letter: the harness makes that a capital."""
+    try:
+        whole = bz2.decompress(read_bytes(path, "the questions")).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is no whole file of bzip2 with UTF-8 text in it ({error})") from None
+    lines = whole.removesuffix("\n").split("\n")  # not at what Unicode calls an end of a line too
+    if len(lines) % 6:
+        raise DataError(f"{path}: has {len(lines)} lines, must be six a question")
+    rows = []
+    for number, begin in enumerate(range(0, len(lines), 6), start=1):
+        query, label, *endings = lines[begin : begin + 6]
+        activity, colon, context = query.partition(": ")
+        if not colon:
+            raise DataError(f"{path}, question {number}: its first line has no ': ' behind the activity")
+        if label not in ("0", "1", "2", "3"):
+            raise DataError(f"{path}, question {number}: its second line is {label!r}, must be from 0 to 3")
+        unfinished = re.search(r"(?<=[.!?] )[a-z][^.!?]*$", context)
+        end = unfinished.start() if unfinished else len(context)
+        rows.append(
+            {"activity_label": activity, "ctx_a": context[:end].strip(), "ctx_b": context[end:]}
+            | {"endings": endings, "label": label}
+        )
+    return rows
 
 
 def _arc(record: Row) -> Row:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import copy
 import json
+import math
 import random
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import d4s.measure.downstream
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError
 from d4s.measure.downstream import TaskMetric, _figures, run_tasks
-from d4s.measure.downstream_tasks import facts_task, write_local_tasks
+from d4s.measure.downstream_tasks import _in_proportion, facts_task, write_local_tasks
 from d4s.models.scoring import score
 
 try:
@@ -51,6 +54,14 @@ TRUTHFULQA = (
     "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n"
     "Made up,Songs,Does a piano sing?,No,No; It does not; A piano plays,Yes; It sings;,nowhere\n"
 )
+HELLASWAG = (
+    (
+        "Music: Edwin plays the piano. the song",
+        ("is French.", "was born.", "worked [for] Apple.", "is I."),
+        2,
+    ),
+    ("Home: How to live in Lyon. Play  a song.", ("Live.", "Play.", "A mother.", "You and I."), 0),
+)
 MMLU = "question,choice0,choice1,choice2,choice3,answer\nWhat is {}?,one,two,three,four,{}\n"
 
 
@@ -65,6 +76,8 @@ def data(tmp_path: Path) -> Path:
     for name, records in FILES.items():
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "truthfulqa.csv").write_text(TRUTHFULQA)
+    lines = [line for query, endings, gold in HELLASWAG for line in (query, str(gold), *endings)]
+    (folder / "hellaswag_val.txt.bz2").write_bytes(bz2.compress("\n".join([*lines, ""]).encode()))
     return folder
 
 
@@ -80,17 +93,18 @@ def test_local_tasks_run_through_the_harness(data: Path, tmp_path: Path, monkeyp
     before, cached = files_in(data), files_in(caches)
     names = write_local_tasks(data, tmp_path / "tasks")
     assert set(names) == {
-        *("arc_challenge", "winogrande", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"),
+        *("arc_challenge", "hellaswag", "winogrande", "gsm8k", "truthfulqa_mc1", "truthfulqa_mc2"),
         *("mmlu_anatomy", "mmlu_virology", "mmlu"),
     }
     model = tiny_model("llama", seed=seed, max_position_embeddings=4096).train()
-    asked = ["arc_challenge", "winogrande", "truthfulqa_mc2", "mmlu", "gsm8k"]
+    asked = ["arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2", "mmlu", "gsm8k"]
     states = random.getstate(), torch.get_rng_state()
     found = run_tasks(model, tiny_tokenizer(), asked, include_path=tmp_path / "tasks", batch_size=2, limit=2)
     assert model.training and states[0] == random.getstate() and torch.equal(states[1], torch.get_rng_state())
     counts = {task: {metric.count for metric in metrics.values()} for task, metrics in found.items()}
     assert counts == {
         "arc_challenge": {2},
+        "hellaswag": {2},
         "winogrande": {1},
         "truthfulqa_mc2": {1},
         "mmlu": {2},
@@ -115,18 +129,102 @@ def test_figures_are_those_of_the_likeliest_choice(data: Path, tmp_path: Path, s
         tiny_model("llama", seed=seed, max_position_embeddings=2048),
         tiny_tokenizer(start=False),
     )
-    asked = ["arc_challenge", "winogrande", "truthfulqa_mc1"]
-    found = run_tasks(model, tokenizer, asked, include_path=tmp_path / "tasks")
+    asked = ["arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc1"]
+    found = run_tasks(model, tokenizer, asked, include_path=tmp_path / "tasks", by_question=True)
+    for metrics in found.values():
+        for metric in metrics.values():
+            assert len(metric.each) == metric.count and metric.value == pytest.approx(
+                sum(metric.each) / metric.count
+            )
+    # The harness's own clean-up: a capital after the context's last full stop, no brackets, single spaces.
+    said = ("Music: Edwin plays the piano. The song", "Home: How to live in Lyon. Play a song.")
+    right = []
+    for query, (_, endings, gold) in zip(said, HELLASWAG, strict=True):
+        log_p = likelihoods(model, tokenizer, query, [e.replace("[for] ", "") for e in endings])
+        right.append(log_p.index(max(log_p)) == gold)
+    assert list(found["hellaswag"]["acc"].each) == right
     right = []
     for record in FILES["arc_challenge.jsonl"]:
         log_p = likelihoods(model, tokenizer, f"{record['query']}\nAnswer:", record["choices"])
         right.append(log_p.index(max(log_p)) == record["gold"])
-    assert found["arc_challenge"]["acc"].value == pytest.approx(sum(right) / 3)
+    assert list(found["arc_challenge"]["acc"].each) == right
     (record,) = FILES["winogrande.jsonl"]
     log_p = [
         likelihoods(model, tokenizer, text, [record["continuation"]])[0] for text in record["context_options"]
     ]
     assert found["winogrande"]["acc"].value == float(log_p[1] > log_p[0])
+
+
+def written(folder: Path, task: str, split: str = "test") -> list[dict]:
+    with open(folder / "data" / f"{task}.{split}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@needs_harness
+def test_of_each_task_so_many_questions_are_drawn(data: Path, tmp_path: Path, seed: int) -> None:
+    for subject, size in (("anatomy", 30), ("virology", 10), ("astronomy", 60)):
+        rows = "".join(f"{i},one,two,three,four,0\n" for i in range(size))
+        for split in ("test", "dev"):
+            place = data / "mmlu" / split / f"{subject}_{split}.csv"
+            place.write_text(f"question,choice0,choice1,choice2,choice3,answer\n{rows}")
+    names = write_local_tasks(data, tmp_path / "all")
+    assert len(written(tmp_path / "all", "gsm8k")) == 7
+    assert write_local_tasks(data, tmp_path / "drawn", questions=2, seed=seed)
+    drawn = {task: written(tmp_path / "drawn", task) for task in ("arc_challenge", "gsm8k")}
+    for task, rows in drawn.items():
+        every = written(tmp_path / "all", task)
+        assert len(rows) == 2 and rows[0] != rows[1] and all(row in every for row in rows)
+    examples = written(tmp_path / "drawn", "gsm8k", "examples")
+    assert len(examples) == 5 and not any(row in examples for row in drawn["gsm8k"])
+    write_local_tasks(data, tmp_path / "again", questions=2, seed=seed)
+    assert drawn == {task: written(tmp_path / "again", task) for task in drawn}
+
+    assert set(write_local_tasks(data, tmp_path / "ten", questions=10, seed=seed)) == set(names)
+    assert [len(written(tmp_path / "ten", f"mmlu_{s}")) for s in ("anatomy", "virology", "astronomy")] == [
+        3,
+        1,
+        6,
+    ]
+    some = [
+        name for name in write_local_tasks(data, tmp_path / "two", questions=2, seed=seed) if "mmlu_" in name
+    ]
+    assert json.loads((tmp_path / "two" / "mmlu.yaml").read_text())["task"] == some
+    assert sum(len(written(tmp_path / "two", name)) for name in some) == 2
+    with pytest.raises(ConfigError, match="questions=0"):
+        write_local_tasks(data, tmp_path / "none", questions=0)
+
+
+def test_a_share_is_the_groups_part_rounded_up_or_down(seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.randrange(1, 40) for _ in range(draw.randrange(1, 12))]
+    count = draw.randrange(1, sum(sizes) + 1)
+    shares = _in_proportion(sizes, count, draw.random())
+    assert sum(shares) == count
+    for size, share in zip(sizes, shares, strict=True):
+        part = Fraction(size * count, sum(sizes))
+        assert math.floor(part) <= share <= math.ceil(part) and share <= size
+    assert _in_proportion(sizes, sum(sizes) + 5, draw.random()) == sizes
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda data: data[:-7], "bzip2"),
+        (lambda data: b"Music: Edwin", "bzip2"),
+        (lambda data: bz2.compress(b"Music: Edwin\n0\none\n"), "3 lines.*six"),
+        (lambda data: bz2.compress(b"Music\n0\none\ntwo\nthree\nfour\n"), "question 1.*': '"),
+        (
+            lambda data: bz2.compress(bz2.decompress(data) + b"A: b\n4\none\ntwo\nthree\nfour\n"),
+            "question 3.*'4'",
+        ),
+    ],
+)
+def test_a_damaged_file_of_endings_is_named(data: Path, tmp_path: Path, damage, problem: str) -> None:
+    place = data / "hellaswag_val.txt.bz2"
+    place.write_bytes(damage(place.read_bytes()))
+    with pytest.raises(DataError, match=rf"hellaswag_val\.txt\.bz2.*{problem}"):
+        write_local_tasks(data, tmp_path / "tasks")
 
 
 @needs_harness
@@ -137,8 +235,7 @@ def test_own_facts_are_asked_among_the_answers_of_their_relation(tmp_path: Path,
     edits += [Edit("{} plays", "Danielle Darrieux", "the piano", "a song"), Edit("{} is", "France", "I")]
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
     name = facts_task(edits, tmp_path, choices=3, seed=seed)
-    with open(tmp_path / "data" / f"{name}.test.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = written(tmp_path, name)
     assert [row["prompt"] for row in rows] == [edit.text for edit in edits[:6]]
     for row, edit in zip(rows, edits, strict=False):
         assert row["choices"][row["gold"]] == edit.target_true
@@ -225,6 +322,11 @@ def test_figures_of_a_group_stand_for_its_members() -> None:
         "group_subtasks": {"g": ["a", "b"]},
         "n-samples": {"a": {"original": 9, "effective": 3}, "b": {"original": 9, "effective": 5}},
     }
+    plain = _figures(found, ["g"])
+    assert plain["g"]["acc"].each == ()
+    right = {"a": (1.0, 0.0, 1.0), "b": (0.0,) * 5}
+    samples = {task: [{"filter": "none", "acc": value} for value in each] for task, each in right.items()}
+    assert _figures(found | {"samples": samples}, ["g"])["g"]["acc"].each == (*right["a"], *right["b"])
     assert _figures(found, ["g"]) == {"g": {"acc": TaskMetric(0.5, None, 8)}}
     assert _figures(found, ["g", "a"])["a"] == {
         "acc": TaskMetric(0.25, 0.1, 3),
