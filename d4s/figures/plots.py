@@ -106,6 +106,7 @@ def plot_lines(
 
     data: long form, columns panel, line, x, y and, where there are intervals, low and high; saved as the CSV.
         A column group names what stands at each x
+    x_label: empty: where all lines are one point at one place, the place is not told
     levels: panel → a dotted line, to compare with: one height, or (x, y); level_name: its name in the legend
     y_range: None: as the data, logarithmic where they span decades
     """
@@ -128,7 +129,7 @@ def plot_lines(
                 rows = data[(data["panel"] == panel) & (data["line"] == line)]
                 _line(axes, rows, number, line, 0.1 * (number - (len(lines) - 1) / 2) if alone else 0.0)
             if alone:
-                axes.set_xticks(alone)
+                axes.set_xticks(alone if x_label else [])
                 axes.set_xlim(*(alone[0] + side * (0.05 * len(lines) + 0.2) for side in (-1, 1)))
             if levels is not None and panel in levels:
                 level = levels[panel]

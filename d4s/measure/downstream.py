@@ -128,10 +128,15 @@ def known_tasks(part: str = "") -> list[str]:
     return names
 
 
+def headline(metrics: Mapping[str, TaskMetric]) -> str:
+    """Of a task's metrics the one that the tables of the field show: acc_norm, or acc, or else the harness's first."""
+    return next((name for name in ("acc_norm", "acc") if name in metrics), next(iter(metrics)))
+
+
 class TaskScores:
     """Scores of downstream tasks on a model as it is when called, one a task: `edit_sequence(measure=TaskScores(…))`.
 
-    Named "<task> acc_norm", or with "acc", or else the harness's first metric: what the tables of the field show.
+    Named "<task> acc_norm", or by another `headline`.
     options: as `run_tasks`
     """
 
@@ -146,7 +151,7 @@ class TaskScores:
     def __call__(self) -> dict[str, float]:
         scores = {}
         for task, metrics in run_tasks(self.model, self.tokenizer, self.tasks, **self.options).items():
-            name = next((n for n in ("acc_norm", "acc") if n in metrics), next(iter(metrics)))
+            name = headline(metrics)
             scores[f"{task} {name}"] = metrics[name].value
         return scores
 

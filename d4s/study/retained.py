@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,9 +12,29 @@ from typing import Any
 from d4s.edits import Edit
 from d4s.edits.questions import AnswerPool
 from d4s.edits.spacing import Target, continuation
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, DataError
+from d4s.files import read_bytes
 from d4s.models.causal_lm import CausalLM
 from d4s.models.scoring import perplexity, score
+
+CHARACTERS = 30_000  # of a text for the perplexity
+
+
+def paragraphs(path: str | os.PathLike[str], characters: int = CHARACTERS) -> list[str]:
+    """The first lines of a text file that are no headings (200 characters or more), until they hold so many characters.
+
+    Raises DataError where no line is, or the file cannot be read.
+    """
+    found: list[str] = []
+    text = read_bytes(path, "the text").decode("utf-8", "replace")
+    for line in text.splitlines():
+        if sum(map(len, found)) >= characters:
+            break
+        if len(line) >= 200:
+            found.append(line.strip())
+    if not found:
+        raise DataError(f"{path}: no line has 200 characters or more; a paragraph must be one line")
+    return found
 
 
 def is_askable(fact: Edit) -> bool:

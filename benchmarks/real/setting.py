@@ -1,0 +1,109 @@
+"""What the long runs share: which sequences there are, on what they run, and what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import d4s
+from d4s.edits import Edit
+from d4s.files import write_json
+from d4s.locate.covariance import Covariance
+from d4s.measure.metrics import Baseline, evaluate, take_baseline
+from d4s.sequence.observers import Observer
+from d4s.sequence.result import Result
+from d4s.sequence.saving import save_changes
+from d4s.study.retained import untouched
+
+# Label → what differs from the preset. memit-seq is d4s with anchor="current", but for facts that change twice.
+SEQUENCES: dict[str, dict[str, str]] = {
+    "d4s": {},
+    "d4s-once": {"method": "d4s", "residual": "once"},
+    "d4s-current": {"method": "d4s", "anchor": "current"},
+    "memit": {},
+    "memit-seq": {},
+    "alphaedit": {},
+    "rome": {},
+    "emmet": {},
+    "encore": {},
+    "pmet": {},
+    "ft-l": {},
+    "ft-m": {},
+    "ultraedit": {},
+    "grace": {},
+    "kn": {},
+}
+COLLAPSE = 0.1
+GENERATED = "d4s-generated-1"
+FACTS = 200  # that no edit touches
+TOLD = ("anchor", "residual")  # fields by which sequences of one method are told apart
+
+
+def split(edits: list[Edit], count: int, neighbors: int, seed: int) -> tuple[list[Edit], list[Edit]]:
+    """(the first edits of a seeded order, facts of the rest whose subjects none of them is about)."""
+    order = Random(seed).sample(edits, len(edits))
+    made = [replace(edit, neighborhood=edit.neighborhood[:neighbors]) for edit in order[:count]]
+    return made, untouched(order[count:], made)[:FACTS]
+
+
+def statistics(model: Any, tokenizer: Any, corpus: Path, tokens: int, place: Path) -> Covariance:
+    if place.exists():
+        return Covariance.load(place)
+    found = d4s.estimate_covariance(model, tokenizer, corpus, tokens=tokens)
+    found.save(place)
+    return found
+
+
+def answers(model: Any, tokenizer: Any, made: list[Edit], place: Path) -> Baseline:
+    """The unedited model's."""
+    if place.exists():
+        return Baseline.load(place)
+    found = take_baseline(model, tokenizer, made, progress=True)
+    found.save(place)
+    return found
+
+
+def name_of(result: Result) -> str:
+    """Of a sequence's files: its method, and what tells it from other sequences of that."""
+    return "-".join([result.method, *(str(result.config[n]) for n in TOLD if n in result.config)])
+
+
+class Keep(Observer):
+    """The weights that each sequence has changed, as it leaves them: for scores that are taken afterwards.
+
+    unedited: the model's fingerprint before any edit
+    """
+
+    def __init__(self, folder: Path, unedited: str) -> None:
+        self.folder, self.unedited = folder, unedited
+
+    def ended(self, result: Result, error: BaseException | None) -> None:
+        if error is None:
+            save_changes(result, self.unedited, self.folder / f"{name_of(result)}.safetensors")
+
+
+class Generate(Observer):
+    """What each sequence's model answers freely as the sequence ends: the `_generated` figures, a file a sequence.
+
+    An interruption in between costs this alone: the sequence's journal is complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ended(self, result: Result, error: BaseException | None) -> None:
+        if error is None:
+            made = result.edits[: len(result.edits_table)]
+            self.take(result.model, result.editor.tokenizer, made, name_of(result))
+
+    def take(self, model: Any, tokenizer: Any, edits: Iterable[Edit], name: str) -> None:
+        """Of the model as it is, unless the file is there."""
+        place = self.folder / f"{name}.json"
+        if not place.exists():
+            found = evaluate(
+                model, tokenizer, tuple(edits), generate=True, neighborhood_limit=0, progress=True
+            )
+            write_json({"format": GENERATED} | found.to_dict(), place)
