@@ -9,8 +9,9 @@ as `benchmarks.real.comparison` makes its own. A question's efficacy is the shar
 not whether the new answer is likelier than the old; MQuAKE's edits are sentences, scored as CounterFact's, and have no
 neighbours, hence no average. Its cases stay whole; two of 429 that contradict an earlier one are left out.
 
-Free generation is scored once for each sequence, as it ends (OUT/<data set>/generated), since at every point it would
-cost more than the rest of the point: on SmolLM2-135M and one core COST. --no-generate leaves it out.
+Cost on one busy core, SmolLM2-135M, beside what `benchmarks.real.comparison` says of edits and points: free generation
+takes 3 s a prompt, of which zsRE has three an edit and MQuAKE seven a case. So it is scored once for each sequence, as
+it ends, on --generate edits of the sequence (OUT/<data set>/generated): 50 edits take 7 minutes, all 500 an hour.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--count", type=int, default=500, help="edits of each; of whole cases, so many at most"
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=SEQUENCES)
-    parser.add_argument("--no-generate", action="store_true", help="do not score free generation")
+    parser.add_argument("--generate", type=int, default=50, help="edits answered freely at the end; 0: none")
     parser.add_argument(
         "--covariance", type=Path, help="key statistics, made if not there; default: in --out"
     )
@@ -77,10 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.only:
         out = options.out / name
         made = chosen(d4s.load_edits(options.edits / FILES[name]), options.count, options.seed)
-        generate = Generate(out / "generated")
-        if not options.no_generate:
-            generate.take(model, tokenizer, made, "unedited")
-        observers = [Keep(out / "edited", fingerprint_of(model))]
+        freely = chosen(made, options.generate, options.seed + 1)  # in another order: of any age
+        generate = Generate(out / "generated", freely)
+        generate.take(model, tokenizer, freely, "unedited")
         found = d4s.compare(
             model,
             tokenizer,
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             baseline=answers(model, tokenizer, made, out / "baseline.json"),
             measure=Retained(model, tokenizer, untouched(known, made)[:FACTS], texts, seed=options.seed),
             stop_on_collapse=COLLAPSE,
-            observers=observers if options.no_generate else [*observers, generate],
+            observers=[Keep(out / "edited", fingerprint_of(model)), generate],
             out=out / "sequences",
         )
         found.save(out / "sequences")

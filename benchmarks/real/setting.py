@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -86,24 +86,23 @@ class Keep(Observer):
 
 
 class Generate(Observer):
-    """What each sequence's model answers freely as the sequence ends: the `_generated` figures, a file a sequence.
+    """What each sequence's model answers freely to some of the edits as the sequence ends: the `_generated` figures.
 
     An interruption in between costs this alone: the sequence's journal is complete.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, edits: Sequence[Edit]) -> None:
+        self.folder, self.edits = folder, edits
 
     def ended(self, result: Result, error: BaseException | None) -> None:
         if error is None:
-            made = result.edits[: len(result.edits_table)]
-            self.take(result.model, result.editor.tokenizer, made, name_of(result))
+            made = {row["id"] for row in result.edits_table}
+            asked = [edit for edit in self.edits if edit.id in made]
+            self.take(result.model, result.editor.tokenizer, asked, name_of(result))
 
-    def take(self, model: Any, tokenizer: Any, edits: Iterable[Edit], name: str) -> None:
-        """Of the model as it is, unless the file is there."""
+    def take(self, model: Any, tokenizer: Any, edits: Sequence[Edit], name: str) -> None:
+        """Of the model as it is, unless its file is there."""
         place = self.folder / f"{name}.json"
-        if not place.exists():
-            found = evaluate(
-                model, tokenizer, tuple(edits), generate=True, neighborhood_limit=0, progress=True
-            )
+        if edits and not place.exists():
+            found = evaluate(model, tokenizer, edits, generate=True, neighborhood_limit=0, progress=True)
             write_json({"format": GENERATED} | found.to_dict(), place)

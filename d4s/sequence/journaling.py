@@ -32,12 +32,12 @@ from d4s.locate.covariance import fingerprint_of
 from d4s.locate.kept_targets import KeptTargets, tokenizer_fingerprint
 from d4s.locate.targets import Targets
 from d4s.measure.columns import measured_columns
-from d4s.measure.metrics import Baseline
+from d4s.measure.metrics import Baseline, Evaluation
 from d4s.methods import Editor, Method, Workbench
 from d4s.methods.d4s import D4SEditor
 from d4s.progress import progress_bar, stage
 from d4s.sequence.observers import Observer
-from d4s.sequence.record import read_evaluation, read_history_row
+from d4s.sequence.record import Record, read_evaluation, read_history_row
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.under_way import Run
@@ -272,18 +272,11 @@ class Journaling(Observer):
         made = 0
         for event, batch in zip(steps, batches, strict=False):
             made += len(batch)
-            first, last = event.get("first_probability"), event.get("last_probability")
-            for i, edit in enumerate(batch):
-                row: dict[str, Any] = {"id": by_id[edit.id].id, "step": made}
-                if first is not None and last is not None:
-                    row |= {"first_probability": _number(first[i]), "last_probability": _number(last[i])}
-                result.edits_table.append(row)
+            result.edits_table += _table_rows(event, [by_id[edit.id].id for edit in batch], made)
             under_way.edit_seconds = float(event["seconds"])
         tested = [event for event in events if event["kind"] == "tested"]
         for event in tested:
-            begin = int(event["made"]) - len(event["written_probability"])
-            for row, value in zip(result.edits_table[begin:], event["written_probability"], strict=False):
-                row["written_probability"] = _number(value)
+            _take_tested(event, result.edits_table)
             for name in _RIGHT_AFTER:
                 under_way.right_after[name] += [v for v in event[name] if v is not None]
         for event in events:
@@ -338,16 +331,12 @@ class Journaling(Observer):
 
     def _point(self, event: Mapping[str, Any], under_way: Run) -> None:
         assert self.folder is not None
-        place, stored = self.folder.point(event)
-        with checking(place, "a journal"):
-            row = read_history_row(stored["row"], "row")
-            evaluation = read_evaluation(stored["evaluation"], "evaluation")
-            measured = [as_text(name, "measured") for name in as_list(stored["measured"], "measured")]
+        place, stored, row, evaluation = _read_point(self.folder, event)
         under_way.result.history.append(row)
         under_way.result.evaluations.append(evaluation)
         under_way.began = time.perf_counter() - float(row["seconds"])
         if (measure := under_way.schedule.measure) is not None:
-            given = {name: row[name] for name in measured if name in row}
+            given = {name: row[name] for name in stored["measured"] if name in row}
             under_way.result.columns |= measured_columns(given, measure)
         if not int(event["made"]):
             under_way.rows_before[None] = evaluation.rows
@@ -450,6 +439,63 @@ class Journaling(Observer):
         self._segment()  # steps before a snapshot are not made again, so their vectors would be lost with this process
         self.folder.add_snapshot(editor.snapshot())
         self.at_snapshot = self.number
+
+
+def _read_point(
+    folder: Folder, event: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any], dict[str, Any], Evaluation]:
+    """(place, what is stored there, history row, evaluation) of the point that a line of the log names."""
+    place, stored = folder.point(event)
+    with checking(place, "a journal"):
+        row = read_history_row(stored["row"], "row")
+        evaluation = read_evaluation(stored["evaluation"], "evaluation")
+        for name in as_list(stored["measured"], "measured"):
+            as_text(name, "measured")
+    return place, stored, row, evaluation
+
+
+def record_of(path: str | os.PathLike[str]) -> Record:
+    """What a journal tells of its sequence, whether that has ended, is under way in another process, or was stopped.
+
+    `failure` says of an unfinished one how far it has come; its last row is the last point, not that far.
+    Raises DataError for a folder that is no journal, or is damaged.
+    """
+    folder = Folder.open(path)
+    head = folder.head
+    record = Record(head["method"], head["config"], chosen=head["chosen"])
+    made, unfinished = 0, "not begun"
+    for event in folder.events:
+        if event["kind"] == "step":
+            made += len(event["edits"])
+            record.edits_table += _table_rows(event, [edit["id"] for edit in event["edits"]], made)
+            unfinished = f"unfinished, {made} of {head['count']} edits made"
+        elif event["kind"] == "tested":
+            _take_tested(event, record.edits_table)
+        elif event["kind"] == "point":
+            _, _, row, evaluation = _read_point(folder, event)
+            record.history.append(row)
+            record.evaluations.append(evaluation)
+        elif event["kind"] == "ended":
+            unfinished = event["failure"] or (unfinished if made < head["count"] else "")
+    record.failure = unfinished or None
+    return record
+
+
+def _table_rows(event: Mapping[str, Any], ids: Sequence[str], made: int) -> list[dict[str, Any]]:
+    """Rows of `edits_table` of a step. made: edits with those of the step"""
+    rows: list[dict[str, Any]] = [{"id": one, "step": made} for one in ids]
+    first, last = event.get("first_probability"), event.get("last_probability")
+    if first is not None and last is not None:
+        for i, row in enumerate(rows):
+            row |= {"first_probability": _number(first[i]), "last_probability": _number(last[i])}
+    return rows
+
+
+def _take_tested(event: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> None:
+    """What a test right after a step found, into the step's rows."""
+    begin = int(event["made"]) - len(event["written_probability"])
+    for row, value in zip(table[begin:], event["written_probability"], strict=False):
+        row["written_probability"] = _number(value)
 
 
 def _stretches(numbers: Sequence[int]) -> list[list[int]]:
