@@ -11,7 +11,9 @@ from d4s.cli.arguments import (
     add_downstream,
     add_model,
     add_skip_bad,
+    count,
     empty_folder,
+    limit,
     loaded_covariance,
     loaded_model,
     names,
@@ -36,18 +38,37 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--counts", type=whole_numbers, help="edits at which is scored; default: the paper's")
     verb.add_argument("--methods", type=names, help="as rome,memit,d4s; default: the paper's")
     verb.add_argument("--out", type=Path, required=True, help="new folder for table, figure and statement")
+    verb.add_argument(
+        "--facts",
+        type=count,
+        help="asked unedited at most (fig2, fig3, fig6, and table4 in place of tasks); default: 200",
+    )
+    verb.add_argument("--text", type=Path, help="text whose perplexity is taken where facts are asked")
+    verb.add_argument(
+        "--neighborhood-limit",
+        type=limit,
+        help="neighbours an edit that are scored on the way; default: 2, of tables 2 and 3 all",
+    )
     add_covariance(verb)
     add_downstream(verb)  # for table4 and fig6
 
 
 def run(options: Namespace) -> None:
     from d4s.edits.formats import load_edits
-    from d4s.study.paper.reproduce import reproduce
+    from d4s.study.paper.reproduce import MOST_FACTS, reproduce
+    from d4s.study.retained import paragraphs
 
     if options.name not in ("table4", "fig6"):
         refuse(options, ("tasks", "task_folder", "task_limit"), options.name)
+    if not PROTOCOLS[options.name].retained:
+        refuse(options, ("facts", "text"), options.name)
+    if options.tasks:
+        refuse(options, ("facts", "text"), "--tasks, which are asked in place of facts")
+    asks_facts = options.facts is not None or options.text is not None
+    if options.name in ("fig2", "fig3"):
+        refuse(options, ("neighborhood_limit",), options.name)
     out = options.out
-    if any(out.glob(f"{options.name}*-details/settings.json")):  # it goes on where it was
+    if any(out.glob(f"{options.name}*-details/**/settings.json")):  # it goes on where it was
         check_folder(out)
     else:
         out = empty_folder(out)
@@ -64,8 +85,11 @@ def run(options: Namespace) -> None:
         out=out,
         counts=options.counts,
         methods=options.methods,
+        facts=options.facts or MOST_FACTS,
+        texts=None if options.text is None else paragraphs(options.text),
+        neighborhood_limit=options.neighborhood_limit,
         covariance=loaded_covariance(options, model, tokenizer),
-        tasks=options.tasks,
+        tasks=[] if asks_facts else options.tasks,
         task_folder=options.task_folder,
         task_limit=options.task_limit,
         trust_task_code=options.trust_task_code,

@@ -185,8 +185,12 @@ class Comparison:
 
 
 def record_place(folder: Path, label: str, seed: int) -> Path:
-    # Quoted, so that no two labels share a file: a/b is a%2Fb, and a-b stays as it is.
-    return folder / "results" / f"{quote(label, safe=' +,=()[]')}-{seed}.json"
+    return folder / "results" / f"{file_name(label)}-{seed}.json"
+
+
+def file_name(label: str) -> str:
+    """Quoted, so that no two labels share a file: a/b is a%2Fb, and a-b stays as it is."""
+    return quote(label, safe=" +,=()[]")
 
 
 def _interval(seeds: int) -> str:

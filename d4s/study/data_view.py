@@ -26,7 +26,7 @@ from d4s.measure.statistics import RESAMPLES, correlation, mcnemar
 from d4s.models.causal_lm import CausalLM
 from d4s.models.scoring import score
 from d4s.sequence.compare import Configs, compare
-from d4s.sequence.comparison import Comparison
+from d4s.sequence.comparison import Comparison, file_name
 from d4s.study.retained import Retained, hold_out, is_askable
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ def analyze_data(
     batch_size: int = 1,
     evaluate_every: int | Collection[int] | None = None,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> DataView:
     """Edits the model with the same facts in each form of question, and relates how surprising the form's targets
@@ -261,6 +262,8 @@ def analyze_data(
     facts: that are not edited but asked (`Retained`), with target_true; None: the last 30 % of the edits, or of
         the first group that knows the old answers, which are then not made, nor any other about their subjects
     texts: for the perplexity of text; None: the facts as sentences
+    out: folder in which the sequences of each group are kept in one of its own (`compare`), and go on after an
+        interruption; None: nowhere
     """
     import pandas
 
@@ -296,6 +299,7 @@ def analyze_data(
             neighborhood_limit=0,
             original=False,
             measure=retained.by_fact,
+            out=None if out is None else Path(out) / file_name(name),
             progress=progress,
         )
         for name, group in groups.items()

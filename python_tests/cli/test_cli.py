@@ -101,6 +101,10 @@ def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
         ("analyze data m edits.json --neighborhood-limit 2", "--neighborhood-limit"),
         ("analyze model run/result.json --methods d4s", "--methods"),
         ("reproduce fig8 m --tasks mmlu", "--tasks"),
+        ("reproduce fig8 m --facts 5", "--facts"),
+        ("reproduce table4 m --tasks mmlu --text text.txt", "--text"),
+        ("reproduce fig3 m --neighborhood-limit 2", "--neighborhood-limit"),
+        ("tasks list mmlu --questions 5", "--questions"),
     ):
         assert main([*arguments.split(), "--out", str(tmp_path / "out")]) == 2
         assert f"{option} means nothing with" in capsys.readouterr().err

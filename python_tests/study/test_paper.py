@@ -13,8 +13,8 @@ from support.tiny import tiny_tokenizer
 
 from d4s import cli, save_edits
 from d4s.edits import Edit
-from d4s.errors import ConfigError
-from d4s.methods import locate_then_edit
+from d4s.errors import ConfigError, EditingStopped
+from d4s.methods import Editor, locate_then_edit
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.methods.rome import ROME
@@ -174,6 +174,41 @@ def test_fig3_compares_forms(tmp_path, seed):
     assert figures(tmp_path, "fig3") and "perplexities true_false" in found.statement
 
 
+@pytest.mark.parametrize(("name", "groups"), [("fig2", 2), ("fig3", 3), ("fig8", 1)])
+def test_a_figure_that_was_interrupted_goes_on_where_it_was(name, groups, monkeypatch, tmp_path, seed):
+    data = {"completions": FACTS, "statements": statements_of(FACTS)} if name == "fig2" else None
+    whole = run(name, tmp_path / "whole", seed, data, methods=("ft-m",))
+    made, plain = [], Editor.edit
+
+    def edit(self, batch):
+        made.append(batch)
+        if len(made) == 3 + 4 * (groups - 1):  # in the last group's third edit
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    monkeypatch.setattr(Editor, "edit", edit)
+    with pytest.raises(EditingStopped):
+        run(name, tmp_path / "parts", seed, data, methods=("ft-m",))
+    found = run(name, tmp_path / "parts", seed, data, methods=("ft-m",))
+    assert len(made) == 4 * groups + 1  # nothing twice but the edit that was broken off
+    drop = [column for column in found.table if "seconds" in column]
+    pandas.testing.assert_frame_equal(found.table.drop(columns=drop), whole.table.drop(columns=drop))
+
+
+def test_texts_and_how_many_facts_are_asked_can_be_given(tmp_path, seed):
+    found = run("fig2", tmp_path / "all", seed, counts=(2,), methods=("ft-m",))
+    text = ["The piano and the song of Lyon. " * 9]
+    fewer = run("fig2", tmp_path / "fewer", seed, counts=(2,), methods=("ft-m",), facts=3, texts=text)
+    assert "10 facts are asked" in found.statement and "3 facts are asked" in fewer.statement
+    assert list(fewer.table["perplexity_rise"]) != list(found.table["perplexity_rise"])
+    scores = run(
+        "fig6", tmp_path / "fig6", seed, counts=(2,), methods=("ft-m",), texts=text, neighborhood_limit=0
+    )
+    assert {"retained", "text_perplexity"} <= set(scores.table)
+    with pytest.raises(ConfigError, match="facts=1: two"):
+        run("fig2", tmp_path / "one", seed, counts=(2,), facts=1)
+
+
 def test_fig5_shows_the_bottleneck_and_the_norms(tmp_path, seed):
     found = run("fig5", tmp_path, seed, methods=("rome", "memit"), counts=(1, 10))
     assert figures(tmp_path, "fig5a", "fig5b")
@@ -314,3 +349,13 @@ def test_the_verb_reproduces_on_any_model_and_data(monkeypatch, tmp_path, capsys
     assert "The paper: D4S has the highest average" in capsys.readouterr().out
     table = pandas.read_csv(tmp_path / "out" / "table2-table.csv")
     assert list(table["edits"]) == [1, 2, 1, 2] and set(table["data"]) == {"facts"}
+    (tmp_path / "text.txt").write_text("A heading\n" + "The piano and the song of Lyon. " * 9)
+    asked = (
+        asked.replace("table2", "table4") + f" --facts 5 --text {tmp_path}/text.txt"
+    )  # without tasks: the facts
+    assert cli.main([*asked.split(), "--methods", "ft-m", "--out", str(tmp_path / "four")]) == 0
+    assert "5 facts are asked that no edit touches" in capsys.readouterr().out
+    assert set(pandas.read_csv(tmp_path / "four" / "table4-table.csv")["task"]) == {
+        "retained",
+        "text_perplexity",
+    }

@@ -39,12 +39,14 @@ def _analyzed(setting: Setting, edits: Sequence[Edit] | Mapping[str, Sequence[Ed
         edits,
         setting.methods,
         facts=setting.facts,
+        texts=setting.texts,
         covariance=setting.covariance,
         evaluate_every=setting.counts,
         seed=setting.seed,
+        out=setting.details,
         progress=setting.progress,
     )
-    view.save(setting.out / f"{setting.name}-details")
+    view.save(setting.details)
     return view
 
 

@@ -66,7 +66,7 @@ def _analyzed(
     edits = next(iter(setting.data.values()))
     comparison = setting.compare(edits, measure=measure, original=original, neighborhood_limit=2)
     view = analyze_model(comparison, seed=setting.seed)
-    view.save(setting.out / f"{setting.name}-details")
+    view.save(setting.details)
     return comparison, view
 
 

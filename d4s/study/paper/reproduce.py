@@ -29,7 +29,7 @@ from d4s.study.paper.setting import Outcome, Reproduction, Setting
 from d4s.study.paper.tables import table2_or_3, table4
 from d4s.study.retained import is_askable, untouched
 
-MOST_FACTS = 200  # asked for what a model retains
+MOST_FACTS = 200  # asked for what a model retains, where no number is given
 
 # Name → what runs it; the names are those of `PROTOCOLS`.
 RUNS: dict[str, Callable[[Setting], Outcome]] = {
@@ -54,6 +54,9 @@ def reproduce(
     out: str | os.PathLike[str],
     counts: Sequence[int] | None = None,
     methods: Sequence[str] | None = None,
+    facts: int = MOST_FACTS,
+    texts: Sequence[str] | None = None,
+    neighborhood_limit: int | None = None,
     covariance: Covariance | None = None,
     tasks: Sequence[str] | None = None,
     task_folder: str | os.PathLike[str] | None = None,
@@ -69,10 +72,16 @@ def reproduce(
     out: folder for <name>.png and .csv (figure and data), <name>-table.csv, <name>.md (table and statement) and
         <name>-details
     counts: numbers of edits at which is scored, one edit a step; the last one is how many are made
+    facts: asked unedited at most, of those behind the edits that are made (table4, fig2, fig3, fig6)
+    texts: whose perplexity is taken as well (`study.retained.paragraphs` of a file); None: fig2 and fig3 take the facts
+        as sentences, table4 and fig6 none
+    neighborhood_limit: neighbourhood prompts an edit that are scored on the way; None: as the protocol has it, all for
+        table2 and table3, 2 for others; fig2 and fig3 score none
     tasks: downstream tasks as lm-evaluation-harness spells them (table4, fig6); (): facts that are not edited, as
         multiple choice. None: the paper's for table4, but the facts for the embedded model and for fig6
     task_folder, task_limit, trust_task_code: `include_path`, `limit` and `trust_task_code` of `run_tasks`
 
+    The same call with the same `out` goes on after an interruption, within a sequence too.
     Raises ConfigError for an unknown name, data that are too few for the counts, or where a model other than
     the embedded one comes without edits.
     """
@@ -98,7 +107,7 @@ def reproduce(
                 f"{label} has {len(group)} edits, the counts go up to {sizes[-1]}; give smaller counts"
             )
     asks_facts = protocol.retained and not (tasks and name in ("table4", "fig6"))
-    facts = _facts(data, sizes[-1], seed) if asks_facts else []
+    asked = _facts(data, sizes[-1], facts, seed) if asks_facts else []
     if covariance is None and embedded:
         from d4s.embedded.statistics import demo_covariance
 
@@ -110,7 +119,9 @@ def reproduce(
         model=model,
         tokenizer=tokenizer,
         data=data,
-        facts=facts,
+        facts=asked,
+        texts=texts,
+        neighborhood_limit=neighborhood_limit,
         counts=sizes,
         methods=tuple(methods or protocol.methods),
         covariance=covariance,
@@ -175,18 +186,21 @@ def statements_of(edits: Sequence[Edit]) -> list[Edit]:
     return made
 
 
-def _facts(data: Mapping[str, list[Edit]], most: int, seed: int) -> list[Edit]:
-    """Facts whose old answer is known and which no edit touches: what stands behind the last one that is made."""
+def _facts(data: Mapping[str, list[Edit]], most: int, count: int, seed: int) -> list[Edit]:
+    """Up to `count` facts whose old answer is known and which no edit touches: what stands behind the last one that is
+    made."""
     made = [edit for group in data.values() for edit in group[:most]]
     spare = [edit for group in data.values() for edit in group[most:]]
     known = [edit for edit in spare if is_askable(edit)]
     facts = untouched(known, made)
+    if count < 2:
+        raise ConfigError(f"facts={count}: two or more must be asked, to draw wrong answers from")
     if len(facts) < 2:
         raise ConfigError(
             f"behind the first {most} edits there are {len(facts)} facts with a target_true to be asked unedited; "
             "give more edits, smaller counts, or downstream tasks"
         )
-    return Random(seed).sample(facts, min(MOST_FACTS, len(facts)))
+    return Random(seed).sample(facts, min(count, len(facts)))
 
 
 def _in_words(setting: Setting, note: str) -> str:

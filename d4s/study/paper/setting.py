@@ -66,7 +66,12 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a protocol runs on. data: name → edits, as many as the largest count or more; `facts` are not edited."""
+    """What a protocol runs on.
+
+    data: name → edits, as many as the largest count or more; `facts` are not edited
+    texts: for the perplexity; None: the facts as sentences
+    neighborhood_limit: neighbourhood prompts an edit that are scored on the way; None: as the protocol has it
+    """
 
     name: str
     model: CausalLM
@@ -83,17 +88,25 @@ class Setting:
     seed: int
     progress: bool
     out: Path
+    texts: Sequence[str] | None = None
+    neighborhood_limit: int | None = None
 
     @property
     def most(self) -> int:
         return self.counts[-1]
+
+    @property
+    def details(self) -> Path:
+        """Folder of the sequences behind the figure."""
+        return self.out / f"{self.name}-details"
 
     def file(self, suffix: str = "") -> Path:
         return self.out / f"{self.name}{suffix}.png"
 
     def compare(self, edits: Sequence[Edit], **options: Any) -> Comparison:
         """One edit a step, scored at the counts; the details are saved beside the figure."""
-        details = self.out / f"{self.name}-details"
+        if self.neighborhood_limit is not None:
+            options["neighborhood_limit"] = self.neighborhood_limit
         found = compare(
             self.model,
             self.tokenizer,
@@ -104,16 +117,17 @@ class Setting:
             evaluate_every=self.counts,
             seeds=self.seed,
             progress=self.progress,
-            out=details,
+            out=self.details,
             **options,
         )
-        found.save(details)
+        found.save(self.details)
         return found
 
     def downstream(self) -> Callable[[], dict[str, float]]:
         """Scores of the model as it is: of the harness's tasks where they are named, else of facts not edited."""
         if not self.tasks:
-            return Retained(self.model, self.tokenizer, self.facts, seed=self.seed).facts
+            retained = Retained(self.model, self.tokenizer, self.facts, self.texts, seed=self.seed)
+            return retained.facts if self.texts is None else retained
         return TaskScores(
             self.model,
             self.tokenizer,
