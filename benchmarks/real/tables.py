@@ -44,17 +44,19 @@ FIGURES = {
 
 
 def sequences(folder: Path) -> Comparison:
-    """Those that have ended, and those that a journal tells of."""
+    """Those that have ended, and those that a journal tells of, if they were scored after some edits."""
     ended = {path.stem: Record.load(path) for path in sorted((folder / "results").glob("*.json"))}
     journals = sorted((folder / "journals").iterdir()) if (folder / "journals").is_dir() else []
     going = {path.name: record_of(path) for path in journals if path.name not in ended}
     results: dict[str, dict[int, Record]] = {}
     for name, record in sorted((ended | going).items()):
         label, _, seed = name.rpartition("-")
-        if record.history:
+        if record.history and record.history[-1]["step"]:
             results.setdefault(unquote(label), {})[int(seed)] = record
     if not results:
-        raise ConfigError(f"{folder}: holds neither results nor journals of a comparison that has begun")
+        raise ConfigError(
+            f"{folder}: holds no result or journal of a sequence that was scored after some edits"
+        )
     every = frozenset((label, seed) for label, by_seed in results.items() for seed in by_seed)
     return Comparison(results, every)  # so that `save` copies none of them
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 
@@ -189,3 +190,25 @@ def test_one_process_writes_and_a_lock_ends_with_its_owner(tmp_path, seed):
 
     sequence(model, covariance, EDITS[:2], journal=tmp_path / "j", observers=[Second()]).restore()
     sequence(model, covariance, EDITS[:2], journal=tmp_path / "j")
+
+
+def test_a_journal_tells_of_its_sequence_while_it_is_made_and_afterwards(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    path, seen = tmp_path / "journal", []
+
+    class Looks(d4s.Observer):
+        def tested(self, result, batch, figures):
+            seen.append(journaling.record_of(path))
+
+    broken_off(monkeypatch, 5)
+    with pytest.raises(EditingFailed):
+        sequence(model, covariance, **options("d4s", journal=path, observers=[Looks()]))
+    assert [one.failure for one in seen] == [f"unfinished, {n} of 7 edits made" for n in (1, 2, 3, 4)]
+    assert [one.history[-1]["step"] for one in seen] == [0, 0, 0, 3]
+    stopped = journaling.record_of(path)
+    assert stopped.failure == "after edit 4: broken off" and len(stopped.edits_table) == 4
+    model, _ = ready(seed)
+    whole = sequence(model, covariance, **options("d4s", journal=path))
+    found = journaling.record_of(path)
+    assert told(found) == told(whole) and found.failure is None
+    assert (found.method, found.config) == ("d4s", json.loads(json.dumps(whole.record().config)))

@@ -1,0 +1,239 @@
+"""The scripts of the long runs, from start to end at a small size, with interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+from support.sequences import FAST
+from support.tiny import TEXTS, tiny_model, tiny_tokenizer
+
+import d4s
+from d4s.errors import ConfigError, EditingStopped
+from d4s.measure.downstream import TaskMetric
+from d4s.methods import Editor
+from d4s.sequence.record import Record
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind all else: d4s is the one that is tested
+from benchmarks.real import datasets, downstream, setting, tables
+
+try:
+    import lm_eval
+except ImportError:
+    lm_eval = None
+
+PEOPLE = ("Danielle Darrieux", "Steve Jobs", "Edwin", "Lyon Manila")
+CITIES = ("Paris", "Lyon", "Bordeaux", "Manila")
+ZSRE = [
+    {
+        "subject": name,
+        "src": f"Where was {name} born?",
+        "rephrase": f"What is the city of {name}?",
+        "alt": CITIES[i],
+        "answers": [CITIES[i - 1]],
+        "loc": "who plays the piano",
+        "loc_ans": "Edwin",
+    }
+    for i, name in enumerate(PEOPLE)
+]
+
+
+def case(number: int, name: str, city: str) -> dict:
+    """Of two edits."""
+    rewrites = [
+        {
+            "prompt": "{} was born in",
+            "subject": name,
+            "target_new": {"str": city},
+            "target_true": {"str": "Apple"},
+        },
+        {"prompt": "{} is in", "subject": city, "target_new": {"str": "I"}, "target_true": {"str": "France"}},
+    ]
+    questions = [f"In which country was {name} born?"]
+    return {"case_id": number, "requested_rewrite": rewrites, "questions": questions, "new_answer": "I"}
+
+
+MQUAKE = [case(i, name, city) for i, (name, city) in enumerate(zip(PEOPLE, CITIES, strict=True))]
+FACTS = [
+    {
+        "case_id": i,
+        "requested_rewrite": {
+            "prompt": "{} speaks",
+            "subject": f"Apple {i}",
+            "relation_id": "P1",
+            "target_new": {"str": "Islam"},
+            "target_true": {"str": ("French", "English")[i % 2]},
+        },
+        "paraphrase_prompts": [],
+        "neighborhood_prompts": [],
+    }
+    for i in range(4)
+]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, seed):
+    """A folder with a model, data sets, texts and questions, and sequences that take no time."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama", seed, max_position_embeddings=1024).save_pretrained("model")
+    tiny_tokenizer(start=False).save_pretrained("model")
+    for name, records in (("zsre_mend", ZSRE), ("mquake", MQUAKE), ("counterfact", FACTS)):
+        place = Path("edits") / f"{name}.json"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(json.dumps(records))
+    Path("corpus.txt").write_text("\n".join(TEXTS * 20))
+    Path("text.txt").write_text("A heading\n" + " ".join(TEXTS))
+    monkeypatch.setitem(setting.SEQUENCES, "d4s", FAST)
+    monkeypatch.setattr(datasets, "POINTS", (2,))
+    monkeypatch.setattr(datasets, "COLLAPSE", None)  # what a random model says is no measure
+    return tmp_path
+
+
+def test_data_sets_are_edited_through_interruptions(world, monkeypatch, capsys):
+    asked = "model edits corpus.txt --text text.txt --out out --only zsre mquake --count 4 --generate 2 --methods d4s"
+    edits, broken, edit, take = [], [], Editor.edit, setting.Generate.take
+
+    def editing(self, batch):
+        edits.extend(batch)
+        if len(edits) == 7:  # the third of the second data set
+            raise KeyboardInterrupt
+        return edit(self, batch)
+
+    def taking(self, model, tokenizer, asked, name):
+        if self.folder.parent.name == "mquake" and name != "unedited" and not broken:
+            broken.append(name)
+            raise KeyboardInterrupt
+        take(self, model, tokenizer, asked, name)
+
+    monkeypatch.setattr(Editor, "edit", editing)
+    monkeypatch.setattr(setting.Generate, "take", taking)
+    with pytest.raises(EditingStopped):
+        datasets.main(asked.split())
+    assert len(edits) == 7 and list(Path("out/zsre/edited").iterdir())
+
+    tables.main(["out/mquake/sequences", "--at", "4", "--out", "under-way"])
+    told = Path("under-way/at-4.md").read_text()
+    assert "| d4s, after 2 |" in told and "- d4s: after edit 2: KeyboardInterrupt" in told
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        datasets.main(asked.split())
+    assert len(edits) == 9 and not list(Path("out/mquake/generated").glob("d4s*"))
+    datasets.main(asked.split())
+    assert len(edits) == 9  # eight, and the one that was broken off
+    said = capsys.readouterr().out
+    assert "zsre, 4 edits" in said and "mquake, 4 edits" in said
+    for name, figure in (("zsre", "efficacy_generated"), ("mquake", "multi_hop_generated")):
+        out = Path("out") / name
+        assert sorted(path.stem for path in (out / "generated").iterdir()) == [
+            "d4s-base-measured",
+            "unedited",
+        ]
+        for place in (out / "generated").iterdir():
+            found = json.loads(place.read_text())
+            assert figure in found["metrics"] and len(found["rows"]) == 2
+        assert (out / "edited" / "d4s-base-measured.safetensors").exists()
+        history = pandas.read_csv(out / "sequences" / "history.csv")
+        assert list(history["step"]) == [0, 2, 4] and history["retained"].notna().all()
+    model, tokenizer = d4s.load_model("model")
+    d4s.sequence.saving.load_changes_(model, tokenizer, "out/zsre/edited/d4s-base-measured.safetensors")
+    (record,) = [Record.load(path) for path in Path("out/zsre/sequences/results").iterdir()]
+    made = [
+        edit
+        for edit in d4s.load_edits("edits/zsre_mend.json")
+        if edit.id in {r["id"] for r in record.edits_table}
+    ]
+    assert d4s.evaluate(model, tokenizer, made)["efficacy"] == pytest.approx(record.history[-1]["efficacy"])
+
+    tables.main(["out/zsre/sequences", "--out", "tables"])
+    head, _, before, after = Path("tables/at-4.md").read_text().splitlines()[:4]
+    cells = dict(zip(head.split(" | "), after.split(" | "), strict=True))
+    row = record.history[-1]
+    bounds = (100 * row[f"efficacy{bound}"] for bound in ("", ".low", ".high"))
+    assert cells["efficacy"] == "{:.1f} [{:.1f}, {:.1f}]".format(*bounds)
+    assert cells["mean \\|w\\|"] == f"{100 * row['l1_growth']:+.1f} %"
+    assert before.startswith(f"| unedited | {100 * row['efficacy.unedited']:.1f} |")
+
+
+def test_cases_stay_whole_and_do_not_contradict_each_other(tmp_path, seed):
+    (tmp_path / "mquake.json").write_text(json.dumps([*MQUAKE, case(9, PEOPLE[0], "Manila")]))
+    edits = d4s.load_edits(tmp_path / "mquake.json")
+    every = datasets.chosen(edits, 100, seed)
+    cases = [edit.tags["case"] for edit in every]
+    assert len(every) == 8 and len({"0", "9"} & set(cases)) == 1
+    assert all(cases[i] == cases[i + 1] for i in range(0, 8, 2))
+    assert datasets.chosen(edits, 5, seed) == every[:4]
+
+
+QUESTIONS = {
+    "arc_challenge.jsonl": [
+        {"query": f"Question: Who is {i}?", "choices": ["Edwin", "Apple", "the piano"], "gold": i % 3}
+        for i in range(9)
+    ],
+    "winogrande.jsonl": [
+        {
+            "context_options": [
+                f"The piano is not in the room {i}, for the piano",
+                f"The piano is not in the room {i}, for the room",
+            ],
+            "continuation": "was too small.",
+            "gold": i % 2,
+        }
+        for i in range(9)
+    ],
+}
+
+
+@pytest.mark.skipif(lm_eval is None, reason="lm_eval is not installed (d4s[downstream])")
+def test_scores_are_taken_once_through_an_interruption(world, monkeypatch, capsys, seed):
+    Path("questions").mkdir()
+    for name, records in QUESTIONS.items():
+        (Path("questions") / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    edited = (
+        "model edits corpus.txt --text text.txt --out out --only zsre --count 3 --generate 0 --methods d4s"
+    )
+    datasets.main(edited.split())
+    asked = "model out/zsre/edited --data questions --out scores --questions 6 --tasks arc_challenge winogrande gsm8k"
+    calls, run_tasks = [], downstream.run_tasks
+
+    def running(model, tokenizer, tasks, **options):
+        calls.append(tasks)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run_tasks(model, tokenizer, tasks, **options)
+
+    monkeypatch.setattr(downstream, "run_tasks", running)
+    arguments = [*asked.split(), "--gsm8k", "0"]
+    with pytest.raises(KeyboardInterrupt):
+        downstream.main(arguments)
+    assert len(list(Path("scores/scores").rglob("*.json"))) == 3
+    downstream.main(arguments)
+    downstream.main(arguments)
+    assert len(calls) == 5  # four, and the one that was broken off
+    found = pandas.read_csv("scores/scores.csv")
+    assert list(found["model"]) == ["unedited"] * 2 + ["d4s-base-measured"] * 2
+    assert set(found["questions"]) == {6} and Path("scores/downstream.png").exists()
+    before, after = (
+        found[found["model"] == name].set_index("task") for name in dict.fromkeys(found["model"])
+    )
+    assert list(after["change"]) == pytest.approx(list(after["value"] - before["value"]))
+    assert list((after["regained"] - after["lost"]) / 6) == pytest.approx(list(after["change"]))
+    with pytest.raises(ConfigError, match="of another questions"):
+        downstream.main([*arguments, "--questions", "4"])
+
+
+def test_a_change_has_the_error_of_its_differences():
+    before, after = (1.0, 1.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 1.0, 0.0)
+    row = downstream.compared(TaskMetric(0.6, 0.2, 5, before), TaskMetric(0.4, 0.2, 5, after))
+    # Differences 0, −1, 0, 1, −1: their mean −1/5, their variance (3 − 5/25) / 4, over five.
+    assert row["change"] == pytest.approx(-0.2)
+    assert row["change_stderr"] == pytest.approx(math.sqrt(2.8 / 4 / 5))
+    assert (row["lost"], row["regained"], row["mcnemar_p"]) == (2, 1, 1.0)
+    assert row["within_one_stderr"] is True
+    unpaired = downstream.compared(TaskMetric(0.6, 0.03, 5), TaskMetric(0.4, 0.04, 5))
+    assert unpaired["change_stderr"] == pytest.approx(0.05) and unpaired["within_one_stderr"] is False
+    shares = downstream.compared(TaskMetric(0.5, 0.1, 2, (0.25, 0.75)), TaskMetric(0.5, 0.1, 2, (0.75, 0.25)))
+    assert "lost" not in shares and shares["within_one_stderr"] is True
