@@ -1,7 +1,7 @@
 """Long runs on real models. Each keeps what it has, and the same command goes on where it was.
 
 OUT is the run's own folder, EDITS a folder with counterfact.json, zsre_mend.json, mquake.json, wikibigedit_3k.json,
-elken.json and the folders 20q and pep3k, C key statistics: `d4s covariance smollm2 --corpus corpus.txt --tokens 50000
+elken.json and the folders 20q and pep3k, C key statistics: `d4s covariance smollm2 corpus.txt --tokens 50000
 --out C`, 3 minutes, or the covariance.safetensors of an OUT. With SmolLM2-135M on two idle cores an edit takes 3 s with
 d4s, 8 s with memit, memit-seq and alphaedit, 15 s with ROME; a point of 300 edits takes 2 minutes. Costs are those of
 what is named; --counts, --methods, --facts, --neighborhood-limit and --task-limit make it more or less.

@@ -9,9 +9,10 @@ as `benchmarks.real.comparison` makes its own. A question's efficacy is the shar
 not whether the new answer is likelier than the old; MQuAKE's edits are sentences, scored as CounterFact's, and have no
 neighbours, hence no average. Its cases stay whole; two of 429 that contradict an earlier one are left out.
 
-Cost on one busy core, SmolLM2-135M, beside what `benchmarks.real.comparison` says of edits and points: free generation
-takes 3 s a prompt, of which zsRE has three an edit and MQuAKE seven a case. So it is scored once for each sequence, as
-it ends, on --generate edits of the sequence (OUT/<data set>/generated): 50 edits take 7 minutes, all 500 an hour.
+Cost with SmolLM2-135M, beside what `benchmarks.real.comparison` says of edits and points: free generation takes 3 s a
+prompt on a core that others use too, and zsRE has three prompts an edit, MQuAKE seven a case. So it is scored once
+for each sequence, as it ends, on --generate edits of it (OUT/<data set>/generated): 50
+edits take 7 minutes, all 500 an hour.
 """
 
 from __future__ import annotations
