@@ -42,7 +42,8 @@ from d4s.locate.covariance import Covariance, estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
-from d4s.methods import METHODS, Method
+from d4s.methods import METHODS, Method, Preset
+from d4s.methods.preset import load_preset
 from d4s.models.architectures import ARCHITECTURES, Architecture
 from d4s.models.loading import load_model
 from d4s.sequence.observers import Observer
@@ -59,17 +60,23 @@ if TYPE_CHECKING:
     from d4s.sequence.compare import compare
     from d4s.sequence.comparison import Comparison
     from d4s.study.data_view import analyze_data
+    from d4s.study.front import Front, front
     from d4s.study.model_view import analyze_model
+    from d4s.study.tune import Tuning, tune
 
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
     "Comparison": "d4s.sequence.comparison",
+    "Front": "d4s.study.front",
     "Journal": "d4s.journal.journal",
+    "Tuning": "d4s.study.tune",
     "merge": "d4s.journal.merge",
     "analyze_data": "d4s.study.data_view",
     "analyze_model": "d4s.study.model_view",
     "compare": "d4s.sequence.compare",
+    "front": "d4s.study.front",
     "run_tasks": "d4s.measure.downstream",
+    "tune": "d4s.study.tune",
 }
 
 
@@ -102,17 +109,20 @@ __all__ = [
     "EditingStopped",
     "Evaluation",
     "ExtensionError",
+    "Front",
     "Journal",
     "KeptTargets",
     "Method",
     "ModelError",
     "NotPositiveDefiniteError",
     "Observer",
+    "Preset",
     "Question",
     "Result",
     "Schedule",
     "TargetConfig",
     "TokenizerError",
+    "Tuning",
     "analyze_data",
     "analyze_model",
     "apply_patch",
@@ -126,8 +136,10 @@ __all__ = [
     "export_gguf_lora",
     "export_lora",
     "export_patch",
+    "front",
     "load_edits",
     "load_model",
+    "load_preset",
     "merge",
     "methods",
     "question_forms",
@@ -136,6 +148,7 @@ __all__ = [
     "save_edits",
     "search_targets",
     "take_baseline",
+    "tune",
     "without_contradictions",
     "write_edits_card",
 ]

@@ -107,6 +107,14 @@ def add_fields(verb: ArgumentParser) -> None:
     )
 
 
+def add_preset(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--preset",
+        metavar="FILE|NAME",
+        help="settings from a file made by d4s tune, or a method's named ones, as paper; --set goes before them",
+    )
+
+
 def add_covariance(verb: ArgumentParser) -> None:
     verb.add_argument("--covariance", type=Path, help="file made by d4s covariance")
 
@@ -229,6 +237,22 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
             why = "is nested too deeply" if isinstance(error, RecursionError) else "has too many digits"
             raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}") from None
     return fields or None
+
+
+def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
+    """(method, config) by --preset and --set. method: that of the verb's options; None: the preset's, or d4s"""
+    from d4s.methods.preset import is_place, load_preset, preset_named
+
+    fields = configuration(options)
+    if options.preset is None:
+        return method or "d4s", fields
+    if not is_place(options.preset):
+        method = method or "d4s"
+        return method, {**preset_named(options.preset, method), **(fields or {})} or None
+    preset = load_preset(options.preset)
+    if method not in (None, preset.method):
+        raise ConfigError(f"--preset {options.preset}: is of {preset.method}, and {method} was asked for")
+    return preset.method, preset.changed(fields) if fields else preset
 
 
 def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:

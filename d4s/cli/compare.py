@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from d4s.cli.arguments import (
     add_collapse,
     add_edits,
     add_model,
+    add_preset,
     add_scores,
     add_sequences,
     add_targets,
@@ -20,6 +24,7 @@ from d4s.cli.arguments import (
     task_scores,
 )
 from d4s.cli.printing import print_json, print_notes
+from d4s.errors import ConfigError
 from d4s.files import check_folder
 
 HELP = "the same edits with several methods"
@@ -35,21 +40,32 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     verb.add_argument("--count", type=count, help="edits made, the first of that order; default: all")
     add_targets(verb)
+    add_preset(verb)
+    verb.add_argument(
+        "--front",
+        nargs="*",
+        metavar="GRID",
+        help="along each method's strength: values of λ, as 30,300,3000, or those of a method, as ft-m=1e-4,1e-3; "
+        "without: multiples of each one's own",
+    )
     add_collapse(verb)
     add_scores(verb)
 
 
 def run(options: Namespace) -> None:
     from d4s.sequence.compare import compare
+    from d4s.study.front import front
 
     check_folder(options.out)
+    methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
-    found = compare(
+    way: Any = compare if options.front is None else partial(front, grid=grid)
+    found = way(
         model,
         tokenizer,
         edits,
-        options.methods,
+        methods,
         out=options.out,
         covariance=loaded_covariance(options, model, tokenizer),
         targets=options.targets,
@@ -68,5 +84,50 @@ def run(options: Namespace) -> None:
         print_json(found.to_dict())
     else:
         print(found.summary())
-        print_notes([record for by_seed in found.results.values() for record in by_seed.values()])
+        results = (found if options.front is None else found.comparison).results
+        print_notes([record for by_seed in results.values() for record in by_seed.values()])
         print(f"table, histories, figures: {options.out}")
+
+
+def _configs(options: Namespace) -> dict[str, Any]:
+    """Method → its configuration: --preset goes to the method that its file names, a name to all that have it."""
+    from d4s.methods import METHODS
+    from d4s.methods.preset import is_place, load_preset, preset_named
+
+    configs: dict[str, Any] = dict.fromkeys(options.methods)
+    if options.preset is None:
+        return configs
+    if is_place(options.preset):
+        preset = load_preset(options.preset)
+        if preset.method not in configs:
+            raise ConfigError(
+                f"--preset {options.preset}: is of {preset.method}, which is not among --methods ({', '.join(configs)})"
+            )
+        return configs | {preset.method: preset}
+    having = [name for name in configs if name in METHODS and options.preset in METHODS[name].presets]
+    for name in having or list(configs)[:1]:
+        configs[name] = preset_named(options.preset, name)
+    return configs
+
+
+def _grid(given: Sequence[str] | None) -> Any:
+    """--front: numbers for λ, METHOD=numbers, or None without either."""
+    if not given:
+        return None
+    plain: list[float] = []
+    grids: dict[str, list[float]] = {}
+    for item in given:
+        method, equals, values = item.rpartition("=")
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--front {item!r}: must be numbers with commas, as 30,300,3000, or METHOD=NUMBERS, as ft-m=1e-4,1e-3"
+            ) from None
+        if equals:
+            grids[method] = numbers
+        else:
+            plain += numbers
+    if plain and grids:
+        raise ConfigError("--front: either values of λ for all methods, or METHOD=VALUES for each; not both")
+    return grids or plain

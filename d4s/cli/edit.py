@@ -15,9 +15,10 @@ from d4s.cli.arguments import (
     add_edits,
     add_fields,
     add_model,
+    add_preset,
     add_scores,
     add_targets,
-    configuration,
+    configured,
     count,
     empty_folder,
     loaded_covariance,
@@ -42,7 +43,7 @@ HELP = (
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
-    verb.add_argument("--method", default="d4s")
+    verb.add_argument("--method", help="default: that of a --preset file, else d4s")
     verb.add_argument(
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
     )
@@ -50,6 +51,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
     add_fields(verb)
+    add_preset(verb)
     add_targets(verb)
     verb.add_argument(
         "--keep-vectors",
@@ -63,7 +65,7 @@ def add(verb: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     from d4s.locate.covariance import fingerprint_of
-    from d4s.methods import METHODS
+    from d4s.methods import METHODS, Preset
     from d4s.sequence.result import Result
     from d4s.sequence.run import edit_sequence
     from d4s.sequence.saving import bytes_of
@@ -72,10 +74,12 @@ def run(options: Namespace) -> None:
         _save_again(options)
         return
     out = options.out if _goes_on(options.out) else empty_folder(options.out)
-    edits, config = loaded_edits(options), configuration(options)
+    edits, (method, config) = loaded_edits(options), configured(options, options.method)
     model, tokenizer = loaded_model(options)
+    if not isinstance(config, Preset):
+        _say_by_rule(options, model, method)
     check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
-    needs = getattr(METHODS.get(options.method), "needs", ())
+    needs = getattr(METHODS.get(method), "needs", ())
     covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
     unedited = fingerprint_of(model)
     try:
@@ -83,7 +87,7 @@ def run(options: Namespace) -> None:
             model,
             tokenizer,
             edits,
-            method=options.method,
+            method=method,
             config=config,
             covariance=covariance,
             targets=options.targets,
@@ -113,6 +117,30 @@ def run(options: Namespace) -> None:
         print(result.summary())
         print_notes([result])
         print(f"edited model: {out / 'model'}\nmetrics: {out / 'history.csv'}, {out / 'result.json'}")
+
+
+def _say_by_rule(options: Namespace, model: CausalLM, method: str) -> None:
+    """What the settings rest on, where nothing is published or measured for the model. On standard error: a long run
+    should not have ended before it is said."""
+    from d4s.methods import method_for
+    from d4s.methods.published import is_known
+    from d4s.models.architectures import Anatomy, text_config
+
+    anatomy = Anatomy(model)
+    if is_known(anatomy):
+        return
+    chosen = method_for(method, anatomy)
+    said = (
+        [f"layers {', '.join(map(str, layers))} by its depth"] if (layers := chosen.value("layers")) else []
+    )
+    if chosen.strength == "prior_weight" and chosen.value("prior_weight") is None:
+        said.append("λ (prior_weight) by the share of the first edits that arrives, told at the end")
+    print(
+        f"settings of {method}: nothing is published or measured for a {text_config(model).model_type} of "
+        f"{len(anatomy)} blocks, so {' and '.join(said) or 'they go by its rule'}, where --set does not say otherwise; these are not "
+        f"tried on it. d4s tune {options.model} {options.edits} --out preset.json tries them, on edits set aside",
+        file=sys.stderr,
+    )
 
 
 def _save(result: Any, unedited: str, out: Path) -> None:

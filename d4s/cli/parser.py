@@ -22,6 +22,7 @@ from d4s.cli import (
     revise,
     targets,
     tasks,
+    tune,
     undo,
     verify,
 )
@@ -44,6 +45,7 @@ class Verb(Protocol):
 VERBS: dict[str, Verb] = {
     "demo": demo,
     "edit": edit,
+    "tune": tune,
     "targets": targets,
     "evaluate": evaluate,
     "covariance": covariance,

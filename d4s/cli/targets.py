@@ -9,8 +9,9 @@ from d4s.cli.arguments import (
     add_edits,
     add_fields,
     add_model,
+    add_preset,
     check_file,
-    configuration,
+    configured,
     loaded_edits,
     loaded_model,
 )
@@ -26,15 +27,18 @@ def add(verb: ArgumentParser) -> None:
     add_edits(verb)
     verb.add_argument("--out", type=Path, required=True, help="safetensors file")
     add_fields(verb)
+    add_preset(verb)
 
 
 def run(options: Namespace) -> None:
     from d4s.sequence.target_search import search_targets
 
     check_file(options.out)
-    edits, config = loaded_edits(options), configuration(options)
+    edits, (method, config) = loaded_edits(options), configured(options, None)
     model, tokenizer = loaded_model(options)
-    kept = search_targets(model, tokenizer, edits, config=config, out=options.out, seed=options.seed)
+    kept = search_targets(
+        model, tokenizer, edits, method=method, config=config, out=options.out, seed=options.seed
+    )
     if options.json:
         print_json({"file": str(options.out), "targets": len(kept)})
     else:

@@ -1,4 +1,4 @@
-"""Lines in panels and heat maps. Each figure is written with its data beside it: figure.png and figure.csv.
+"""Lines and points in panels, and heat maps. Each figure is written with its data beside it: figure.png and figure.csv.
 
 One style: the colours of Okabe and Ito (2008), which the colour-blind and black-and-white print tell apart
 with the markers and line styles that go with them; legends stand outside the axes. No display is needed.
@@ -185,6 +185,68 @@ def plot_lines(
     columns = min(len(names), max(1, int(width * 9 / (6 + max(map(len, names))))))
     below = 0.3 + 0.18 * -(-len(names) // columns)  # inches that the legend needs
     _write(draw, (width, _PANEL[1] * down + below), lambda file: data.to_csv(file, index=False), path)
+
+
+def plot_points(
+    data: DataFrame,
+    path: str | os.PathLike[str],
+    *,
+    x_label: str,
+    y_label: str,
+    joined: bool = True,
+    chosen: str = "",
+) -> None:
+    """Points in panels, each with its label beside it, one style for each line's name in all of them.
+
+    data: columns panel, line, label, x, y; saved as the CSV. A point without x or y is not drawn
+    joined: whether a line's points are joined, in the order given
+    chosen: the label of a point that is ringed
+    """
+    for column in ("panel", "line", "label", "x", "y"):
+        if column not in data:
+            raise ConfigError(
+                f"plot_points: no column {column!r} in the data ({', '.join(map(str, data.columns))})"
+            )
+    drawn = data[data["x"].notna() & data["y"].notna()]
+    panels, lines = list(dict.fromkeys(drawn["panel"])), list(dict.fromkeys(drawn["line"]))
+    if not panels:
+        raise ConfigError("plot_points: no point has both x and y; there is nothing to draw")
+    names = list(map(str, lines))
+
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        named: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            for number, line in enumerate(lines):
+                rows = drawn[(drawn["panel"] == panel) & (drawn["line"] == line)]
+                if not len(rows):
+                    continue
+                style = dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+                dash: Any = DASHES[number % len(DASHES)] if joined else ""
+                (handle,) = axes.plot(rows["x"], rows["y"], linestyle=dash, label=str(line), **style)
+                named.setdefault(str(line), handle)
+                for label, x, y in zip(rows["label"], rows["x"], rows["y"], strict=True):
+                    axes.annotate(str(label), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6)
+                    if chosen and label == chosen:
+                        axes.plot(
+                            [x],
+                            [y],
+                            linestyle="",
+                            marker="o",
+                            markersize=11,
+                            fillstyle="none",
+                            color="#555555",
+                        )
+            axes.margins(0.15)
+            axes.set(title=panel, xlabel=x_label)
+        grid[0, 0].set_ylabel(y_label)
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
+
+    width = 1.3 * _PANEL[0] * len(panels) + 0.3
+    columns = min(len(names), max(1, int(width * 9 / (6 + max(map(len, names))))))
+    below = 0.3 + 0.18 * -(-len(names) // columns)
+    size = (width, 1.3 * _PANEL[1] + below)
+    _write(draw, size, lambda file: data.to_csv(file, index=False), path)
 
 
 def _line(axes: Axes, rows: DataFrame, number: int, label: str, shift: float) -> None:

@@ -22,6 +22,7 @@ from d4s.methods.kn import KN
 from d4s.methods.memit import MEMIT
 from d4s.methods.memit_seq import MEMITSeq
 from d4s.methods.pmet import PMET
+from d4s.methods.preset import Preset
 from d4s.methods.rome import ROME, RROME
 from d4s.methods.ultraedit import UltraEdit
 from d4s.models.architectures import Anatomy
@@ -46,12 +47,12 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_for(
-    method: str | Method, anatomy: Anatomy, config: Mapping[str, Any] | Method | None = None
+    method: str | Method, anatomy: Anatomy, config: Mapping[str, Any] | Method | Preset | None = None
 ) -> Method:
     """A method by name with its preset for this model, single fields replaced by `config`.
 
-    config: a mapping of fields, or a whole configuration, or None
-    Raises ConfigError for a name or field that does not exist.
+    config: a mapping of fields, or a whole configuration, or a preset of this model, or None
+    Raises ConfigError for a name or field that does not exist, and for a preset of another model.
     """
     if isinstance(config, Method):
         name = method if isinstance(method, str) else method.name
@@ -62,6 +63,9 @@ def method_for(
         if method not in METHODS:
             raise ConfigError(unknown_name("method", method, METHODS))
         method = METHODS[method].preset(anatomy)
+    if isinstance(config, Preset):
+        config.check(anatomy)
+        return config.applied(method)
     return method.changed(config) if config else method
 
 
@@ -75,4 +79,4 @@ class _Methods(ModuleType):
 
 sys.modules[__name__].__class__ = _Methods
 
-__all__ = ["METHODS", "Editor", "Method", "Step", "Workbench", "method_for"]
+__all__ = ["METHODS", "Editor", "Method", "Preset", "Step", "Workbench", "method_for"]

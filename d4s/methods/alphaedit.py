@@ -39,6 +39,7 @@ class AlphaEdit(TargetMethod):
     paper: ClassVar[str] = "arXiv 2410.02355"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
+    strength: ClassVar[str] = "l2"
 
     l2: Annotated[float, "weight of the identity in the solve", Above(0)] = 10.0
     null_space_threshold: Annotated[float, "eigenvalues of C under it may be changed", Above(0)] = 2e-2

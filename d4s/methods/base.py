@@ -94,6 +94,10 @@ class Method(Configuration, ABC):
     not_published: ClassVar[tuple[str, ...]] = ()
     # How edits are taken back. `Editor.restore` puts W0 back bit for bit; no method takes out a single edit.
     undo: ClassVar[str] = "all at once"
+    # The field by which less is written and less disturbed, or more of both; a method is compared along it.
+    strength: ClassVar[str] = ""
+    # Named presets: what of the configuration differs from the model's own.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
     @abstractmethod
@@ -112,6 +116,10 @@ class Method(Configuration, ABC):
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """With what is left open decided, on the unedited model, by the edits that are to be made."""
         return self
+
+    def value(self, name: str) -> Any:
+        """A field's value, by the name that `changed` takes; None where there is no such field."""
+        return getattr(self, name, getattr(getattr(self, "target", None), name, None))
 
     def changed(self, overrides: Mapping[str, Any]) -> Method:
         """A copy with single fields replaced; fields of the target optimiser go by their own names.

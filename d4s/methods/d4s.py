@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class D4S(LocateMethod):
     paper: ClassVar[str] = "arXiv 2410.23843"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"anchor": "base", "residual": "once"}}
 
     anchor: Annotated[
         Literal["base", "current"],

@@ -33,6 +33,7 @@ class FTM(Method):
     paper: ClassVar[str] = "arXiv 2401.01286"
     changes: ClassVar[str] = "MLP output projections"
     not_published: ClassVar[tuple[str, ...]] = ("llama-2-7b", "llama-3-8b")
+    strength: ClassVar[str] = "learning_rate"
     from_last: ClassVar[bool] = False  # score every target token from the prompt's last position
 
     layers: Annotated[tuple[int, ...], "whose W is changed"]
@@ -56,6 +57,7 @@ class FTM(Method):
 class FTL(FTM):
     name: ClassVar[str] = "ft-l"
     paper: ClassVar[str] = "arXiv 2012.00363"
+    strength: ClassVar[str] = "epsilon"
     from_last: ClassVar[bool] = True
 
     epsilon: Annotated[float, "ε, by how much each weight may move", Above(0, "ft-m has no bound")] = 5e-4

@@ -40,6 +40,7 @@ class GRACE(Method):
     paper: ClassVar[str] = "arXiv 2211.11031"
     changes: ClassVar[str] = "no weight: a codebook around one layer"
     not_published: ClassVar[tuple[str, ...]] = ("llama-3-8b",)
+    strength: ClassVar[str] = "epsilon"
 
     layers: Annotated[tuple[int, ...], "the one that is wrapped", Length(1, "one layer is wrapped")]
     module: Annotated[Literal["mlp_input", "mlp_output"], "which projection of the MLP is wrapped"] = (

@@ -47,6 +47,7 @@ class KN(Method):
     changes: ClassVar[str] = "columns of MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("paraphrases, where there are any",)
     not_published: ClassVar[tuple[str, ...]] = MODELS
+    strength: ClassVar[str] = "threshold"
 
     layers: Annotated[tuple[int, ...], "whose neurons are searched"]
     steps: Annotated[

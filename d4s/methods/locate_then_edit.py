@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from d4s.change.closed_form import Prior
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
+from d4s.errors import ConfigError
 from d4s.locate.kept_targets import target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
@@ -49,6 +50,8 @@ class TargetMethod(Method):
 class LocateMethod(TargetMethod):
     """And with the prior λC."""
 
+    strength: ClassVar[str] = "prior_weight"
+
     prior_weight: Annotated[
         float | None, "λ, the weight of the prior C; None: by the share of an edit that arrives", Above(0)
     ] = 15_000.0
@@ -72,12 +75,33 @@ class LocateMethod(TargetMethod):
         return replace(self, prior_weight=weight)
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
-        """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them).
+        """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them)."""
+        if self.prior_weight is not None:
+            return self
+        return self.weighed(self.weights_arriving(bench, edits, (ARRIVES,))[0])
+
+    def weights_arriving(
+        self, bench: Workbench, edits: Sequence[Edit], shares: Sequence[float]
+    ) -> list[float]:
+        """λ at which each of these shares arrives of the first edits' residuals, on the unedited model.
 
         A single edit with key k moves its layer by the share q / (λ + q) of what is asked, q = kᵀ C⁻¹ k.
         """
-        if self.prior_weight is not None:
-            return self
+        found = self._squares(bench, edits)
+        return [weight_at_which(found, share, self.measures_again) for share in shares]
+
+    def share_arriving(self, bench: Workbench, edits: Sequence[Edit]) -> float:
+        """The share of the first edits' residuals that arrives with this λ (the median of them), on the unedited model.
+
+        Raises ConfigError where λ is left open.
+        """
+        if self.prior_weight is None:
+            raise ConfigError(f"{self.name}: prior_weight is left open; settled() decides it")
+        found = self._squares(bench, edits)
+        return float(arriving(found, self.prior_weight, self.measures_again).median())
+
+    def _squares(self, bench: Workbench, edits: Sequence[Edit]) -> Tensor:
+        """q of the first edits, layers ascending. [edits, layers]"""
         anatomy = bench.anatomy
         anatomy.check_layers(self.layers)
         covariance = bench.covariance(self.layers)
@@ -87,7 +111,7 @@ class LocateMethod(TargetMethod):
             prior = Prior(covariance.mean(layer).to(anatomy.device), 1.0, self.ridge)
             keys = prior.rows(keys_at(anatomy, rows, layer)).T
             squares.append((keys * prior.solve(keys)).sum(0))
-        return self.weighed(weight_at_which(torch.stack(squares, 1).cpu(), ARRIVES, self.measures_again))
+        return torch.stack(squares, 1).cpu()
 
 
 def arriving(squares: Tensor, weight: float, measured: bool) -> Tensor:

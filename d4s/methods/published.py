@@ -90,6 +90,11 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 
 
+def is_known(anatomy: Anatomy) -> bool:
+    """Whether settings for this model are published, or were measured."""
+    return model_key(anatomy) is not None or _row_of(anatomy, _MEASURED) is not None
+
+
 def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     """Layers, prior weight and target optimiser of the MEMIT family.
 

@@ -33,6 +33,7 @@ class ROME(TargetMethod):
     paper: ClassVar[str] = "arXiv 2202.05262"
     changes: ClassVar[str] = "one MLP output projection"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    strength: ClassVar[str] = "clamp"
     bare_key: ClassVar[bool] = True  # k of the bare prompt beside u of k̄: the released code's flaw
 
     layers: Annotated[

@@ -41,6 +41,7 @@ def about(name: str) -> str:
         [
             f"{name}: {method.paper}; changes {method.changes}",
             f"needs: {', '.join(method.needs) or 'nothing'}; undone: {method.undo}",
+            f"compared along: {method.strength}; named presets: {_named(method)}",
             "",
             _table(("field", "default", "meaning"), _fields(method)),
             "",
@@ -55,6 +56,14 @@ def about(name: str) -> str:
             "Any other model: by its depth and width; result.json of a run holds what it was.",
         ]
     )
+
+
+def _named(cls: Any) -> str:
+    told = (
+        f"{name} ({', '.join(f'{field}={_spelled(value)}' for field, value in fields_.items())})"
+        for name, fields_ in cls.presets.items()
+    )
+    return ", ".join(told) or "none"
 
 
 def _fields(cls: Any) -> list[tuple[str, str, str]]:

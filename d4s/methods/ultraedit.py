@@ -37,6 +37,7 @@ class UltraEdit(Method):
     paper: ClassVar[str] = "arXiv 2505.14679"
     changes: ClassVar[str] = "projections of the MLP"
     not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-2-7b")
+    strength: ClassVar[str] = "learning_rate"
 
     layers: Annotated[tuple[int, ...], "whose W is changed"]
     modules: Annotated[

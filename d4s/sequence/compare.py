@@ -22,8 +22,9 @@ from d4s.files import write_text
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
-from d4s.methods import Method, Workbench, method_for
+from d4s.methods import Method, Preset, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
+from d4s.methods.preset import without_probes
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
@@ -35,7 +36,7 @@ from d4s.sequence.run import run
 from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.target_search import check_targets
 
-Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | None]
+Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | Preset | None]
 
 
 def compare(
@@ -65,7 +66,8 @@ def compare(
     """The same edits with each method, from the same weights, which are put back bit for bit after each.
 
     methods: names from `d4s.methods()`; or label → what differs from the preset, as {"d4s": None,
-        "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method
+        "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method, or a preset that
+        `load_preset` gives: edits that are its probes are then made with no method, and `Comparison.notes` says so
     seeds: of contexts and samples; several: figures are means over them with Student's t intervals
     shuffle: each seed also has its own order of the edits, the same for all methods; those of an MQuAKE case stay
         together
@@ -83,7 +85,12 @@ def compare(
     Raises ConfigError for a method or field that does not exist, before anything is changed; the error of the
     first method if none could begin; ModelError if a method does not give the weights back.
     """
-    edits = list(edits)
+    presets = (
+        [one for one in methods.values() if isinstance(one, Preset)] if isinstance(methods, Mapping) else []
+    )
+    edits, notes = without_probes(edits, presets)
+    for note in notes:
+        stage(note, shown=progress)
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if not seeds:
         raise ConfigError("seeds is empty; give one or more, as seeds=(0, 1, 2)")
@@ -104,7 +111,7 @@ def compare(
     if isinstance(targets, (str, os.PathLike)):
         targets = KeptTargets.load(targets)
     anatomy = Anatomy(model, architecture)
-    configured = _configured(methods, anatomy)
+    configured = configured_methods(methods, anatomy)
     if targets is not None:
         ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
         if len(seeds) > 1 and any(one.contexts for one in ahead):
@@ -113,7 +120,7 @@ def compare(
                 "each seed are kept in out"
             )
         bench = Workbench(model, tokenizer, targets=targets, architecture=architecture, seed=seeds[0])
-        for one in {_decides_targets(one): one for one in ahead}.values():
+        for one in {decides_targets(one): one for one in ahead}.values():
             check_targets(bench, one)
     orders = _orders(edits, seeds, shuffle, count)
     before = weights_digest(model)
@@ -187,7 +194,7 @@ def compare(
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
         raise errors[0]
-    return Comparison(results, frozenset(unfinished))
+    return Comparison(results, frozenset(unfinished), notes)
 
 
 def _orders(
@@ -211,11 +218,11 @@ def _orders(
 
 def _targets_place(folder: Path, method: Method, seed: int) -> Path:
     """One file for all configurations that ask for the same targets."""
-    name = hashlib.sha256(f"{_decides_targets(method)} {seed}".encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{decides_targets(method)} {seed}".encode()).hexdigest()[:12]
     return folder / "targets" / f"{name}.safetensors"
 
 
-def _decides_targets(method: Method) -> str:
+def decides_targets(method: Method) -> str:
     """All of a configuration that targets hang on."""
     fields = asdict(method)
     return json.dumps(
@@ -288,12 +295,15 @@ def _short(value: Any, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def _configured(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
+def configured_methods(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
+    """Label → the configured method. ConfigError for one that does not exist, and if there are none."""
     named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
     configured: dict[str, Method] = {}
     for label, config in named.items():
         if isinstance(config, Method):
             configured[label] = config
+        elif isinstance(config, Preset):
+            configured[label] = method_for(config.method, anatomy, config)
         else:
             fields = dict(config or {})
             configured[label] = method_for(str(fields.pop("method", label)), anatomy, fields)

@@ -29,10 +29,12 @@ class Comparison:
     results: label of the method → seed → what was measured; a sequence that broke off has a `failure`. Row 0
         of every history is the unedited model, the same for all
     unfinished: (label, seed) of sequences worth another try, which `save` does not keep
+    notes: what has to be said of the figures
     """
 
     results: dict[str, dict[int, Record]]
     unfinished: frozenset[tuple[str, int]] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -147,6 +149,7 @@ class Comparison:
             f"Shares in percent{plain}, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
         )
         lines += [f"{label} broke off: {why}" for label, why in self.collapsed.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,6 +159,7 @@ class Comparison:
             "interval": self.interval,
             "seeds": list(self.seeds),
             "collapsed": self.collapsed,
+            "notes": list(self.notes),
             "rows": finite_or_none(self.table().to_dict("records")),
         }
 

@@ -43,6 +43,7 @@ class Record:
     chosen: fields of the configuration that were left open (None), as they were decided by the edits
     failure: why the sequence ended before its last edit; None: it did not
     columns: of what `measure` gave, by name, those that it declared
+    notes: what has to be said of the figures
     """
 
     method: str
@@ -53,6 +54,7 @@ class Record:
     failure: str | None = None
     chosen: dict[str, float] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def measured(self) -> list[str]:
@@ -84,6 +86,7 @@ class Record:
                 f"{len(missing)} of {len(self.edits_table)} edits: the target was found, but half of its probability "
                 f"or more was lost on the way into the weights: {named}"
             )
+        lines += [f"note: {note}" for note in self.notes]
         if self.failure:
             lines.append(f"broke off: {self.failure}")
         return "\n".join(lines)
@@ -133,6 +136,7 @@ class Record:
             "failure": self.failure,
             "chosen": self.chosen,
             "columns": {name: one.to_dict() for name, one in self.columns.items()},
+            "notes": list(self.notes),
             "history": finite_or_none(self.history),
             "edits_table": finite_or_none(self.edits_table),
             "evaluations": [e.to_dict() for e in self.evaluations],
@@ -147,7 +151,7 @@ class Record:
         """What `save` wrote. Raises DataError for a file of another format, and one that has changed since."""
         names = ("method", "config", "edits", "failure", "history", "edits_table", "evaluations")
         stored = files.read_json(
-            path, writer="Result.save", format=FORMAT, fields=names, later=("chosen", "columns")
+            path, writer="Result.save", format=FORMAT, fields=names, later=("chosen", "columns", "notes")
         )
         with files.checking(path, "Result.save"):
             record = Record(
@@ -170,6 +174,10 @@ class Record:
                     name: Column.from_dict(name, value, f"columns, {shown(name)}")
                     for name, value in files.as_object(stored.get("columns", {}), "columns").items()
                 },
+                tuple(
+                    files.as_text(note, f"notes[{i}]")
+                    for i, note in enumerate(files.as_list(stored.get("notes", []), "notes"))
+                ),
             )
             if len(record.evaluations) != len(record.history):
                 raise files.WrongType("history and evaluations are not equally long")

@@ -59,6 +59,7 @@ class Result(Record):
             self.failure,
             self.chosen,
             self.columns,
+            self.notes,
         )
 
 

@@ -13,7 +13,7 @@ from d4s.interrupts import ending_signals_raise
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
-from d4s.methods import Method, Workbench, method_for
+from d4s.methods import Method, Preset, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM
@@ -34,7 +34,7 @@ def edit_sequence(
     edits: Sequence[Edit],
     *,
     method: str | Method = "d4s",
-    config: Mapping[str, Any] | Method | None = None,
+    config: Mapping[str, Any] | Method | Preset | None = None,
     covariance: Covariance | str | os.PathLike[str] | None = None,
     targets: KeptTargets | str | os.PathLike[str] | None = None,
     batch_size: int = 1,
@@ -58,7 +58,8 @@ def edit_sequence(
     model: a transformers causal language model, float32 | float16 | bfloat16, CPU or CUDA
     edits: in the order they are to be made; a later edit may change a fact that an earlier one has changed
     method: a name from `d4s.methods()`, or a configured method
-    config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration
+    config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration,
+        or what `load_preset` gives, whose probes among the edits are named in `Result.notes`
     covariance: key statistics of the unedited model, or their file; None: estimated on text that the model
         samples, and cached
     targets: of the unedited model, found before (d4s targets), or their file; those of edits that are not among them
@@ -114,7 +115,16 @@ def edit_sequence(
     )
     configured = method_for(method, bench.anatomy, config)
     kept = None if journal is None else Journaling(journal, keep_vectors=keep_vectors)
-    return run(bench, edits, configured, schedule, baseline=baseline, journal=kept, observers=observers)
+    return run(
+        bench,
+        edits,
+        configured,
+        schedule,
+        baseline=baseline,
+        journal=kept,
+        observers=observers,
+        notes=config.notes_on(edits) if isinstance(config, Preset) else (),
+    )
 
 
 def run(
@@ -126,10 +136,14 @@ def run(
     baseline: Baseline | None = None,
     journal: Journaling | None = None,
     observers: Sequence[Observer] = (),
+    notes: tuple[str, ...] = (),
 ) -> Result:
-    """`edit_sequence`, where the workbench, the configuration and the schedule are there already."""
+    """`edit_sequence`, where the workbench, the configuration and the schedule are there already.
+
+    notes: what has to be said of the figures
+    """
     with ending_signals_raise():  # a scheduler's SIGTERM, too, finds the journal closed
-        return _run(bench, tuple(edits), method, schedule, baseline, journal, observers)
+        return _run(bench, tuple(edits), method, schedule, baseline, journal, observers, notes)
 
 
 def _run(
@@ -140,6 +154,7 @@ def _run(
     baseline: Baseline | None,
     journal: Journaling | None,
     observers: Sequence[Observer],
+    notes: tuple[str, ...],
 ) -> Result:
     try:
         _check(bench, edits, method, schedule)
@@ -150,6 +165,7 @@ def _run(
             journal.close()
         raise
     result = under_way.result
+    result.notes = notes
     with evaluating(bench.model):
         told = Observers([Bar(shown=bench.progress), *([] if journal is None else [journal]), *observers])
         try:

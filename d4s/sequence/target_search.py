@@ -10,7 +10,7 @@ from typing import Any
 from d4s.edits import Edit, check_sequence
 from d4s.errors import ConfigError
 from d4s.locate.kept_targets import KeptTargets
-from d4s.methods import Method, Step, Workbench, method_for
+from d4s.methods import Method, Preset, Step, Workbench, method_for
 from d4s.methods.locate_then_edit import EDITS_AHEAD, Ahead, LocateEditor, TargetMethod, step_of
 from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM
@@ -38,7 +38,7 @@ def search_targets(
     edits: Sequence[Edit],
     *,
     method: str | Method = "d4s",
-    config: Mapping[str, Any] | Method | None = None,
+    config: Mapping[str, Any] | Method | Preset | None = None,
     out: str | os.PathLike[str] | None = None,
     architecture: Architecture | None = None,
     seed: int = 0,

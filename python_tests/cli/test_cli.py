@@ -34,6 +34,7 @@ VERBS = (
     "analyze",
     "reproduce",
     "tasks",
+    "tune",
     "models",
     "methods",
 )

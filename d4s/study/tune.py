@@ -1,0 +1,791 @@
+"""Settings that find themselves: a method's fields, chosen by sequences of probe edits that are not edited later.
+
+Each setting makes the probes one after another, so that what one edit does to those before it shows, and is scored
+as `d4s.study.front` says. First come settings that differ from the method's own in one field each, and one that has the
+best of them together, on few probes; then twice as many probes for the better half, and so on; at last λ beside the
+best one's. How many probes and settings that are, the clock decides: by what the first few probes cost.
+
+Chosen is, of the settings that made all probes, the one with the largest mean of written · kept over probes, which one
+that writes nothing does not have; but the method's own where that is within one standard error of it (of the
+difference, probe by probe).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import transformers
+
+from d4s.edits import Edit, check_sequence
+from d4s.errors import ConfigError, D4SError
+from d4s.figures.plots import plot_points
+from d4s.figures.tables import aligned
+from d4s.files import finite_or_none
+from d4s.locate.covariance import Covariance
+from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.targets import TargetConfig
+from d4s.measure.metrics import Baseline, evaluate, take_baseline
+from d4s.methods import Method, Preset, Workbench, method_for
+from d4s.methods.locate_then_edit import PROBES, LocateMethod, TargetMethod
+from d4s.methods.preset import model_facts
+from d4s.models.architectures import Anatomy, Architecture
+from d4s.models.causal_lm import CausalLM
+from d4s.models.forward import evaluating
+from d4s.models.readiness import check_ready
+from d4s.progress import stage
+from d4s.sequence.compare import decides_targets
+from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, percent
+from d4s.version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FIRST = 4  # probes whose cost decides about all others
+FEWEST = 16  # that a setting is chosen by, where the time allows; below it, it is said
+MOST = 512  # probes
+KEPT_BACK = 0.1  # of the time, for what costs more than foreseen
+SLICE = 4  # targets searched between two looks at the clock
+SHARES = (0.99, 0.95, 0.8, 0.6)  # of an edit that arrive, beside the method's own
+_OWN = "own"  # what the method's own setting is called
+_TOGETHER = "together"
+_ARRIVING = "arriving"  # the share of an edit that is to arrive, by which λ is chosen for whatever layers
+
+
+def _layers(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
+    """Fewer layers below the same last one, which share its targets; and as many that end elsewhere."""
+    own: tuple[int, ...] = method.value("layers")
+    many, last = len(own), own[-1]
+    fewer = [own[-count:] for count in dict.fromkeys((1, (many + 1) // 2)) if count < many]
+    step = max(1, round(0.1 * len(anatomy)))
+    ends = [end for end in (last - step, last + step) if 0 <= end < len(anatomy)]
+    return fewer + [tuple(range(max(0, end - many + 1), end + 1)) for end in ends]
+
+
+def _scaled(*factors: float) -> Callable[[Method, Anatomy, str], list[Any]]:
+    def values(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
+        own = method.value(name)
+        return [] if own is None else [float(f"{factor * own:.3g}") for factor in factors]
+
+    return values
+
+
+def _counts(*counts: int) -> Callable[[Method, Anatomy, str], list[Any]]:
+    def values(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
+        return [count for count in counts if count != method.value(name)]
+
+    return values
+
+
+def _others(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
+    """Of a field that is one of a few words, or true or false, the other ones; of others none."""
+    kind = _type_of(method, name)
+    known = get_args(kind) if get_origin(kind) is Literal else (False, True) if kind is bool else ()
+    return [value for value in known if value != method.value(name)]
+
+
+# The fields that are searched, in the order in which they are let go where time lacks, from the end. A method that
+# lacks a field is not searched along it.
+SEARCHED: dict[str, Callable[[Method, Anatomy, str], list[Any]]] = {
+    "layers": lambda method, anatomy, _name: _layers(method, anatomy),
+    "clamp": _scaled(0.5, 2.0),
+    "target_norm": _others,
+    "target_eos": _others,
+    "contexts": _counts(1, 0),
+    "anchor": _others,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting: what it is called, its configuration, and what is changed in its method's own."""
+
+    label: str
+    line: str  # the field it differs in
+    method: Method
+    changes: Mapping[str, Any] = field(default_factory=dict)  # `_ARRIVING` among them
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A trial on the first `probes` probes."""
+
+    trial: Trial
+    probes: int
+    found: Outcome
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was found.
+
+    preset: the chosen setting, with its probes; chosen: its label
+    scored: every setting, by the most probes it was given, in the order tried
+    unedited: the unedited model's outcome on the probes
+    failed: label → why a setting could not be measured; left_out: labels for which no time was left
+    seconds, budget: spent, and to be spent at most; costs: seconds a target's search and a probe made and scored took
+    """
+
+    preset: Preset
+    chosen: str
+    scored: tuple[Scored, ...]
+    unedited: Outcome
+    failed: Mapping[str, str]
+    left_out: tuple[str, ...]
+    seconds: float
+    budget: float
+    costs: Mapping[str, float]
+
+    @property
+    def most(self) -> int:
+        """Probes of the settings that are chosen from."""
+        return max(one.probes for one in self.scored)
+
+    def on_front(self) -> set[str]:
+        """Labels of the settings, of those with the most probes, that no other one dominates."""
+        last = [one for one in self.scored if one.probes == self.most]
+        marks = non_dominated([one.found.sums for one in last])
+        return {one.trial.label for one, on in zip(last, marks, strict=True) if on}
+
+    def points(self) -> DataFrame:
+        """The figure's data: settings with the most probes, a panel of NLLs and one of greedy answers, in percent."""
+        import pandas
+
+        front = self.on_front()
+        rows = [
+            {
+                "panel": kind,
+                "line": one.trial.line,
+                "label": one.trial.label,
+                "x": 100 * getattr(one.found, f"kept{end}"),
+                "y": 100 * getattr(one.found, f"written{end}"),
+                "growth": 100 * one.found.growth,
+                "front": one.trial.label in front,
+                "chosen": one.trial.label == self.chosen,
+            }
+            for kind, end in (("NLL", ""), ("greedy", "_greedy"))
+            for one in self.scored
+            if one.probes == self.most
+        ]
+        return pandas.DataFrame(rows)
+
+    def summary(self) -> str:
+        """A row a setting, those with the most probes and the most written · kept first; and what was chosen, by what
+        rule."""
+        front = self.on_front()
+        rows = sorted(self.scored, key=lambda one: (-one.probes, -one.found.total))
+        marks = {self.chosen: "chosen"}
+        columns = [
+            ("setting", [one.trial.label for one in rows]),
+            (
+                _name(rows[0].trial.method.strength),
+                [_short(one.trial.method.value(one.trial.method.strength)) for one in rows],
+            ),
+            ("probes", [str(one.probes) for one in rows]),
+            *(
+                (name.replace("_", " "), [percent(getattr(one.found, name)) for one in rows])
+                for name in FIGURES[:4]
+            ),
+            ("mean |w|", [f"{100 * one.found.growth:+.2f} %" for one in rows]),
+            (
+                "",
+                [
+                    " ".join(
+                        filter(
+                            None,
+                            (
+                                "front" if one.probes == self.most and one.trial.label in front else "",
+                                marks.get(one.trial.label, ""),
+                            ),
+                        )
+                    )
+                    for one in rows
+                ],
+            ),
+        ]
+        lines = aligned(columns)
+        lines.append(
+            f"unedited: written {percent(self.unedited.written)}, kept {percent(self.unedited.kept)}. Shares in "
+            "percent: written is efficacy · paraphrase, kept is specificity; greedy: of whole answers."
+        )
+        lines.append(f"chosen: {self.chosen}; {self.preset.measured['because']}")
+        lines.append(
+            f"  {', '.join(f'{name}={_short(value)}' for name, value in self.preset.fields.items())}"
+        )
+        if self.most < FEWEST:
+            lines.append(
+                f"note: {self.most} probes are few: what edits do to each other hardly shows; more --minutes give more"
+            )
+        lines += [f"{label} failed: {why}" for label, why in self.failed.items()]
+        if self.left_out:
+            lines.append(f"no time was left for: {', '.join(self.left_out)}")
+        spent = ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self.costs.items())
+        lines.append(f"{self.seconds:.0f} of {self.budget:.0f} s ({spent}).")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "method": self.preset.method,
+            "fields": dict(self.preset.fields),
+            "chosen": self.chosen,
+            "measured": dict(self.preset.measured),
+            "probes": [list(one) for one in self.preset.probes],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The preset, and beside it the front as a figure of its name (.png) with its data (.csv)."""
+        place = Path(path)
+        self.preset.save(place)
+        plot_points(
+            self.points(),
+            place.with_suffix(".png"),
+            x_label="kept (%)",
+            y_label="written (%)",
+            joined=False,
+            chosen=self.chosen,
+        )
+
+
+def tune(
+    model: CausalLM,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    method: str | Method = "d4s",
+    config: Mapping[str, Any] | Method | Preset | None = None,
+    minutes: float = 10.0,
+    probes: int | None = None,
+    probe_edits: Sequence[Edit] | None = None,
+    covariance: Covariance | str | os.PathLike[str] | None = None,
+    architecture: Architecture | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tuning:
+    """Finds layers, λ, clamp, anchor and contexts of a method for a model, within a time.
+
+    edits: from which the probes are drawn, by `seed`; those that were are named in the preset, and no figure should be
+        taken on them later
+    config: what the method begins from, and its name for what is not searched
+    minutes: that the search may take, the estimation of key statistics, where they are not given, among them
+    probes: edits a sequence of the last settings; None: as many as the time allows
+    probe_edits: the probes, where they are not to be drawn from the edits
+    clock: seconds
+
+    With the same measured times the same is found. Weights come back bit for bit.
+    Raises ConfigError for a time or number that is none, too few edits, and a time in which not even the method's own
+    setting can be measured.
+    """
+    if not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
+        raise ConfigError(f"minutes={minutes!r}, must be a positive number")
+    if probes is not None and probes < 2:
+        raise ConfigError(f"probes={probes!r}, must be a whole number from 2 on, or None")
+    began = clock()
+    pool = _pool(edits if probe_edits is None else probe_edits, probes, seed, drawn=probe_edits is None)
+    check_sequence(pool)
+    check_ready(model, tokenizer, pool)
+    if isinstance(covariance, (str, os.PathLike)):
+        covariance = Covariance.load(covariance)
+    bench = Workbench(
+        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
+    )
+    configured = method_for(method, bench.anatomy, config)
+    search = _Search(bench, configured, pool, 60.0 * minutes, began, clock, progress, wanted=probes)
+    with evaluating(model):
+        return search.run()
+
+
+def _pool(edits: Sequence[Edit], probes: int | None, seed: int, *, drawn: bool) -> list[Edit]:
+    """The probes to come, in their order: one a prompt."""
+    distinct = list({edit.text: edit for edit in edits}.values())
+    if drawn:
+        distinct = Random(seed).sample(distinct, len(distinct))
+    least = probes or 2
+    if len(distinct) < least:
+        raise ConfigError(f"{len(distinct)} different edits, and {least} probes are needed; give more edits")
+    return distinct[: probes or MOST]
+
+
+class _OutOfTime(Exception):
+    """A setting would end after the time."""
+
+
+class _Search:
+    """The course of a search: its clock, its costs, and what has been scored."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        method: Method,
+        pool: Sequence[Edit],
+        budget: float,
+        began: float,
+        clock: Callable[[], float],
+        progress: bool,
+        wanted: int | None,
+    ) -> None:
+        self.bench, self.pool, self.clock, self.progress = bench, list(pool), clock, progress
+        self.budget, self.began, self.wanted = budget, began, wanted
+        self.asked = method
+        self.kept: dict[str, KeptTargets] = {}  # by what decides targets
+        self.scored: dict[str, Scored] = {}
+        self.failed: dict[str, str] = {}
+        self.searched, self.made, self.asked_before = _Pace(), _Pace(), _Pace()
+        self.share: float | None = None  # that arrives with the method's own λ
+        self.baseline = Baseline({})
+        self.known: set[str] = set()  # ids of the probes that it holds
+        self.seen = 0  # probes that were looked at
+        self.unedited: Outcome | None = None
+
+    @property
+    def spent(self) -> float:
+        return self.clock() - self.began
+
+    def run(self) -> Tuning:
+        bench, method = self.bench, self.asked
+        if "covariance" in method.needs:
+            layers = self._layers_there()
+            stage(f"tune: key statistics of {len(layers)} layers", shown=self.progress)
+            bench.covariance(layers)
+        own = Trial(_OWN, _OWN, method.settled(bench, self.pool))
+        if isinstance(own.method, LocateMethod):
+            self.share = own.method.share_arriving(bench, self.pool)
+            self.seen = min(PROBES, len(self.pool))
+        first = min(FIRST, len(self.pool))
+        self._try(own, first, own=True)
+        trials = self._trials(own)
+        count, fitting = self._planned(own, trials)
+        left_out = [one.label for one in trials if one not in fitting]
+        stage(f"tune: {len(fitting) + 1} settings, {count} probes", shown=self.progress)
+        best = self._halving(own, fitting, count)
+        self._beside(best, count)
+        return self._found(own, left_out)
+
+    # What is tried.
+
+    def _layers_there(self) -> tuple[int, ...]:
+        """Layers whose statistics there are, of those that may be edited: all that are given, or else all tried."""
+        given = self.bench._covariance
+        if given is not None:
+            return tuple(given.layers)
+        tried = [self.asked.value("layers"), *_layers(self.asked, self.bench.anatomy)]
+        return tuple(sorted({layer for layers in tried for layer in layers}))
+
+    def _trials(self, own: Trial) -> list[Trial]:
+        """Settings that differ in one field, those first that share targets with the method's own."""
+        method, anatomy = own.method, self.bench.anatomy
+        found: list[Trial] = []
+
+        def add(name: str, value: Any, label: str = "") -> None:
+            label = label or f"{name} {_short(value)}"
+            try:
+                found.append(Trial(label, _name(name), self._changed({name: value}), {name: value}))
+            except D4SError as error:  # out of its range, or a layer that there is not
+                self.failed[label] = str(error)
+
+        strength = method.strength
+        if isinstance(method, LocateMethod):
+            for share in SHARES:
+                add(_ARRIVING, share, f"λ: {100 * share:.0f} % arrive")
+        elif strength and strength not in SEARCHED:
+            for value in _scaled(0.1, 0.3, 3.0, 10.0)(method, anatomy, strength):
+                add(strength, value)
+        statistics = set(self._layers_there()) if "covariance" in method.needs else None
+        for name, values in SEARCHED.items():
+            if method.value(name) is None:
+                continue
+            for value in values(method, anatomy, name):
+                if name == "layers" and statistics is not None and not statistics >= set(value):
+                    continue
+                add(name, value)
+        distinct = {decides(one.method): one for one in reversed(found)}
+        return sorted(
+            (one for one in found if distinct[decides(one.method)] is one),
+            key=lambda one: self._group(one.method) != self._group(method),
+        )
+
+    def _changed(self, changes: Mapping[str, Any]) -> Method:
+        """The method asked for with these changes; λ, where they do not name it, by the share that arrives: theirs, or
+        that of the method's own."""
+        method = self.asked.changed({name: value for name, value in changes.items() if name != _ARRIVING})
+        if isinstance(method, TargetMethod):
+            self.bench.anatomy.check_layers(method.layers)
+        share = changes.get(_ARRIVING, self.share)
+        by_share = self.asked.value("prior_weight") is None or {_ARRIVING, "layers", "contexts"} & set(
+            changes
+        )
+        if (
+            isinstance(method, LocateMethod)
+            and share is not None
+            and by_share
+            and "prior_weight" not in changes
+        ):
+            return method.weighed(method.weights_arriving(self.bench, self.pool, (share,))[0])
+        return method.settled(self.bench, self.pool)
+
+    def _together(self, own: Trial, scored: Sequence[Scored]) -> Trial | None:
+        """The best value of each field, of those that did better than the method's own; None: fewer than two did."""
+        level = self.scored[own.label].found.total
+        changes: dict[str, Any] = {}
+        for one in sorted(scored, key=lambda one: -one.found.total):
+            if one.found.total > level:
+                for name, value in one.trial.changes.items():
+                    changes.setdefault(name, value)
+        if len(changes) < 2:
+            return None
+        try:
+            return Trial(_TOGETHER, _TOGETHER, self._changed(changes), changes)
+        except D4SError as error:
+            self.failed[_TOGETHER] = str(error)
+            return None
+
+    # What it costs.
+
+    def _group(self, method: Method) -> str | None:
+        """What decides the targets that a setting shares; None: it shares none."""
+        if not method.searches_ahead or not isinstance(method, TargetMethod):
+            return None
+        return decides_targets(method)
+
+    def _cost(self, method: Method, count: int, held: Mapping[str, int]) -> float:
+        """Seconds that a sequence of so many probes is expected to take; held: targets there are, by group."""
+        group = self._group(method)
+        searches = isinstance(method, TargetMethod)
+        new = count - min(count, held.get(group, 0)) if group is not None else count
+        return count * self.made.each + (new * self.searched.each if searches else 0.0)
+
+    def _planned(self, own: Trial, trials: list[Trial]) -> tuple[int, list[Trial]]:
+        """(probes of the last settings, settings to begin with) that the time is expected to suffice for.
+
+        First settings are let go, from the end of the list, until `FEWEST` probes fit; then probes are doubled.
+        """
+        left = (1 - KEPT_BACK) * (self.budget - self.spent)
+        most = len(self.pool)
+        counts = [self.wanted] if self.wanted else _doubled(min(FEWEST, most), most)
+        for keep in range(len(trials), 0, -1):
+            if self._whole(own, trials[:keep], counts[0]) <= left:
+                fitting = trials[:keep]
+                if keep < len(trials):
+                    return counts[0], fitting
+                return max(n for n in counts if self._whole(own, fitting, n) <= left), fitting
+        # Not one beside its own: as many probes as there is time for.
+        few = counts[0]
+        while few > 2 and self._whole(own, trials[:1], few) > left:
+            few //= 2
+        return max(2, few), trials[:1]
+
+    def _whole(self, own: Trial, trials: Sequence[Trial], count: int) -> float:
+        """Seconds of all rounds, where the settings stay in the order they are in, and one with all together joins."""
+        held = {group: len(kept) for group, kept in self.kept.items()}
+        alive, seconds = list(trials), 0.0
+        for number in _rounds(count):
+            for trial in [own, *alive]:
+                seconds += self._cost(trial.method, number, held)
+                if (group := self._group(trial.method)) is not None:
+                    held[group] = max(held.get(group, 0), number)
+            alive = alive[: max(1, -(-len(alive) // 2))]
+        together = any(self._group(one.method) != self._group(own.method) for one in trials)
+        seconds += 2 * count * self.asked_before.each  # the baseline, and the unedited model's outcome
+        return seconds + self._cost(own.method, count, {} if together else held)
+
+    # What is done.
+
+    def _halving(self, own: Trial, trials: Sequence[Trial], count: int) -> Trial:
+        """Rounds of more probes for fewer settings; the best of the last one."""
+        alive = list(trials)
+        self._baseline(count)
+        self.unedited = self._outcome(self.pool[:count], 0.0)
+        for number, probes in enumerate(_rounds(count)):
+            stage(f"tune: {len(alive) + 1} settings, {probes} probes each", shown=self.progress)
+            if not self._try(own, probes):
+                break
+            done = [self.scored[one.label] for one in alive if self._try(one, probes)]
+            if number == 0 and (both := self._together(own, done)) is not None and self._try(both, probes):
+                done.append(self.scored[both.label])
+            done.sort(key=lambda one: -one.found.total)
+            if not done:
+                break
+            best = [one.trial for one in done]
+            alive = best[: max(1, -(-len(best) // 2))]
+        most = max(one.probes for one in self.scored.values())
+        last = [one for one in self.scored.values() if one.probes == most]
+        return max(last, key=lambda one: one.found.total).trial
+
+    def _beside(self, best: Trial, count: int) -> None:
+        """λ (or what else its strength is) of the best setting, by a half up and down, where time is left."""
+        name = best.method.strength
+        own = best.method.value(name) if name else None
+        if own is None or self.scored[best.label].probes < count:
+            return
+        for factor in (0.5, 2.0):
+            value = float(f"{factor * own:.2g}")
+            changes = {k: v for k, v in best.changes.items() if k != _ARRIVING} | {name: value}
+            label = (
+                f"{best.label}, {_name(name)} {value:g}" if best.label != _OWN else f"{_name(name)} {value:g}"
+            )
+            try:
+                trial = Trial(label, _name(name), self._changed(changes), changes)
+            except D4SError:  # beyond its bounds
+                continue
+            if any(
+                decides(one.trial.method) == decides(trial.method) and one.probes == count
+                for one in self.scored.values()
+            ):
+                continue
+            held = {group: len(kept) for group, kept in self.kept.items()}
+            if self._cost(trial.method, count, held) > self.budget - self.spent:
+                return
+            self._try(trial, count)
+
+    def _try(self, trial: Trial, count: int, *, own: bool = False) -> bool:
+        """Scores a setting on the first probes; False if it failed, or the time was over before it ended.
+
+        own: a setting without which nothing can be said
+        """
+        known = self.scored.get(trial.label)
+        if known is not None and known.probes == count:
+            return True
+        if trial.label in self.failed:
+            return False
+        try:
+            self.scored[trial.label] = Scored(trial, count, self._sequence(trial.method, count))
+        except _OutOfTime:
+            if own:
+                raise ConfigError(
+                    f"{self.budget / 60:g} minutes are over before {count} probes of the method's own setting were "
+                    f"made ({self.spent:.0f} s); give more minutes"
+                ) from None
+            return False
+        except D4SError as error:
+            if own:
+                raise
+            self.failed[trial.label] = str(error)
+            return False
+        return True
+
+    def _sequence(self, method: Method, count: int) -> Outcome:
+        """The first probes one after another, scored at the end; the weights come back."""
+        bench, edits = self.bench, self.pool[:count]
+        group = self._group(method)
+        bench.targets = None if group is None else self.kept.setdefault(group, KeptTargets())
+        editor = method.editor(bench)
+        try:
+            self._baseline(count)
+            for at in range(0, count, SLICE):
+                new = [] if bench.targets is None else bench.targets.lacking(edits[at : at + SLICE])
+                if new:
+                    began = self._now()
+                    editor.ahead.targets(new)  # type: ignore[attr-defined]
+                    self.searched.add(self.clock() - began, len(new))
+            before = editor.weights.mean_absolute()
+            editor.announce(edits)
+            began = self._now()
+            for edit in edits:
+                self._now()
+                editor.edit([edit])
+            now = editor.weights.mean_absolute()
+            growth = sum(now[layer] / before[layer] - 1 for layer in now) / len(now) if now else 0.0
+            found = self._outcome(edits, growth)
+            took = self.clock() - began
+            if group is not None or not isinstance(method, TargetMethod):
+                self.made.add(took, count)
+            else:  # its search is part of each step
+                self.searched.add(max(0.0, took - count * self.made.each), count)
+                if not self.made.number:
+                    self.made.add(0.0, count)
+            return found
+        finally:
+            editor.restore()
+
+    def _baseline(self, count: int) -> None:
+        """The unedited model, which it has to be now, is asked about the first probes."""
+        if new := [edit for edit in self.pool[:count] if edit.id not in self.known]:
+            began = self._now()
+            found = take_baseline(self.bench.model, self.bench.tokenizer, new)
+            self.baseline = Baseline({**self.baseline.answers, **found.answers})
+            self.known |= {edit.id for edit in new}
+            self.asked_before.add(self.clock() - began, len(new))
+        self.seen = max(self.seen, count)
+
+    def _outcome(self, edits: Sequence[Edit], growth: float) -> Outcome:
+        bench = self.bench
+        found = evaluate(
+            bench.model,
+            bench.tokenizer,
+            edits,
+            baseline=self.baseline,
+            portability=False,
+            seed=bench.seed,
+            check=False,
+        )
+        return outcome(found.rows, growth)
+
+    def _now(self) -> float:
+        """Raises _OutOfTime where the time is over."""
+        now = self.clock()
+        if now - self.began >= self.budget:
+            raise _OutOfTime
+        return now
+
+    # What is chosen.
+
+    def _found(self, own: Trial, left_out: Sequence[str]) -> Tuning:
+        scored = list(self.scored.values())
+        most = max(one.probes for one in scored)
+        last = [one for one in scored if one.probes == most]
+        chosen, because = chosen_of(last, self.scored[own.label])
+        method = chosen.trial.method
+        names = [name for name in SEARCHED if method.value(name) is not None]
+        if method.strength and method.strength not in names:
+            names.append(method.strength)
+        names += [name for name in _differing(method, self.bench.anatomy) if name not in names]
+        fields = {name: _plain(method.value(name)) for name in names}
+        measured = {
+            "rule": "the largest mean of written · kept over probes; own, where it is within one standard error",
+            "because": because,
+            "chosen": chosen.trial.label,
+            "seconds": round(self.spent, 1),
+            "settings": [
+                {
+                    "label": one.trial.label,
+                    "changes": {name: _plain(value) for name, value in one.trial.changes.items()},
+                    "strength": one.trial.method.value(one.trial.method.strength),
+                    "probes": one.probes,
+                    **_figures(one.found),
+                }
+                for one in scored
+            ],
+        }
+        versions = {
+            "d4s": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+        preset = Preset(
+            method=method.name,
+            fields=fields,
+            model=model_facts(self.bench.anatomy),
+            measured=finite_or_none(measured),
+            versions=versions,
+            probes=tuple((edit.id, edit.text) for edit in self.pool[: self.seen]),
+        )
+        costs = {"a target": self.searched.each, "a probe made and scored": self.made.each}
+        assert self.unedited is not None
+        return Tuning(
+            preset,
+            chosen.trial.label,
+            tuple(scored),
+            self.unedited,
+            dict(self.failed),
+            tuple(left_out),
+            self.spent,
+            self.budget,
+            {name: seconds for name, seconds in costs.items() if seconds},
+        )
+
+
+@dataclass
+class _Pace:
+    """Seconds for each of what has been done."""
+
+    seconds: float = 0.0
+    number: int = 0
+
+    def add(self, seconds: float, number: int) -> None:
+        self.seconds += seconds
+        self.number += number
+
+    @property
+    def each(self) -> float:
+        return self.seconds / self.number if self.number else 0.0
+
+
+def chosen_of(last: Sequence[Scored], own: Scored) -> tuple[Scored, str]:
+    """(the setting that is chosen, why): the largest written · kept, or the method's own where it is no worse by more
+    than one standard error of the difference over probes."""
+    best = max(last, key=lambda one: (one.found.total, -one.found.growth))
+    if own not in last:
+        return best, f"own did not make {best.probes} probes"
+    if best.trial.label == own.trial.label:
+        return own, "nothing that was tried is better than the method's own"
+    differences = [a - b for a, b in zip(best.found.by_edit, own.found.by_edit, strict=True)]
+    gain, error = mean_of(differences), standard_error(differences)
+    said = f"{100 * gain:.1f} ± {100 * error:.1f} points better in written · kept"
+    if gain <= error:
+        return own, f"{best.trial.label} is {said}, which may be chance"
+    return best, f"{said} than the method's own"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; infinite for fewer than two values."""
+    if len(values) < 2:
+        return math.inf
+    middle = sum(values) / len(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def decides(method: Method) -> str:
+    """All of a configuration."""
+    return repr((method.name, asdict(method)))
+
+
+def _rounds(count: int) -> list[int]:
+    """Probes of each round, doubling up to `count`: 4, 8, 16 of 16."""
+    rounds = [count]
+    while rounds[0] // 2 >= FIRST and len(rounds) < 4:
+        rounds.insert(0, rounds[0] // 2)
+    return rounds
+
+
+def _doubled(least: int, most: int) -> list[int]:
+    counts = [least]
+    while counts[-1] * 2 <= most:
+        counts.append(counts[-1] * 2)
+    return counts
+
+
+def _differing(method: Method, anatomy: Anatomy) -> Iterator[str]:
+    """Names of the fields in which it differs from its own preset for the model, a target's by their own names."""
+    usual = type(method).preset(anatomy)
+    for name in asdict(method):
+        if name == "target":
+            inner = asdict(method.value("target"))
+            yield from (one for one in inner if inner[one] != usual.value(one))
+        elif method.value(name) != usual.value(name):
+            yield name
+
+
+def _type_of(method: Method, name: str) -> Any:
+    """The declared type of a field, of the method's own or its target's."""
+    owner = type(method) if name in asdict(method) else TargetConfig
+    return get_type_hints(owner).get(name)
+
+
+def _figures(found: Outcome) -> dict[str, float]:
+    return {name: getattr(found, name) for name in (*FIGURES, "total")}
+
+
+def _name(name: str) -> str:
+    return "λ" if name == "prior_weight" else name
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple | list) and len(value) > 1:
+        return f"{value[0]}–{value[-1]}"
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
