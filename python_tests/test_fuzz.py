@@ -27,6 +27,8 @@ from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import Targets
 from d4s.measure.metrics import Baseline, Evaluation, Metric
+from d4s.methods import METHODS, Preset
+from d4s.methods.preset import load_preset
 from d4s.models.scoring import Score
 from d4s.sequence.compare import _Kept
 from d4s.sequence.record import Record
@@ -138,6 +140,27 @@ def _card(path: Path) -> None:
     write_edits_card(path.parent, [Edit("{} is", "José", "here", paraphrases=["a"])], **facts)
 
 
+def _preset(path: Path) -> None:
+    facts = {"type": "gpt2", "fingerprint": "ab", "blocks": 3, "width": 32, "vocabulary": 320}
+    measured = {"because": "é", "settings": [{"label": "own", "written": 0.5, "kept": None}]}
+    Preset(
+        method="d4s",
+        fields={"layers": [0, 1], "prior_weight": 3.5, "clamp": 2.0, "contexts": 1, "anchor": "base"},
+        model=facts,
+        measured=measured,
+        versions={"d4s": "1"},
+        probes=(("1", "José is"), ("2", "Ada was")),
+    ).save(path)
+
+
+def _load_preset(path: Path) -> object:
+    """What is read can be put into a configuration, or is refused as one, and written again."""
+    preset = load_preset(path)
+    preset.notes_on([Edit("{} is", "José", "here")])
+    preset.save(path.with_name("again"))
+    return preset.applied(METHODS[preset.method](layers=(0,)))
+
+
 READERS = {
     **{
         f"edits: {path.stem}": Reader(_small(path.name), _edits)
@@ -152,6 +175,7 @@ READERS = {
     "targets.safetensors": Reader(_targets, KeptTargets.load, guarded=True),
     "patch.safetensors": Reader(_patch, read_patch, guarded=True),
     "d4s_edits.json": Reader(_card, lambda path: read_edits_card(path.parent), guarded=True),
+    "preset.json": Reader(_preset, _load_preset, guarded=True),
     "settings.json": Reader(
         lambda path: path.write_text(json.dumps(SETTINGS, indent=1)),
         lambda path: _Kept(path.parent, SETTINGS),

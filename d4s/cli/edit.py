@@ -137,8 +137,9 @@ def _say_by_rule(options: Namespace, model: CausalLM, method: str) -> None:
         said.append("λ (prior_weight) by the share of the first edits that arrives, told at the end")
     print(
         f"settings of {method}: nothing is published or measured for a {text_config(model).model_type} of "
-        f"{len(anatomy)} blocks, so {' and '.join(said) or 'they go by its rule'}, where --set does not say otherwise; these are not "
-        f"tried on it. d4s tune {options.model} {options.edits} --out preset.json tries them, on edits set aside",
+        f"{len(anatomy)} blocks, so {' and '.join(said) or 'they go by its rule'}, where --set does not say "
+        f"otherwise; none is tried on it. d4s tune {options.model} {options.edits} --out preset.json tries them, on "
+        "edits set aside",
         file=sys.stderr,
     )
 

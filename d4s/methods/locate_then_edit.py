@@ -12,7 +12,6 @@ from torch import Tensor
 from d4s.change.closed_form import Prior
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
-from d4s.errors import ConfigError
 from d4s.locate.kept_targets import target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
@@ -78,30 +77,14 @@ class LocateMethod(TargetMethod):
         """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them)."""
         if self.prior_weight is not None:
             return self
-        return self.weighed(self.weights_arriving(bench, edits, (ARRIVES,))[0])
+        squares = self.key_squares(bench, edits)
+        return self.weighed(weight_at_which(squares, ARRIVES, self.measures_again))
 
-    def weights_arriving(
-        self, bench: Workbench, edits: Sequence[Edit], shares: Sequence[float]
-    ) -> list[float]:
-        """λ at which each of these shares arrives of the first edits' residuals, on the unedited model.
+    def key_squares(self, bench: Workbench, edits: Sequence[Edit]) -> Tensor:
+        """q = kᵀ C⁻¹ k of the first edits on the unedited model, layers ascending. [edits, layers] float64
 
-        A single edit with key k moves its layer by the share q / (λ + q) of what is asked, q = kᵀ C⁻¹ k.
+        A single edit with key k moves its layer by the share q / (λ + q) of what is asked.
         """
-        found = self._squares(bench, edits)
-        return [weight_at_which(found, share, self.measures_again) for share in shares]
-
-    def share_arriving(self, bench: Workbench, edits: Sequence[Edit]) -> float:
-        """The share of the first edits' residuals that arrives with this λ (the median of them), on the unedited model.
-
-        Raises ConfigError where λ is left open.
-        """
-        if self.prior_weight is None:
-            raise ConfigError(f"{self.name}: prior_weight is left open; settled() decides it")
-        found = self._squares(bench, edits)
-        return float(arriving(found, self.prior_weight, self.measures_again).median())
-
-    def _squares(self, bench: Workbench, edits: Sequence[Edit]) -> Tensor:
-        """q of the first edits, layers ascending. [edits, layers]"""
         anatomy = bench.anatomy
         anatomy.check_layers(self.layers)
         covariance = bench.covariance(self.layers)

@@ -168,6 +168,10 @@ def preset_named(name: str, method: str) -> Mapping[str, Any]:
 
 def is_place(text: str) -> bool:
     """Whether a preset is asked for by its file: one that is there, or what only a file is called."""
+    from d4s.methods import METHODS
+
+    if any(text in method.presets for method in METHODS.values()):
+        return False
     return Path(text).suffix != "" or os.sep in text or Path(text).exists()
 
 

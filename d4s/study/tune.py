@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import torch
 import transformers
+from torch import Tensor
 
 from d4s.edits import Edit, check_sequence
 from d4s.errors import ConfigError, D4SError
@@ -35,7 +37,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
-from d4s.methods.locate_then_edit import PROBES, LocateMethod, TargetMethod
+from d4s.methods.locate_then_edit import PROBES, LocateMethod, TargetMethod, arriving, weight_at_which
 from d4s.methods.preset import model_facts
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
@@ -339,11 +341,13 @@ class _Search:
         self.kept: dict[str, KeptTargets] = {}  # by what decides targets
         self.scored: dict[str, Scored] = {}
         self.failed: dict[str, str] = {}
-        self.searched, self.made, self.asked_before = _Pace(), _Pace(), _Pace()
+        self.searched, self.made, self.asked_before, self.begun = _Pace(), _Pace(), _Pace(), _Pace()
+        self.squares: dict[str, Tensor] = {}
         self.share: float | None = None  # that arrives with the method's own λ
         self.baseline = Baseline({})
         self.known: set[str] = set()  # ids of the probes that it holds
         self.seen = 0  # probes that were looked at
+        self.over = False  # the time
         self.unedited: Outcome | None = None
 
     @property
@@ -358,7 +362,10 @@ class _Search:
             bench.covariance(layers)
         own = Trial(_OWN, _OWN, method.settled(bench, self.pool))
         if isinstance(own.method, LocateMethod):
-            self.share = own.method.share_arriving(bench, self.pool)
+            weight = own.method.value("prior_weight")
+            self.share = float(
+                arriving(self._squares(own.method), weight, own.method.measures_again).median()
+            )
             self.seen = min(PROBES, len(self.pool))
         first = min(FIRST, len(self.pool))
         self._try(own, first, own=True)
@@ -429,8 +436,15 @@ class _Search:
             and by_share
             and "prior_weight" not in changes
         ):
-            return method.weighed(method.weights_arriving(self.bench, self.pool, (share,))[0])
+            return method.weighed(weight_at_which(self._squares(method), share, method.measures_again))
         return method.settled(self.bench, self.pool)
+
+    def _squares(self, method: LocateMethod) -> Tensor:
+        """What λ is chosen by: once for all settings that differ in λ alone, since it takes a factor of C a layer."""
+        key = decides(method.weighed(1.0))
+        if key not in self.squares:
+            self.squares[key] = method.key_squares(self.bench, self.pool)
+        return self.squares[key]
 
     def _together(self, own: Trial, scored: Sequence[Scored]) -> Trial | None:
         """The best value of each field, of those that did better than the method's own; None: fewer than two did."""
@@ -461,7 +475,7 @@ class _Search:
         group = self._group(method)
         searches = isinstance(method, TargetMethod)
         new = count - min(count, held.get(group, 0)) if group is not None else count
-        return count * self.made.each + (new * self.searched.each if searches else 0.0)
+        return self.begun.each + count * self.made.each + (new * self.searched.each if searches else 0.0)
 
     def _planned(self, own: Trial, trials: list[Trial]) -> tuple[int, list[Trial]]:
         """(probes of the last settings, settings to begin with) that the time is expected to suffice for.
@@ -502,8 +516,9 @@ class _Search:
     def _halving(self, own: Trial, trials: Sequence[Trial], count: int) -> Trial:
         """Rounds of more probes for fewer settings; the best of the last one."""
         alive = list(trials)
-        self._baseline(count)
-        self.unedited = self._outcome(self.pool[:count], 0.0)
+        with suppress(_OutOfTime):
+            self._baseline(count)
+        self.unedited = self._outcome(self.pool[: len(self.known)], 0.0)
         for number, probes in enumerate(_rounds(count)):
             stage(f"tune: {len(alive) + 1} settings, {probes} probes each", shown=self.progress)
             if not self._try(own, probes):
@@ -554,7 +569,7 @@ class _Search:
         known = self.scored.get(trial.label)
         if known is not None and known.probes == count:
             return True
-        if trial.label in self.failed:
+        if trial.label in self.failed or self.over:
             return False
         try:
             self.scored[trial.label] = Scored(trial, count, self._sequence(trial.method, count))
@@ -577,7 +592,9 @@ class _Search:
         bench, edits = self.bench, self.pool[:count]
         group = self._group(method)
         bench.targets = None if group is None else self.kept.setdefault(group, KeptTargets())
+        began = self.clock()
         editor = method.editor(bench)
+        self.begun.add(self.clock() - began, 1)
         try:
             self._baseline(count)
             for at in range(0, count, SLICE):
@@ -633,6 +650,7 @@ class _Search:
         """Raises _OutOfTime where the time is over."""
         now = self.clock()
         if now - self.began >= self.budget:
+            self.over = True
             raise _OutOfTime
         return now
 
