@@ -177,6 +177,10 @@ class Front:
             lines.append(
                 f"Of {len(table)} sequences. Shares in percent: written is efficacy · paraphrase, kept is specificity."
             )
+        if len(table) and table["kept"].isna().all():
+            lines.append(
+                "note: these edits bring nothing that must not change, so there is no front and no figure"
+            )
         lines += [f"{label} broke off: {why}" for label, why in self.comparison.collapsed.items()]
         lines += [f"note: {note}" for note in self.comparison.notes]
         return "\n".join(lines)
@@ -191,13 +195,15 @@ class Front:
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """front.json, front-points.csv, front.png with front.csv, and what `Comparison.save` writes."""
+        """What `Comparison.save` writes, front.json, front-points.csv, and, where it could be scored what is kept,
+        front.png with front.csv."""
         folder = Path(folder)
         self.comparison.save(folder)
         write_text(json.dumps(self.to_dict(), indent=1), folder / "front.json")
         if len(table := self.table()):
             write_table(table, folder / "front-points.csv")
-            plot_points(self.points(), folder / "front.png", x_label="kept (%)", y_label="written (%)")
+            if table["kept"].notna().any():
+                plot_points(self.points(), folder / "front.png", x_label="kept (%)", y_label="written (%)")
 
 
 def front(

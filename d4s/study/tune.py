@@ -55,6 +55,7 @@ FIRST = 4  # probes whose cost decides about all others
 FEWEST = 16  # that a setting is chosen by, where the time allows; below it, it is said
 MOST = 512  # probes
 KEPT_BACK = 0.1  # of the time, for what costs more than foreseen
+NEIGHBOURS = 5  # of a probe that are scored, which is most of what a setting costs
 SLICE = 4  # targets searched between two looks at the clock
 SHARES = (0.99, 0.95, 0.8, 0.6)  # of an edit that arrive, beside the method's own
 _OWN = "own"  # what the method's own setting is called
@@ -307,14 +308,22 @@ def tune(
 
 
 def _pool(edits: Sequence[Edit], probes: int | None, seed: int, *, drawn: bool) -> list[Edit]:
-    """The probes to come, in their order: one a prompt."""
-    distinct = list({edit.text: edit for edit in edits}.values())
+    """The probes to come, in their order: one a prompt, of those that bring what must not change."""
+    distinct = list({edit.text: edit for edit in edits if _is_scored_whole(edit)}.values())
     if drawn:
         distinct = Random(seed).sample(distinct, len(distinct))
     least = probes or 2
     if len(distinct) < least:
-        raise ConfigError(f"{len(distinct)} different edits, and {least} probes are needed; give more edits")
+        raise ConfigError(
+            f"{len(distinct)} different edits with neighbours, and {least} probes are needed; give more"
+        )
     return distinct[: probes or MOST]
+
+
+def _is_scored_whole(edit: Edit) -> bool:
+    """Whether what an edit disturbs can be scored: without that the one that writes the most would always win."""
+    neighbours = edit.target_true is not None and edit.kind != "statement" and edit.neighborhood
+    return bool(neighbours or ((edit.kind != "completion" or edit.target_true is None) and edit.locality))
 
 
 class _OutOfTime(Exception):
@@ -641,6 +650,7 @@ class _Search:
             edits,
             baseline=self.baseline,
             portability=False,
+            neighborhood_limit=NEIGHBOURS,
             seed=bench.seed,
             check=False,
         )

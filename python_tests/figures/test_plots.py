@@ -11,7 +11,7 @@ import pytest
 
 import d4s.figures
 from d4s.errors import ConfigError
-from d4s.figures.plots import lines_of, plot_heat_map, plot_lines
+from d4s.figures.plots import lines_of, plot_heat_map, plot_lines, plot_points
 
 
 def test_a_level_has_the_name_it_is_given_and_the_data_lie_beside(tmp_path, drawn) -> None:
@@ -46,6 +46,32 @@ def test_a_heat_map_draws_its_cells_and_saves_them_as_they_are(tmp_path, drawn) 
     assert [text.get_text() for text in axes.texts] == ["25", "100", "50"]
     assert axes.images[0].get_clim() == (0, 100)
     assert float(pandas.read_csv(tmp_path / "map.csv", index_col=0).loc["b", "d"]) == 0.5
+
+
+def test_points_carry_their_labels_and_the_chosen_one_a_ring(tmp_path, drawn) -> None:
+    data = pandas.DataFrame(
+        {
+            "panel": ["north"] * 3 + ["south"],
+            "line": ["rain", "rain", "snow", "rain"],
+            "label": ["a", "b", "c", "b"],
+            "x": [1.0, 2.0, math.nan, 4.0],
+            "y": [3.0, 1.0, 2.0, 5.0],
+        }
+    )
+    plot_points(data, tmp_path / "p.png", x_label="mm", y_label="days", chosen="b")
+    north, south = drawn[0].axes
+    assert [text.get_text() for text in north.texts] == ["a", "b"] and len(south.texts) == 1
+    assert [text.xy for text in north.texts] == [(1.0, 3.0), (2.0, 1.0)]
+    line, ring = north.get_lines()
+    assert list(line.get_xdata()) == [1.0, 2.0] and line.get_linestyle() != "None"
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([2.0], [1.0])
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["rain"]
+    pandas.testing.assert_frame_equal(pandas.read_csv(tmp_path / "p.csv"), data)
+    plot_points(data, tmp_path / "q.png", x_label="mm", y_label="days", joined=False)
+    assert [one.get_linestyle() for one in drawn[1].axes[0].get_lines()] == ["None"]
+    for wrong, words in ((data.drop(columns="label"), "'label'"), (data[2:3], "nothing to draw")):
+        with pytest.raises(ConfigError, match=words):
+            plot_points(wrong, tmp_path / "r.png", x_label="", y_label="")
 
 
 def test_errors_say_what_is_missing(tmp_path) -> None:
