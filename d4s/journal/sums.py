@@ -22,6 +22,7 @@ from torch import Tensor
 
 from d4s import ops
 from d4s.change.closed_form import ClosedForm, Prior, Rows
+from d4s.change.projection import Projection
 from d4s.edits import Edit
 from d4s.errors import D4SError, DataError, EditError, unknown_name
 from d4s.journal.folder import Folder
@@ -172,7 +173,7 @@ class Sums:
         if not folder.place("priors").exists():
             raise DataError(
                 f"{folder.root}: {head['method']} keeps no sums, so single edits cannot be taken back; d4s, memit-seq, "
-                "alphaedit and encore do"
+                "alphaedit, nas, sphere and encore do"
             )
         self.layers: list[int] = head["layers"]
         self.transposed = {layer: bool(head["transposed"][str(layer)]) for layer in self.layers}
@@ -187,6 +188,7 @@ class Sums:
         except (KeyError, IndexError, D4SError) as error:
             raise DataError(f"{folder.root}: base or priors are not those of its layers ({error})") from None
         self.shapes = shapes
+        self._projections: dict[int, Projection] = {}
         self.closed_form = self._empty()
         self.standing = Standing(replaces=head["method"] == "d4s")
         self._replay(snapshots)
@@ -249,16 +251,31 @@ class Sums:
         found = {}
         for layer in self.layers:
             weight = self.base[layer].clone()
-            ops.write_back_(
-                weight, self.base[layer], self.closed_form.delta(layer), transposed=self.transposed[layer]
-            )
+            delta = self.projected(layer, self.closed_form.delta(layer))
+            ops.write_back_(weight, self.base[layer], delta, transposed=self.transposed[layer])
             found[layer] = weight
         return found
+
+    def projected(self, layer: int, change: Tensor) -> Tensor:
+        """What of a change was written, by the configuration of the sequence. change: [any, d_in]"""
+        if (told := self.folder.head["config"].get("delta_projection")) is None:
+            return change
+        if layer not in self._projections:
+            base = self.base[layer]
+            try:
+                strength, share = map(float, told)
+            except (TypeError, ValueError):
+                raise DataError(
+                    f"{self.folder.root}: delta_projection is {told!r}; must be α and β, or none"
+                ) from None
+            weight = base.T if self.transposed[layer] else base
+            self._projections[layer] = Projection(weight, strength, share)
+        return self._projections[layer](change)
 
     def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Δ = left · right of every edited layer, left [d_out, rows], right [rows, d_in], float64: a row an edit.
 
-        Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P.
+        Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P, projected where W is.
         """
         found = {}
         for layer in self.layers:
@@ -276,7 +293,7 @@ class Sums:
             keys = torch.cat([one.keys.double() for one in rows])
             signs = torch.cat([torch.full((len(one.keys), 1), one.sign).double() for one in rows])
             matrix = self.priors[layer].matrix.double() + (signs * keys).T @ keys
-            found[layer] = (residuals.T, torch.linalg.solve(matrix, keys.T).T)
+            found[layer] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
         return found
 
 

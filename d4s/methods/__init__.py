@@ -19,11 +19,14 @@ from d4s.methods.encore import ENCORE
 from d4s.methods.ft import FTL, FTLW0, FTM
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
+from d4s.methods.lyaplock import LyapLock
 from d4s.methods.memit import MEMIT
 from d4s.methods.memit_seq import MEMITSeq
+from d4s.methods.nas import NAS
 from d4s.methods.pmet import PMET
 from d4s.methods.preset import Preset
 from d4s.methods.rome import ROME, RROME
+from d4s.methods.sphere import SPHERE
 from d4s.methods.ultraedit import UltraEdit
 from d4s.models.architectures import Anatomy
 
@@ -36,7 +39,10 @@ METHODS: dict[str, type[Method]] = {
     "pmet": PMET,
     "emmet": EMMET,
     "alphaedit": AlphaEdit,
+    "nas": NAS,
+    "sphere": SPHERE,
     "encore": ENCORE,
+    "lyaplock": LyapLock,
     "ultraedit": UltraEdit,
     "ft-l": FTL,
     "ft-l-w0": FTLW0,

@@ -137,7 +137,7 @@ class Method(Configuration, ABC):
             if name not in own | inner:
                 raise ConfigError(unknown_name(f"field of {self.name}", str(name), own | inner))
         direct = {k: v for k, v in overrides.items() if k in own}
-        for name in ("layers", "context_lengths", "modules"):
+        for name in ("layers", "context_lengths", "modules", "delta_projection"):
             if name in direct:
                 value = [direct[name]] if isinstance(direct[name], int | str) else direct[name]
                 direct[name] = tuple(value) if isinstance(value, list | range) else value

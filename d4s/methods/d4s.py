@@ -18,6 +18,10 @@ A prompt that is edited again has its key in the lowest layer's B already. Both 
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
 (once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
 layers below: the old key is in B, the new one is not, and is added as any other.
+
+With `delta_projection` W = W0 + A (B + λC)⁻¹ (I − α U Uᵀ), U of W0, and the sums are put together as without it. By the
+rule "measured" that projects each step, as SPHERE does: r is measured on W as it is, and A (B + λC)⁻¹ moves by
+r kᵀ (B + λC)⁻¹, of which (I − α U Uᵀ) reaches W.
 """
 
 from __future__ import annotations
@@ -126,7 +130,7 @@ class D4SEditor(LocateEditor):
             if again and i == 0:  # above the lowest layer, this key is not what went into B
                 taken = already[again] if old is None else old / share
                 self._put(Rows(layer, -1.0, tuple(again), taken, keys[again]))
-            self.weights.write_(layer, self.closed_form.delta(layer))
+            self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
         self.hold(batch)
         return step_of(targets)
 
@@ -154,7 +158,7 @@ class D4SEditor(LocateEditor):
     def write(self) -> None:
         """Every layer's weight from its sums."""
         for layer, delta in self.closed_form.deltas().items():
-            self.weights.write_(layer, delta)
+            self.weights.write_(layer, self.projected(layer, delta))
 
     def base_residuals(self, edits: Sequence[Edit]) -> Tensor:
         """z − h_L of earlier edits, found again on the unedited weights. [edits, d_model] float64"""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from d4s.change.closed_form import Prior
-from d4s.configuration import Above, AtLeast
+from d4s.change.projection import Projection
+from d4s.configuration import Above, AtLeast, AtMost, Length
 from d4s.edits import Edit
-from d4s.locate.kept_targets import target_identity
+from d4s.errors import ConfigError
+from d4s.locate import norm_anchor
+from d4s.locate.kept_targets import KeptTargets, target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets, optimise_targets
@@ -23,11 +26,15 @@ from d4s.models.architectures import Anatomy
 EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
 PROBES = 16  # edits whose keys choose λ; a key costs about a sixtieth of a target's search
 ARRIVES = 0.9  # share of a probe's residual that is to arrive over all edited layers
+ANCHORS = 64  # edits whose targets say how long a target is by nature
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetMethod(Method):
     """Fields shared by methods that search a target and solve for the weights."""
+
+    # Where δ is added in the last edited layer, and targets are measured: the first of these.
+    places: ClassVar[tuple[Place, ...]] = ("block",)
 
     layers: Annotated[tuple[int, ...], "whose W is changed; targets are those of the last"]
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -39,10 +46,55 @@ class TargetMethod(Method):
     context_lengths: Annotated[tuple[int, ...], "tokens of a context, its seed word included", AtLeast(1)] = (
         10,
     )
+    target_norm: Annotated[
+        Literal["found", "anchor"],
+        "of what a target asks of the MLP: as it was found, or m for every edit (Norm-Anchor Scaling)",
+    ] = "found"
+    anchor_norm: Annotated[
+        float | None, "m; None: the first edits' mean, on the unedited model", Above(0)
+    ] = None
+    delta_projection: Annotated[
+        tuple[float, ...] | None,
+        "α and β of SPHERE: along W0's main directions, which hold the share β, 1 − α of a change is written",
+        Length(2, "α and β"),
+        AtLeast(0),
+        AtMost(1),
+    ] = None
 
     def prefixes(self, bench: Workbench) -> tuple[str, ...]:
         """The generated contexts."""
         return tuple(p for length in self.context_lengths for p in bench.contexts(self.contexts, length))
+
+    def places_in(self, anatomy: Anatomy) -> tuple[Place, ...]:
+        """`places`; the MLP's output, where what follows it makes a residual of the stream none of W."""
+        return (
+            ("mlp",) if anatomy.architecture.normed_mlp_output and self.places == ("block",) else self.places
+        )
+
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """m, where it is wanted and None: the mean norm of what the first edits' targets ask of the MLP.
+
+        The release takes it over 1,000 requests of CounterFact, searched on the bare prompts. Here they are the first
+        `ANCHORS` edits, as they are searched for the edit itself: where that is on the unedited model and they are
+        kept, nothing is searched twice.
+        """
+        if self.target_norm == "found" or self.anchor_norm is not None:
+            return self
+        anatomy, last, first = bench.anatomy, self.layers[-1], list(edits[:ANCHORS])
+        anatomy.check_layers(self.layers)
+        prefixes, places = self.prefixes(bench), self.places_in(anatomy)
+
+        def search(some: Sequence[Edit]) -> Targets:
+            return optimise_targets(
+                anatomy, bench.tokenizer, some, prefixes, last, self.target, places=places
+            )
+
+        kept = bench.targets if self.searches_ahead else None
+        if kept is not None:
+            kept.check(target_identity(anatomy, bench.tokenizer, prefixes, last, places, self.target))
+        targets = searched(kept, first, search, anatomy.device)
+        outputs = mlp_outputs(anatomy, bench.tokenizer, first, targets, last, places)
+        return replace(self, anchor_norm=norm_anchor.mean_norm(norm_anchor.norms(targets, outputs)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +127,12 @@ class LocateMethod(TargetMethod):
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """λ, where it is None: of the first edits' residuals `ARRIVES` arrives (the median of them)."""
+        method = super().settled(bench, edits)
+        assert isinstance(method, LocateMethod)
         if self.prior_weight is not None:
-            return self
+            return method
         squares = self.key_squares(bench, edits)
-        return self.weighed(weight_at_which(squares, ARRIVES, self.measures_again))
+        return method.weighed(weight_at_which(squares, ARRIVES, self.measures_again))
 
     def key_squares(self, bench: Workbench, edits: Sequence[Edit]) -> Tensor:
         """q = kᵀ C⁻¹ k of the first edits on the unedited model, layers ascending. [edits, layers] float64
@@ -122,22 +176,32 @@ def weight_at_which(squares: Tensor, share: float, measured: bool) -> float:
 
 
 class LocateEditor(Editor):
-    """An editor with keys, targets and a prior."""
+    """An editor with keys, targets and a prior.
+
+    Raises ConfigError where targets are to be put on a norm that is not there yet.
+    """
 
     bare_share: float | None = 0.5  # weight of the bare prompt in a key
-
-    # Where δ is added in the last edited layer, and targets are measured: the first of these.
-    places: tuple[Place, ...] = ("block",)
 
     def __init__(self, method: TargetMethod, bench: Workbench) -> None:
         if isinstance(method, LocateMethod) and method.prior_weight is None:
             # No edits to choose by: E[kᵀ C⁻¹ k] = d_in, of which half arrives in each of several layers.
             d_in = bench.anatomy.shape(method.layers[-1])[1]
             method = method.weighed(d_in if len(method.layers) > 1 else d_in / 10)
+        if method.target_norm == "anchor" and method.anchor_norm is None:
+            raise ConfigError(
+                f"{method.name}: target_norm is 'anchor' and anchor_norm None; an editor needs the norm itself, which "
+                "method.settled(bench, edits) takes from the first edits"
+            )
         super().__init__(method, bench, method.layers)
         self.prefixes = method.prefixes(bench)
-        if self.anatomy.architecture.normed_mlp_output and self.places == ("block",):
-            self.places = ("mlp",)
+        self.places = method.places_in(self.anatomy)
+        self.projections: dict[int, Projection] = {}
+        if method.delta_projection is not None:
+            strength, share = method.delta_projection
+            for layer, base in self.weights.base.items():
+                weight = base.T if self.anatomy.transposed(layer) else base
+                self.projections[layer] = Projection(weight, strength, share)
 
     @property
     def last(self) -> int:
@@ -171,8 +235,8 @@ class LocateEditor(Editor):
         module = self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
         return output_at(self.anatomy, rows, module).double()
 
-    def targets(self, edits: Sequence[Edit]) -> Targets:
-        """Targets on the model's current weights."""
+    def search(self, edits: Sequence[Edit]) -> Targets:
+        """Targets on the model's current weights, as they are found."""
         return optimise_targets(
             self.anatomy,
             self.tokenizer,
@@ -182,6 +246,21 @@ class LocateEditor(Editor):
             self.method.target,
             places=self.places,
         )
+
+    def normed(self, edits: Sequence[Edit], targets: Targets) -> Targets:
+        """As the method wants what was found, on the weights that it was found on, which the model has to hold."""
+        if self.method.target_norm == "found":
+            return targets
+        outputs = mlp_outputs(self.anatomy, self.tokenizer, edits, targets, self.last, self.places)
+        return norm_anchor.anchored(targets, outputs, self.method.anchor_norm)
+
+    def targets(self, edits: Sequence[Edit]) -> Targets:
+        """Targets on the model's current weights."""
+        return self.normed(edits, self.search(edits))
+
+    def projected(self, layer: int, change: Tensor) -> Tensor:
+        """What of a change is written. [d_out, d_in]"""
+        return self.projections[layer](change) if layer in self.projections else change
 
 
 class Ahead:
@@ -248,13 +327,44 @@ class Ahead:
         return [*windows, others] if others else windows
 
     def targets(self, edits: Sequence[Edit]) -> Targets:
-        """Those kept, and those of other edits searched on the unedited weights, which the model has to hold now."""
-        editor, kept = self.editor, self.editor.bench.targets
-        if kept is None:
-            return editor.targets(edits)
-        if new := kept.lacking(edits):
-            kept.add(new, editor.targets(new))
-        return kept.take(edits, editor.anatomy.device)
+        """Those kept, and those of other edits searched on the unedited weights, which the model has to hold now.
+
+        Kept is what was found; what the method makes of it comes after.
+        """
+        editor = self.editor
+        found = searched(editor.bench.targets, edits, editor.search, editor.anatomy.device)
+        return editor.normed(edits, found)
+
+
+def searched(
+    kept: KeptTargets | None,
+    edits: Sequence[Edit],
+    search: Callable[[Sequence[Edit]], Targets],
+    device: torch.device,
+) -> Targets:
+    """Those kept, and those of other edits, which `search` finds and which are kept from then on."""
+    if kept is None:
+        return search(edits)
+    if new := kept.lacking(edits):
+        kept.add(new, search(new))
+    return kept.take(edits, device)
+
+
+def mlp_outputs(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    targets: Targets,
+    layer: int,
+    places: tuple[Place, ...],
+) -> Tensor:
+    """v0: what the MLP puts out at the subject's last token of the bare prompt. [edits, d_model]
+
+    Where targets are those of the MLP's output it is what they start from.
+    """
+    if places[0] == "mlp":
+        return targets.start
+    return output_at(anatomy, subject_rows(tokenizer, edits), anatomy.projection(layer))
 
 
 def step_of(targets: Targets) -> Step:

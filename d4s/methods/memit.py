@@ -44,5 +44,5 @@ class MEMITEditor(LocateEditor):
         for i, layer in enumerate(layers):
             residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
             change = solve(residuals, self.keys(rows, layer), self._priors[layer])
-            self.weights.write_(layer, self.weights.delta(layer) + change)
+            self.weights.write_(layer, self.weights.delta(layer) + self.projected(layer, change))
         return step_of(targets)

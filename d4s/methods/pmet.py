@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from typing import ClassVar
 
+from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig
 from d4s.methods.base import Workbench
 from d4s.methods.locate_then_edit import LocateMethod
@@ -29,6 +30,7 @@ class PMET(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-3-8b")
+    places: ClassVar[tuple[Place, ...]] = ("mlp", "attention")
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> PMET:
@@ -48,7 +50,5 @@ class PMET(LocateMethod):
 
 
 class PMETEditor(MEMITEditor):
-    places = ("mlp", "attention")
-
     def share(self, left: int) -> float:
         return sqrt(left)

@@ -20,6 +20,7 @@ from torch import Tensor
 from d4s.change.closed_form import Prior
 from d4s.configuration import AtLeast, Length
 from d4s.edits import Edit
+from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, TargetMethod, step_of
@@ -35,6 +36,7 @@ class ROME(TargetMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     strength: ClassVar[str] = "clamp"
     bare_key: ClassVar[bool] = True  # k of the bare prompt beside u of k̄: the released code's flaw
+    places: ClassVar[tuple[Place, ...]] = ("mlp",)
 
     layers: Annotated[
         tuple[int, ...],
@@ -82,7 +84,6 @@ class RROME(ROME):
 
 
 class ROMEEditor(LocateEditor):
-    places = ("mlp",)
     bare_share = None  # k̄: bare prompt and contexts count alike
 
     def __init__(self, method: ROME, bench: Workbench) -> None:
@@ -102,7 +103,7 @@ class ROMEEditor(LocateEditor):
         k = self.keys(rows, self.last)
         residual = targets.target.double() - self.state(rows)  # v* − v
         change = rank_one(residual[0], k[0], self.keys(averaged, self.last)[0], self._prior)
-        self.weights.write_(self.last, self.weights.delta(self.last) + change)
+        self.weights.write_(self.last, self.weights.delta(self.last) + self.projected(self.last, change))
         return targets
 
 

@@ -40,6 +40,9 @@ STRONG: dict[str, dict[str, Any]] = {
     "pmet": _TARGET | _PRIOR,
     "emmet": _TARGET | _PRIOR,
     "alphaedit": _TARGET | dict(l2=1e-2, null_space_threshold=1.0, threshold_is_relative=True),
+    "nas": _TARGET | dict(l2=1e-2, null_space_threshold=1.0, threshold_is_relative=True),
+    "sphere": _TARGET | dict(l2=1e-2, null_space_threshold=1.0, threshold_is_relative=True),
+    "lyaplock": _TARGET | _PRIOR,
     "encore": _TARGET | _PRIOR | dict(norm_weight=1e-2),
     "ultraedit": dict(learning_rate=3e-3),
     "ft-l": dict(learning_rate=1e-2, epsilon=0.1),
@@ -62,8 +65,9 @@ def bench_of(
 
 
 def editor_of(name: str, bench: Workbench, **config: Any) -> Editor:
-    """The method by name, strong, with single fields changed."""
-    return method_for(name, bench.anatomy, STRONG[name] | config).editor(bench)
+    """The method by name, strong, with single fields changed; what is left open decided by two edits."""
+    method = method_for(name, bench.anatomy, STRONG[name] | config)
+    return method.settled(bench, SUBJECT_LAST).editor(bench)
 
 
 def state_of(bench: Workbench) -> dict[str, torch.Tensor]:
