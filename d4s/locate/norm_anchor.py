@@ -40,6 +40,6 @@ def anchored(targets: Targets, outputs: Tensor, norm: float) -> Targets:
     before = outputs.double()
     length = norms(targets, outputs).unsqueeze(1)
     wanted = before + targets.delta.double()
-    wanted = wanted * (norm / length.clamp_min(torch.finfo(torch.float64).tiny))
+    wanted = wanted * (norm / length.clamp_min(1e-30))  # of length 0 it stays that
     delta = torch.where(length > LONGEST * norm, 0.0, wanted - before)
     return replace(targets, delta=delta.to(targets.delta.dtype))

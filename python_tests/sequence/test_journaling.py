@@ -24,6 +24,11 @@ METHODS = {
     "memit-seq": FAST,
     "alphaedit": {k: v for k, v in FAST.items() if k not in ("prior_weight", "ridge")}
     | dict(null_space_threshold=1.0, threshold_is_relative=True),
+    "nas": {k: v for k, v in FAST.items() if k not in ("prior_weight", "ridge")}
+    | dict(null_space_threshold=1.0, threshold_is_relative=True),
+    "d4s, on a norm, projected": FAST
+    | {"method": "d4s", "target_norm": "anchor", "delta_projection": [0.5, 0.5]},
+    "lyaplock": FAST | dict(allowed_damage=0.5),
     "rome": dict(layers=[1], steps=3, contexts=0, ridge=0.1),
     "ft-m": dict(layers=[0], steps=2),
     "grace": dict(layers=[1], steps=3),
