@@ -31,10 +31,16 @@ class AnswerRows:
 
 
 def answer_rows(
-    tokenizer: Any, edits: Sequence[Edit], device: torch.device, *, from_last: bool = False
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    device: torch.device,
+    *,
+    from_last: bool = False,
+    end: Sequence[int] = (),
 ) -> AnswerRows:
     """One row an edit.
 
+    end: ids that follow each target and are predicted like its own: those by which a text ends
     from_last: predict every target token from the prompt's last position, which sees none of those before it.
     """
     rows: list[list[int]] = []
@@ -42,6 +48,7 @@ def answer_rows(
     tokens: list[tuple[int, int, int]] = []
     for r, edit in enumerate(edits):
         prompt, target = prompt_and_target_ids(tokenizer, edit.text, edit.target(edit.target_new))
+        target = [*target, *end]
         last.append(len(prompt) - 1)
         rows.append(prompt if from_last else prompt + target[:-1])
         tokens += [(r, last[r] + (0 if from_last else t), token) for t, token in enumerate(target)]
@@ -70,9 +77,10 @@ def losses_in_batches(
     anatomy: Anatomy,
     tokenizer: Any,
     edits: Sequence[Edit],
-    use: Callable[[AnswerRows, Tensor], None],
+    use: Callable[[AnswerRows, Tensor], None] | None = None,
     *,
     from_last: bool = False,
+    end: Sequence[int] = (),
 ) -> Tensor:
     """`answer_losses` of all edits, [edits] float32; `use(rows, losses)` sees each part with its graph.
 
@@ -80,13 +88,15 @@ def losses_in_batches(
     """
     found = torch.zeros(len(edits), dtype=torch.float32, device=anatomy.device)
     texts = [edit.text + continuation(edit.text, edit.target(edit.target_new)) for edit in edits]
-    lengths = [len(ids) for ids in text_ids(tokenizer, texts)]
+    lengths = [len(ids) + len(end) for ids in text_ids(tokenizer, texts)]
 
     def run(chosen: list[int]) -> None:
-        rows = answer_rows(tokenizer, [edits[i] for i in chosen], anatomy.device, from_last=from_last)
+        part = [edits[i] for i in chosen]
+        rows = answer_rows(tokenizer, part, anatomy.device, from_last=from_last, end=end)
         losses = answer_losses(anatomy.model, rows)
         found[chosen] = losses.detach()
-        use(rows, losses)
+        if use is not None:
+            use(rows, losses)
 
     run_in_batches(lengths, run, most_tokens(anatomy.model, None) // 4)
     return found

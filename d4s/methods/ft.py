@@ -5,7 +5,8 @@ FT-L (arXiv 2012.00363, as in arXiv 2202.05262): |W − W_s| ≤ ε, element by 
 the step, as released: over a sequence W drifts from W0 by up to ε a step. All target tokens are scored from the
 prompt's last position, as if each came first: a weakness of the released code, kept since the published figures
 have it. FT-L-W0 is no published method: FT-L with |W − W0| ≤ ε over the whole sequence.
-FT-M: ordinary cross-entropy on the target's tokens, no bound.
+FT-M: ordinary cross-entropy on the target's tokens, no bound; with `target_eos` on the token that ends a text behind
+them too. FT-L has no such field: it would be asked for that token right behind the prompt.
 
 Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
 """
@@ -25,12 +26,13 @@ from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
 from d4s.methods.base import MasterEditor, Method, Step, Workbench
 from d4s.methods.published import MODELS, model_key, one_layer
 from d4s.models.architectures import Anatomy
+from d4s.models.prompts import end_of_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTM(Method):
-    name: ClassVar[str] = "ft-m"
-    paper: ClassVar[str] = "arXiv 2401.01286"
+class FineTuning(Method):
+    """Fields shared by all of them."""
+
     changes: ClassVar[str] = "MLP output projections"
     not_published: ClassVar[tuple[str, ...]] = ("llama-2-7b", "llama-3-8b")
     strength: ClassVar[str] = "learning_rate"
@@ -41,10 +43,10 @@ class FTM(Method):
     steps: Annotated[int, "of Adam, at most", AtLeast(1)] = 25
     stop_loss: Annotated[float, "an edit below it is not trained on"] = 1e-2
 
-    @classmethod
-    def preset(cls, anatomy: Anatomy) -> FTM:
-        """Layer 0; the embedded model: the other methods' layer."""
-        return cls(layers=(one_layer(anatomy) if model_key(anatomy) == "embedded" else 0,))
+    @property
+    def ends_targets(self) -> bool:
+        """Whether what ends a text is one more token of each target."""
+        return False
 
     def editor(self, bench: Workbench) -> FTEditor:
         return FTEditor(self, bench, self.layers)
@@ -54,7 +56,24 @@ class FTM(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTL(FTM):
+class FTM(FineTuning):
+    name: ClassVar[str] = "ft-m"
+    paper: ClassVar[str] = "arXiv 2401.01286"
+
+    target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
+
+    @classmethod
+    def preset(cls, anatomy: Anatomy) -> FTM:
+        """Layer 0; the embedded model: the other methods' layer."""
+        return cls(layers=(one_layer(anatomy) if model_key(anatomy) == "embedded" else 0,))
+
+    @property
+    def ends_targets(self) -> bool:
+        return self.target_eos
+
+
+@dataclass(frozen=True, kw_only=True)
+class FTL(FineTuning):
     name: ClassVar[str] = "ft-l"
     paper: ClassVar[str] = "arXiv 2012.00363"
     strength: ClassVar[str] = "epsilon"
@@ -93,10 +112,15 @@ class FTLW0(FTL):
 
 
 class FTEditor(MasterEditor):
+    def __init__(self, method: FineTuning, bench: Workbench, layers: Sequence[int]) -> None:
+        super().__init__(method, bench, layers)
+        self.end = end_of_text(bench.model, bench.tokenizer) if method.ends_targets else []
+
     def apply(self, batch: Sequence[Edit]) -> Step:
         optimiser = torch.optim.Adam(self.deltas.values(), lr=self.method.learning_rate)
         start = {layer: delta.clone() for layer, delta in self.deltas.items()}
-        first = losses = self.gradients(batch)
+        losses = self.gradients(batch)
+        first = self.told(batch, losses)
         for _ in range(self.method.steps):
             if bool((losses < self.method.stop_loss).all()):
                 break
@@ -107,7 +131,14 @@ class FTEditor(MasterEditor):
             losses = self.gradients(batch)
         for delta in self.deltas.values():
             delta.grad = None
-        return Step(probabilities(first), probabilities(losses))
+        return Step(first, self.told(batch, losses))
+
+    def told(self, batch: Sequence[Edit], losses: Tensor) -> tuple[float, ...]:
+        """p of the targets' own tokens, without what ends them: it compares with p after the edit."""
+        if self.end:
+            with torch.no_grad():
+                losses = losses_in_batches(self.anatomy, self.tokenizer, batch)
+        return probabilities(losses)
 
     def gradients(self, batch: Sequence[Edit]) -> Tensor:
         """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are not done."""
@@ -124,7 +155,9 @@ class FTEditor(MasterEditor):
             for weight in weights.values():
                 weight.requires_grad_(True)
             from_last = self.method.from_last
-            losses = losses_in_batches(self.anatomy, self.tokenizer, batch, use, from_last=from_last)
+            losses = losses_in_batches(
+                self.anatomy, self.tokenizer, batch, use, from_last=from_last, end=self.end
+            )
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)

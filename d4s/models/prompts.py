@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d4s.edits.spacing import Target, continuation
-from d4s.errors import EditError, TokenizerError
+from d4s.errors import EditError, ModelError, TokenizerError
 from d4s.models.causal_lm import CausalLM
 
 if TYPE_CHECKING:
@@ -70,6 +70,28 @@ def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def start_ids(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer puts in front of any text: <s>, [CLS], or nothing."""
     return list(_Around.of(tokenizer).front)
+
+
+def end_of_text(model: CausalLM, tokenizer: Any) -> list[int]:
+    """The ids by which a text of this tokenizer ends: its end token, or a full stop where it has none.
+
+    Raises TokenizerError for a tokenizer that can write neither, ModelError for an end token that the model lacks.
+    """
+    end = tokenizer.eos_token_id
+    ids = [int(end)] if end is not None else _ids_behind_a_text(tokenizer, ".")
+    if not ids or (end is None and getattr(tokenizer, "unk_token_id", None) in ids):
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} has neither an end token nor a full stop by which a target could end; name "
+            "one (tokenizer.eos_token = …), or set target_eos=False"
+        )
+    size = model.get_input_embeddings().num_embeddings
+    if max(ids) >= size:
+        raise ModelError(
+            f"the tokenizer ends a text by {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and the "
+            f"model's embeddings end at {size - 1}; take the tokenizer the model was trained with, or set "
+            "target_eos=False"
+        )
+    return ids
 
 
 def prompt_and_target_ids(tokenizer: Any, prompt: str, target: Target) -> tuple[list[int], list[int]]:
