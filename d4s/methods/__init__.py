@@ -17,6 +17,7 @@ from d4s.methods.d4s import D4S
 from d4s.methods.emmet import EMMET
 from d4s.methods.encore import ENCORE
 from d4s.methods.ft import FTL, FTLW0, FTM
+from d4s.methods.ft_bf import FTBF
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
 from d4s.methods.lyaplock import LyapLock
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "ft-l": FTL,
     "ft-l-w0": FTLW0,
     "ft-m": FTM,
+    "ft-bf": FTBF,
     "grace": GRACE,
     "kn": KN,
 }

@@ -140,13 +140,17 @@ class FTEditor(MasterEditor):
                 losses = losses_in_batches(self.anatomy, self.tokenizer, batch)
         return probabilities(losses)
 
+    def trained_on(self, losses: Tensor) -> Tensor:
+        """Which edits a step is made for. [edits] bool"""
+        return losses >= self.method.stop_loss
+
     def gradients(self, batch: Sequence[Edit]) -> Tensor:
-        """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are not done."""
+        """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are trained on."""
         weights = {layer: self.anatomy.weight(layer) for layer in self.weights.layers}
         sums = {layer: torch.zeros_like(delta) for layer, delta in self.deltas.items()}
 
         def use(_rows: AnswerRows, losses: Tensor) -> None:
-            wanted = losses * (losses.detach() >= self.method.stop_loss)
+            wanted = losses * self.trained_on(losses.detach())
             found = torch.autograd.grad(wanted.sum() / len(batch), list(weights.values()))
             for layer, gradient in zip(weights, found, strict=True):
                 sums[layer] += gradient.T if self.anatomy.transposed(layer) else gradient

@@ -31,6 +31,7 @@ METHODS = {
     "lyaplock": FAST | dict(allowed_damage=0.5),
     "rome": dict(layers=[1], steps=3, contexts=0, ridge=0.1),
     "ft-m": dict(layers=[0], steps=2),
+    "ft-bf": dict(layers=[0], steps=2),
     "grace": dict(layers=[1], steps=3),
     "kn": dict(steps=2),
     "ultraedit": dict(layers=[0]),

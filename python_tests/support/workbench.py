@@ -48,6 +48,7 @@ STRONG: dict[str, dict[str, Any]] = {
     "ft-l": dict(learning_rate=1e-2, epsilon=0.1),
     "ft-l-w0": dict(learning_rate=1e-2, epsilon=0.1),
     "ft-m": dict(learning_rate=1e-2),
+    "ft-bf": dict(learning_rate=1e-2),
     "grace": dict(steps=25),
     "kn": {},
 }
