@@ -42,7 +42,7 @@ def released(editor, batches, alpha):
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
-@pytest.mark.parametrize("alpha", [0.5, 60.0])
+@pytest.mark.parametrize("alpha", [0.1, 60.0])
 def test_it_is_the_release_step_by_step(alpha, layers, seed):
     bench = bench_of("gpt2", seed)
     editor = editor_of("lyaplock", bench, layers=layers, allowed_damage=alpha, **GENTLE)
@@ -54,8 +54,8 @@ def test_it_is_the_release_step_by_step(alpha, layers, seed):
     for layer in layers:
         assert editor.pressure[layer] == pytest.approx(pressure[layer], rel=1e-3)
         assert relative_error(editor.weights.delta(layer), truth[layer]) <= 1e-3
-        if alpha < 1:  # the first step alone is damage above what is allowed: 1 + 1/α − 1
-            assert editor.pressure[layer] >= 2.0 - 1e-9
+        if alpha < 1:  # the first step brings it to 1/α, and each of the others takes back 1 at most
+            assert editor.pressure[layer] >= 8.0 - 1e-9
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
