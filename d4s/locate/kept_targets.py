@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,8 @@ from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-targets-1"
 Fact = tuple[str, str, str, str | None]
+# Fields of the configuration that came later: as they are by default, targets are what they were before them.
+_LATER = ("target_eos",)
 _PARTS = ("start", "delta", "first_probability", "last_probability")
 
 
@@ -39,8 +41,15 @@ def target_identity(
         "contexts": json.dumps(list(prefixes)),
         "layer": str(layer),
         "places": ", ".join(places),
-        "target configuration": json.dumps(asdict(config), sort_keys=True),
+        "target configuration": json.dumps(deciding(asdict(config)), sort_keys=True),
     }
+
+
+def deciding(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a target configuration's fields targets are told apart by: all of them, but those that came later only
+    where they are set. So what was kept before there were these fields stays good."""
+    plain = asdict(TargetConfig())
+    return {name: value for name, value in fields.items() if name not in _LATER or value != plain[name]}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -53,24 +53,29 @@ class Request:
     after: list[tuple[int, ...]]  # ids from it on, without the target's last token
     read: list[tuple[int, ...]]  # positions in `after` whose logits are read
     target: list[tuple[int, ...]]  # the ids expected there
+    ends: int = 0  # how many of them, the last ones, end the text and are not the target's own
 
 
-def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str]) -> Request:
-    """Rows prefix + prompt + new target for each prefix and none, and one extra row, "{subject} is a"."""
+def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str], end: Sequence[int] = ()) -> Request:
+    """Rows prefix + prompt + new target for each prefix and none, and one extra row, "{subject} is a".
+
+    end: ids that follow the target, and are as much expected as its own: those by which a text ends
+    """
     before, after, read, target = [], [], [], []
     for prefix in ("", *prefixes):
         row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target(edit.target_new), prefix)
         at = row.subject_last
-        before.append(row.ids[:at])
-        after.append(row.ids[at:-1])
-        read.append(tuple(range(row.target_start - 1 - at, len(row.ids) - 1 - at)))
-        target.append(row.ids[row.target_start :])
+        ids = (*row.ids, *end)
+        before.append(ids[:at])
+        after.append(ids[at:-1])
+        read.append(tuple(range(row.target_start - 1 - at, len(ids) - 1 - at)))
+        target.append(ids[row.target_start :])
     extra = subject_row(tokenizer, "{} is a", edit.subject)
     before.append(extra.ids[: extra.subject_last])
     after.append((extra.ids[extra.subject_last],))
     read.append((0,))
     target.append((0,))  # not a target: the whole distribution is compared
-    return Request(before, after, read, target)
+    return Request(before, after, read, target, len(end))
 
 
 def _copied(cache: DynamicCache | None) -> DynamicCache | None:
@@ -87,7 +92,8 @@ class RequestRows:
 
     count: requests left; owner: the request of each row [rows]; start: v0 of each place, [requests, d_model] float32
     row, read, wanted: of each logit that is read, its row, its position in it, and the token expected [reads]
-    weight: of its −log p in the loss; is_extra: whether it is the extra row's, whose indices are `extra`
+    weight: of its −log p in the loss; own_weight: in the mean over the target's own tokens, without what ends it
+    is_extra: whether it is the extra row's, whose indices are `extra`
     whole: run every row from its first token through every module, and leave nothing out
     """
 
@@ -128,21 +134,24 @@ class RequestRows:
         self.cache, self.mask = self._run_before(before, kinds, after_mask, fill)
         self.positions = positions_of(self.mask)[:, -self.ids.shape[1] :]
 
-        row, read, wanted, weight, extra = [], [], [], [], []
+        row, read, wanted, weight, own_weight, extra = [], [], [], [], [], []
         number = 0
         for r in requests:
             for a in range(len(r.after)):
                 is_extra = a == len(r.after) - 1
-                for position, token in zip(r.read[a], r.target[a], strict=True):
+                own = len(r.target[a]) - r.ends
+                for t, (position, token) in enumerate(zip(r.read[a], r.target[a], strict=True)):
                     row.append(number)
                     read.append(starts[number] + position)
                     wanted.append(token)
                     extra.append(is_extra)
                     weight.append(0.0 if is_extra else 1 / ((len(r.after) - 1) * len(r.target[a])))
+                    own_weight.append(0.0 if is_extra or t >= own else 1 / ((len(r.after) - 1) * own))
                 number += 1
         self.row, self.read = torch.as_tensor(row).to(self.device), torch.as_tensor(read).to(self.device)
         self.wanted = torch.as_tensor(wanted).to(self.device)
         self.weight = torch.as_tensor(weight, dtype=torch.float32).to(self.device)
+        self.own_weight = torch.as_tensor(own_weight, dtype=torch.float32).to(self.device)
         self.is_extra = torch.as_tensor(extra).to(self.device)
         self._find_needed()
         self._keep_fixed_part()
@@ -305,6 +314,7 @@ class RequestRows:
         self.row = row_number[self.row[reads]]
         self.read, self.wanted = self.read[reads], self.wanted[reads]
         self.weight, self.is_extra = self.weight[reads], self.is_extra[reads]
+        self.own_weight = self.own_weight[reads]
         self.owner, self.ids = number[self.owner[rows]], self.ids[rows]
         self.mask, self.positions, self.at = self.mask[rows], self.positions[rows], self.at[rows]
         if self.cache is not None:

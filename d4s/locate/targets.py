@@ -11,6 +11,10 @@ by Adam, projected to ‖δ‖ ≤ clamp · ‖v0‖ after each step, where v0 i
 and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229). As in the released code the loss is looked at `steps`
 times, and the last look is followed by no step.
 
+With `target_eos` the token that ends a text is one more token of the target in every row: without it a model says the
+new object and goes on. The probabilities told are those of the target's own tokens, so that they compare with p after
+the edit; the loss, and whether the target is the argmax, take in its end.
+
 How little of the model has to run for that: `d4s.locate.request_rows`.
 """
 
@@ -31,7 +35,7 @@ from d4s.locate.request_rows import Place, RequestRows, request_of, spares, widt
 from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
-from d4s.models.prompts import pad_id
+from d4s.models.prompts import end_of_text, pad_id
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TargetConfig(Configuration):
     settled_kl: Annotated[
         float | None, "a search ends below it once the target is the argmax in every context"
     ] = None
+    target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Targets:
 
     start: Tensor  # v0 [requests, d_model]
     delta: Tensor  # δ [requests, d_model]
-    first_probability: Tensor  # [requests]: exp(−mean NLL of the target's tokens) before the first step
+    first_probability: Tensor  # [requests]: exp(−mean NLL of the target's own tokens) before the first step
     last_probability: Tensor  # the same after the last
 
     @property
@@ -106,7 +111,8 @@ def optimise_targets(
     """
     if batch_tokens is None:
         batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
-    requests = [request_of(tokenizer, edit, prefixes) for edit in edits]
+    end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
+    requests = [request_of(tokenizer, edit, prefixes, end) for edit in edits]
     most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
         length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
@@ -179,7 +185,7 @@ def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
             nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
             loss = nll_factor * nll + weighted_kl + decay
         settled = _settled(rows, log_p)
-        probability = torch.exp(-nll.detach())
+        probability = torch.exp(-mean_nll(rows, log_p.detach(), rows.own_weight))
         if look == 0:
             first[alive] = probability
         last[alive] = torch.where(done, last[alive], probability)
@@ -233,17 +239,22 @@ def loss_terms(
     log_p: at the reads of `rows`, [reads, vocabulary]; before: of the extra rows at δ = 0, [requests, vocabulary]
     deltas, square: δ [requests, d_model] and ‖v0‖² [requests] of each place
     """
-    chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
-    nothing = torch.zeros(rows.count, dtype=log_p.dtype, device=rows.device)
-    nll = nothing.index_add(0, rows.owner[rows.row], -chosen * rows.weight)
+    nll = mean_nll(rows, log_p, rows.weight)
     extra = log_p[rows.extra]
     kl = (extra.exp() * (extra - before)).sum(1)
     decay = torch.stack([d.norm(dim=1) / s for d, s in zip(deltas, square, strict=True)]).sum(0)
     return nll, config.kl_factor * kl, config.weight_decay * decay
 
 
+def mean_nll(rows: RequestRows, log_p: Tensor, weight: Tensor) -> Tensor:
+    """Σ weight · −log p(the token expected), of each request's reads. [requests]"""
+    chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
+    nothing = torch.zeros(rows.count, dtype=log_p.dtype, device=rows.device)
+    return nothing.index_add(0, rows.owner[rows.row], -chosen * weight)
+
+
 def _settled(rows: RequestRows, log_p: Tensor) -> Tensor:
-    """Requests whose target tokens are all the argmax. [requests] bool."""
+    """Requests whose target tokens, its end included, are all the argmax. [requests] bool."""
     wrong = ((log_p.detach().argmax(1) != rows.wanted) & ~rows.is_extra).long()
     return (
         torch.zeros(rows.count, dtype=torch.long, device=rows.device).index_add(

@@ -20,7 +20,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, EditingFailed, EditingInterrupted, ModelError
 from d4s.files import write_text
 from d4s.locate.covariance import Covariance
-from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.kept_targets import KeptTargets, deciding
 from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
 from d4s.methods.locate_then_edit import TargetMethod
@@ -226,7 +226,7 @@ def decides_targets(method: Method) -> str:
     """All of a configuration that targets hang on."""
     fields = asdict(method)
     return json.dumps(
-        [fields[name] for name in ("target", "contexts", "context_lengths")] + [fields["layers"][-1]]
+        [deciding(fields["target"]), fields["contexts"], fields["context_lengths"], fields["layers"][-1]]
     )
 
 

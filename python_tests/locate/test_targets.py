@@ -246,7 +246,8 @@ class _Scripted:
         self.start = [torch.tensor([[3.0, 4.0]])]
         self.owner = torch.tensor([0, 0])
         self.row, self.wanted = torch.tensor([0, 1]), torch.tensor([0, 0])
-        self.weight, self.is_extra = torch.tensor([1.0, 0.0]), torch.tensor([False, True])
+        self.weight = self.own_weight = torch.tensor([1.0, 0.0])
+        self.is_extra = torch.tensor([False, True])
         self.extra = torch.tensor([1])
 
     def log_probabilities(self, deltas):

@@ -53,6 +53,33 @@ def test_it_is_adam_on_the_projection(model_type, seed):
         assert relative_error(bench.anatomy.weight(layer).detach() - base, weight.detach() - base) <= 0.02
 
 
+def test_with_its_end_the_loss_has_one_more_token_and_the_p_told_has_not(seed):
+    bench, twin = bench_of("llama", seed), bench_of("llama", seed)
+    editor = editor_of("ft-m", bench, layers=1, steps=2, learning_rate=1e-3, target_eos=True)
+    step = editor.edit(EDITS)
+    weight = twin.anatomy.weight(1)
+    optimiser = torch.optim.Adam([weight], lr=1e-3)
+    told = []
+    for look in range(3):
+        loss, nlls = 0, []
+        for edit in EDITS:
+            prompt, target = prompt_and_target_ids(tiny_tokenizer(), edit.text, edit.target_new)
+            ended = [*target, tiny_tokenizer().eos_token_id]
+            logits = twin.model(input_ids=torch.tensor([prompt + ended])).logits[0, len(prompt) - 1 : -1]
+            nll = torch.nn.functional.cross_entropy(logits, torch.tensor(ended), reduction="none")
+            loss = loss + nll.mean() / len(EDITS)
+            nlls.append(nll[: len(target)].mean().detach())
+        told.append(torch.exp(-torch.stack(nlls)))
+        if look < 2:
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    moved = bench.anatomy.weight(1).detach() - editor.weights.base[1]
+    assert relative_error(moved, weight.detach() - editor.weights.base[1]) <= 0.02
+    torch.testing.assert_close(torch.tensor(step.first_probability), told[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(step.last_probability), told[2], rtol=2e-2, atol=0)
+
+
 def test_ft_l_stays_within_epsilon_of_where_each_step_began(seed):
     bench = bench_of("llama", seed)
     editor = editor_of("ft-l", bench, layers=(0, 1), epsilon=2e-3, learning_rate=1e-3)

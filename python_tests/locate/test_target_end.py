@@ -1,0 +1,202 @@
+"""target_eos: a target ends as a text does. The end is one more token of it, and no part of the p that is told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from support.bigram import Bigram
+from support.tiny import tiny_model, tiny_tokenizer
+from support.workbench import EDITS
+from transformers import PreTrainedTokenizerFast
+
+from d4s.errors import ConfigError, DataError, ModelError, TokenizerError
+from d4s.locate.kept_targets import KeptTargets, target_identity
+from d4s.locate.request_rows import RequestRows, request_of
+from d4s.locate.targets import (
+    TargetConfig,
+    Targets,
+    _settled,
+    frozen,
+    loss_terms,
+    mean_nll,
+    optimise_targets,
+)
+from d4s.methods import METHODS
+from d4s.models.architectures import Anatomy
+from d4s.models.prompts import end_of_text, subject_row
+from d4s.sequence.compare import _decides_targets
+
+PREFIXES = ("The capital. ", "You play the piano because. ")
+END = [tiny_tokenizer().eos_token_id]
+ENDING = TargetConfig(steps=5, learning_rate=0.1, clamp=2.0, target_eos=True)
+
+
+def without_end_token() -> PreTrainedTokenizerFast:
+    own = tiny_tokenizer().backend_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", pad_token="<s>")
+
+
+def log_p(anatomy, ids, at=None, delta=None):
+    """Whole rows, plain hooks. [positions, vocabulary]"""
+
+    def add(_module, _arguments, output):
+        first = output[0] if isinstance(output, tuple) else output
+        here = torch.zeros_like(first)
+        here[0, at] = 1.0
+        changed = first + here * delta
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = None if at is None else anatomy.blocks[1].register_forward_hook(add)
+    try:
+        return anatomy.model(torch.tensor([list(ids)]), use_cache=False).logits[0].log_softmax(-1)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=[edit.subject for edit in EDITS])
+def test_rows_are_those_of_a_target_with_the_end_token_behind_it(edit):
+    tokenizer = tiny_tokenizer()
+    found = request_of(tokenizer, edit, PREFIXES, END)
+    spelled = request_of(tokenizer, replace(edit, target_new=edit.target_new + tokenizer.eos_token), PREFIXES)
+    assert (found.before, found.after, found.read, found.target) == (
+        spelled.before,
+        spelled.after,
+        spelled.read,
+        spelled.target,
+    )
+    assert (found.ends, spelled.ends) == (1, 0)
+    assert all(target[-1] == END[0] for target in found.target[:-1])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_loss_and_gradient_are_those_of_the_formula_in_float64(model_type, seed):
+    anatomy, exact = (Anatomy(tiny_model(model_type, seed).to(t)) for t in (torch.float32, torch.float64))
+    requests = [request_of(tiny_tokenizer(), edit, PREFIXES, END) for edit in EDITS]
+    with frozen(anatomy.model), frozen(exact.model):
+        rows = RequestRows(anatomy, 1, requests, 1, ("block",))
+        before = rows.log_probabilities([torch.zeros_like(rows.start[0])])[rows.extra]
+        delta = (0.5 * torch.randn_like(rows.start[0])).requires_grad_(True)
+        found = rows.log_probabilities([delta])
+        square = [rows.start[0].square().sum(1)]
+        config = TargetConfig(kl_factor=0.0, weight_decay=0.0, target_eos=True)
+        nll = loss_terms(rows, found, [delta], before, square, config)[0]
+        (gradient,) = torch.autograd.grad(nll.sum(), [delta])
+        own = mean_nll(rows, found.detach(), rows.own_weight)
+        for i, edit in enumerate(EDITS):
+            mine = delta[i].detach().double().requires_grad_(True)
+            loss, said = torch.zeros((), dtype=torch.float64), 0.0
+            for prefix in ("", *PREFIXES):
+                row = subject_row(tiny_tokenizer(), edit.prompt, edit.subject, edit.target_new, prefix)
+                ids = [*row.ids, *END]
+                p = log_p(exact, ids, row.subject_last, mine)
+                terms = [-p[t - 1, ids[t]] for t in range(row.target_start, len(ids))]
+                loss = loss + sum(terms) / len(terms) / 3
+                said += sum(term.item() for term in terms[:-1]) / (len(terms) - 1) / 3
+            (expected,) = torch.autograd.grad(loss, [mine])
+            assert nll[i].item() == pytest.approx(loss.item(), rel=1e-4)
+            assert own[i].item() == pytest.approx(said, rel=1e-4)
+            assert (gradient[i] - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_p_is_told_of_the_targets_own_tokens(seed):
+    """Before any step it is the same with the end and without, and what the model says without it."""
+    anatomy = Anatomy(tiny_model("llama", seed))
+    for edit in EDITS:
+        p = [
+            optimise_targets(anatomy, tiny_tokenizer(), [edit], (), 1, replace(ENDING, steps=1, target_eos=e))
+            for e in (True, False)
+        ]
+        row = subject_row(tiny_tokenizer(), edit.prompt, edit.subject, edit.target_new)
+        with torch.no_grad():
+            found = log_p(anatomy, row.ids)
+        own = [found[t - 1, row.ids[t]] for t in range(row.target_start, len(row.ids))]
+        expected = float(torch.stack(own).mean().exp())
+        assert float(p[0].first_probability) == pytest.approx(expected, rel=1e-4)
+        assert float(p[1].first_probability) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_target_is_settled_when_its_end_is_the_argmax_too(seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    requests = [request_of(tiny_tokenizer(), edit, PREFIXES, END) for edit in EDITS]
+    with frozen(anatomy.model):
+        rows = RequestRows(anatomy, 1, requests, 1, ("block",))
+    sure = torch.full((len(rows.wanted), 320), -9.0)
+    sure[torch.arange(len(rows.wanted)), rows.wanted] = 0.0
+    assert _settled(rows, sure).all()
+    ends = (rows.own_weight == 0) & ~rows.is_extra
+    assert int(ends.sum()) == len(EDITS) * (1 + len(PREFIXES))
+    sure[ends, END[0]] = -10.0
+    assert not _settled(rows, sure).any()
+
+
+def test_a_request_with_its_end_does_not_depend_on_the_others(seed):
+    """One of them is done at once, so that the batch shrinks on the way."""
+    anatomy = Anatomy(tiny_model("llama", seed))
+    first = optimise_targets(anatomy, tiny_tokenizer(), EDITS, (), 1, replace(ENDING, kl_factor=0.0, steps=1))
+    assert (first.delta == 0).all()
+    config = replace(ENDING, steps=9, stop_loss=float(-first.first_probability.log().median()))
+    together = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, config)
+    for i, edit in enumerate(EDITS):
+        alone = optimise_targets(anatomy, tiny_tokenizer(), [edit], PREFIXES, 1, config, batch_tokens=1)
+        assert (together.delta[i] - alone.delta[0]).norm() <= 5e-3 * alone.delta[0].norm() + 1e-7
+        assert float(together.last_probability[i]) == pytest.approx(float(alone.last_probability), rel=1e-3)
+
+
+def test_a_tokenizer_without_an_end_token_ends_by_a_full_stop(seed):
+    model, tokenizer = tiny_model("llama", seed), without_end_token()
+    end = end_of_text(model, tokenizer)
+    assert tokenizer.decode(end) == "." and end_of_text(model, tiny_tokenizer()) == END
+    found = optimise_targets(Anatomy(model), tokenizer, EDITS[:1], (), 1, ENDING)
+    stopped = replace(EDITS[0], target_new=EDITS[0].target_new + ".")
+    spelled = optimise_targets(Anatomy(model), tokenizer, [stopped], (), 1, replace(ENDING, target_eos=False))
+    assert torch.equal(found.delta, spelled.delta)  # "English" and "." are two pieces here
+    assert not torch.equal(found.first_probability, spelled.first_probability)
+
+
+def test_an_end_that_cannot_be_written_is_refused(seed):
+    model = Bigram({"a": {"b": 0.6}})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model.tokenizer.backend_tokenizer, pad_token="other", unk_token="other"
+    )
+    with pytest.raises(TokenizerError, match="neither an end token nor a full stop"):
+        end_of_text(tiny_model("llama", seed), tokenizer)
+    longer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    longer.add_special_tokens({"eos_token": "<over>"})
+    with pytest.raises(ModelError, match=r"'<over>' \(id 320\), and the model's embeddings end at 319"):
+        optimise_targets(Anatomy(tiny_model("llama", seed)), longer, EDITS[:1], (), 1, ENDING)
+
+
+def test_kept_targets_are_told_apart_by_it_and_older_files_stay_good(seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    plain, ending = (
+        target_identity(anatomy, tiny_tokenizer(), (), 1, ("block",), TargetConfig(target_eos=e))
+        for e in (False, True)
+    )
+    assert "target_eos" not in plain["target configuration"]  # as before there was the field
+    kept = KeptTargets(plain)
+    kept.add(EDITS[:1], Targets(*(torch.zeros(1, 4),) * 2, *(torch.zeros(1),) * 2))
+    kept.check(plain)
+    with pytest.raises(DataError, match="target configuration"):
+        kept.check(ending)
+
+
+def test_every_method_that_searches_targets_has_the_field(seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    searching = 0
+    for cls in METHODS.values():
+        plain = cls.preset(anatomy)
+        if not hasattr(plain, "target"):
+            continue
+        searching += 1
+        ending = plain.changed({"target_eos": True})
+        assert not plain.target.target_eos and ending.target == replace(plain.target, target_eos=True)
+        assert _decides_targets(ending) != _decides_targets(plain)
+        assert "target_eos" not in _decides_targets(plain) and asdict(ending)["target"]["target_eos"]
+    assert searching == 9
+    having = {name for name, cls in METHODS.items() if "target_eos" in {f.name for f in fields(cls)}}
+    assert having == {"ft-m"}
+    with pytest.raises(ConfigError, match="unknown field of ft-l 'target_eos'"):
+        METHODS["ft-l"].preset(anatomy).changed({"target_eos": True})
