@@ -139,7 +139,7 @@ def add_collapse(verb: ArgumentParser) -> None:
 
 
 def add_scores(verb: ArgumentParser) -> None:
-    verb.add_argument("--generate", action="store_true", help="also score free generation")
+    verb.add_argument("--generate", action="store_true", help="also score what the model freely says")
     add_downstream(verb)
 
 

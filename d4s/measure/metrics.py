@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,11 @@ from d4s.edits.spacing import Target
 from d4s.errors import ConfigError, unknown_name
 from d4s.files import finite_or_none, write_json
 from d4s.measure.columns import METRICS, THREE, column
-from d4s.measure.row import Ask, Recorder, Row, mean
+from d4s.measure.row import Ask, Recorder, Row, Text, mean
 from d4s.measure.statistics import resampled_means
 from d4s.models import generation
 from d4s.models.causal_lm import CausalLM
-from d4s.models.generation import TermWeights, Written
+from d4s.models.generation import TermWeights, Written, is_decided
 from d4s.models.readiness import check_askable, check_ready
 from d4s.models.scoring import Score
 
@@ -203,7 +203,7 @@ def evaluate(
     """Scores edits on a model as it is now; `columns.METRICS` says what each figure is.
 
     baseline: the unedited model's answers; without it there is no comparison with them
-    generate: also let the model answer questions freely (the `_generated` figures)
+    generate: also let the model answer freely (the `_exact` figures, of every edit, and of questions the `_generated`)
     fluency: also let it write 100 tokens after each of the edits' `generation` openings, top-k 5
     portability: also score the edits' consequences
     neighborhood_limit: prompts an edit, of those that must not change, that are scored: the same ones
@@ -218,24 +218,32 @@ def evaluate(
     edits = tuple(edits)
     if check:
         check_askable(model, tokenizer, edits)
-    asked, sought = Recorder(), dict[str, None]()
+    asked, sought = Recorder(), dict[str, dict[str | None, None]]()
 
-    def rows(now: Ask, text: Callable[[str], Written | None] | None) -> list[dict[str, Any]]:
+    def rows(now: Ask, text: Text | None) -> list[dict[str, Any]]:
         notes.clear()
         return [
             Row(edit, now, baseline, text, neighborhood_limit, seed, portability, notes).figures()
             for edit in edits
         ]
 
-    def seek(prompt: str) -> None:
-        sought[prompt] = None
+    def seek(prompt: str, answer: str | None) -> None:
+        sought.setdefault(prompt, {})[answer] = None
+
+    def enough(prompt: str, text: str) -> bool:
+        answers = [answer for answer in sought[prompt] if answer is not None]
+        return len(answers) == len(sought[prompt]) and is_decided(text, answers)
 
     notes: dict[str, int] = {}
     rows(asked, seek if generate else None)  # only to learn what has to be asked
     scores = asked.scores(model, tokenizer, batch_tokens, progress)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "progress": progress}
-    texts = _written(model, tokenizer, list(sought), max_new_tokens=GENERATED_TOKENS, **options)
-    done = rows(lambda prompt, target: scores[prompt, target], texts.get if generate else None)
+    briefly = {"max_new_tokens": GENERATED_TOKENS, "enough": enough}
+    texts = _written(model, tokenizer, list(sought), **briefly, **options)
+    done = rows(
+        lambda prompt, target: scores[prompt, target],
+        (lambda prompt, _answer: texts[prompt]) if generate else None,
+    )
     if fluency:
         openings = list(dict.fromkeys(text for edit in edits for text in edit.generation))
         freely = {"top_k": 5, "seed": seed, "stop_at_line": False, "stop_at_end": False}

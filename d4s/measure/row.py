@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d4s.edits import Edit, Question
-from d4s.edits.spacing import Target
+from d4s.edits.spacing import Target, continuation
 from d4s.errors import ConfigError
 from d4s.models.causal_lm import CausalLM
-from d4s.models.generation import Written, says
+from d4s.models.generation import Written, is_exactly, says
 from d4s.models.scoring import Score, score
 
 _TRUTH = {"True": "False", "False": "True"}
 
 Ask = Callable[[str, Target], Score]
+# (prompt, what it is to be exactly; None: all of it is wanted) → what the model writes behind the prompt
+Text = Callable[[str, str | None], Written | None]
 _UNKNOWN = Score(0.0, (0,), (0,))
 
 
@@ -54,7 +56,7 @@ class Row:
     edit: Edit
     now: Ask
     before: Ask | None = None
-    text: Callable[[str], Written | None] | None = None
+    text: Text | None = None
     limit: int | None = None
     seed: int = 0
     portability: bool = True
@@ -102,6 +104,10 @@ class Row:
         row[f"{name}_argmax"] = mean([s.exact for s in new])
         if self.text is not None and self.kind == "question":
             row[f"{name}_generated"] = mean([self._says(prompt, (edit.target_new,)) for prompt in prompts])
+        if self.text is not None:
+            target = edit.target(edit.target_new)
+            row[f"{name}_exact"] = mean([self._is(prompt, target) for prompt in prompts])
+            row[f"{name}_exact_strict"] = mean([self._is(prompt, target, strict=True) for prompt in prompts])
         if not prefix:  # one prompt: a number, not a list
             row |= {key: row[key][0] for key in ("nll_new", "nll_true") if key in row}
 
@@ -214,8 +220,13 @@ class Row:
         return None if true == false else true < false
 
     def _says(self, prompt: str, answers: Iterable[str]) -> bool:
-        written = self.text(prompt) if self.text is not None else None
+        written = self.text(prompt, None) if self.text is not None else None
         return written is not None and says(written, answers)
+
+    def _is(self, prompt: str, target: Target, *, strict: bool = False) -> bool:
+        answer = continuation(prompt, target)
+        written = self.text(prompt, answer) if self.text is not None else None
+        return written is not None and is_exactly(written, (answer,), strict=strict)
 
     def _by_kind(self, name: str, shares: Sequence[tuple[str, float]]) -> None:
         for kind in dict.fromkeys(kind for kind, _ in shares if kind):

@@ -8,7 +8,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ def generate(
     seed: int = 0,
     stop_at_line: bool = True,
     stop_at_end: bool = True,
+    enough: Callable[[str, str], bool] | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[Written]:
@@ -54,6 +55,7 @@ def generate(
     seed: with the prompt's text it decides all draws, so that a result depends on no other prompt
     stop_at_line: the text ends before the first line break that follows something
     stop_at_end: it ends at an end-of-text token; otherwise none is ever written
+    enough: (prompt, text so far) → whether what follows does not matter: the text is then left there, not ended
     """
     if max_new_tokens < 1 or top_k < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} and top_k={top_k} must be 1 or more")
@@ -93,7 +95,8 @@ def generate(
                     text = tokenizer.decode(new[i], skip_special_tokens=True)
                     if stop_at_line and "\n" in text.lstrip():
                         text, ended = text.lstrip().split("\n", 1)[0], True
-                    if ended or step == max_new_tokens - 1:
+                    left = enough is not None and enough(distinct[i], text)
+                    if ended or left or step == max_new_tokens - 1:
                         finished[i] = Written(tuple(new[i]), text, ended)
                     else:
                         going.append(place)
@@ -157,12 +160,65 @@ def says(written: Written, answers: Iterable[str]) -> bool:
     return any(normalised(answer) in candidates for answer in answers)
 
 
-def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250)."""
+# One that no letter or digit follows, as in "3.5" and "U.S": and those of Chinese, Japanese, Hindi and Urdu.
+_FULL_STOP = re.compile(r"\.(?!\w)|[。｡।۔]")
+
+
+def is_exactly(written: Written, answers: Iterable[str], *, strict: bool = False) -> bool:
+    """Whether the text up to its first full stop is one of the answers, and nothing else.
+
+    answers: as they stand behind the prompt
+    strict: alike but for blanks around them; otherwise after `normalised(joined=True)`
+
+    A full stop behind which the answer itself goes on is none: that of "St. Louis" does not end it. One with which the
+    answer ends may be both: "U.S. It is" says "U.S.". A text that the token limit cut off is taken as it stands.
+    """
+    fold = str.strip if strict else _joined
+    return any(_up_to_stop_is(written.text, answer, fold) for answer in answers)
+
+
+def is_decided(text: str, answers: Iterable[str]) -> bool:
+    """Whether `is_exactly` will say the same, strict and not, however the text goes on."""
+    if text.endswith("\ufffd"):  # part of a letter, maybe
+        return False
+    stops = [_full_stop(text, answer, fold) for answer in answers for fold in (str.strip, _joined)]
+    return all(stop is not None and stop.end() < len(text) for stop in stops)
+
+
+def _up_to_stop_is(text: str, answer: str, fold: Callable[[str], str]) -> bool:
+    stop = _full_stop(text, answer, fold)
+    ways = (text,) if stop is None else (text[: stop.start()], text[: stop.end()])
+    return fold(answer) in map(fold, ways)
+
+
+def _full_stop(text: str, answer: str, fold: Callable[[str], str]) -> re.Match[str] | None:
+    """The text's first one behind which the answer does not go on."""
+    inner = {fold(answer[: s.end()]) for s in _FULL_STOP.finditer(answer) if answer[s.end() :].strip()}
+    inner.discard(fold(answer))
+    return next((s for s in _FULL_STOP.finditer(text) if fold(text[: s.end()]) not in inner), None)
+
+
+def _joined(text: str) -> str:
+    return normalised(text, joined=True)
+
+
+def normalised(text: str, *, joined: bool = False) -> str:
+    """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250).
+
+    joined: what stands around punctuation meets, as in SQuAD: "U.S." is "US", and "Jean-Paul" not "Jean Paul". It is
+        that of every script; otherwise a blank takes the place of what is ASCII, "。" and "、"
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    words = "".join(" " if c in string.punctuation or c in "。、" else c for c in folded).split()
+    if joined:
+        words = "".join(c for c in folded if not _is_punctuation(c)).split()
+    else:
+        words = "".join(" " if c in string.punctuation or c in "。、" else c for c in folded).split()
     without_articles = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(without_articles or words or folded.split())  # "A" may be the answer, or "%"
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def _words(text: str) -> list[str]:

@@ -29,7 +29,7 @@ class Record:
     history: one row an evaluation point; row 0 is the unedited model. `measure.columns` says of each column what it
         is
         step: edits made so far
-        efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _generated figures): of ALL edits
+        efficacy, paraphrase, specificity, average, harmonic (and the _argmax, _exact, _generated figures): of ALL edits
             made so far ("current" evaluation)
         efficacy.unedited, …: the unedited model's, of the same edits and prompts
         original_efficacy, original_paraphrase: of the same edits, each tested right after its own step

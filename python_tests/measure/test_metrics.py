@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from support.bigram import Bigram
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 from d4s.edits import Edit, Question
+from d4s.edits.formats import load_edits
 from d4s.errors import ConfigError, DataError
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
+
+FIXTURES = sorted((Path(__file__).parents[1] / "support" / "fixtures").glob("*.json"))
 
 
 def edit(prompt: str, new: str, true: str | None = None, **fields) -> Edit:
@@ -111,6 +115,68 @@ def test_free_generation_fails_where_teacher_forcing_helps() -> None:
     assert (ev["efficacy"], ev["efficacy_generated"]) == (1, 1)
     assert ev["paraphrase_generated"] == 0  # it says "c", and the target is "b c"
     assert "efficacy_generated" not in evaluate(model, model.tokenizer, edits)
+
+
+def sentences() -> tuple[Bigram, list[Edit]]:
+    """A model that says "b. c. z z z …" behind a, and edits of every kind."""
+    model = Bigram(
+        {
+            **{"a": {"b": 0.6, "t": 0.1}, "b": {".": 0.9}, "c": {"!": 0.9}, "!": {".": 0.9}},
+            **{".": {"c": 0.6, "z": 0.3}, "z": {"z": 0.9}, "s": {"True": 0.9}, "True": {"<end>": 0.9}},
+        }
+    )
+    return model, [
+        edit("a", "b", "t", id="completion", paraphrases=("y a", "y z"), neighborhood=("n a",)),
+        edit("a", "B", "t", id="case", paraphrases=("y a",)),
+        edit("a", "b", id="open"),
+        edit("a", "b . c", id="question", kind="question"),
+        edit("s", "True", id="statement", kind="statement"),
+        edit("a", "z", "t", id="other"),
+    ]
+
+
+def test_exact_generation_is_scored_for_every_kind_of_edit() -> None:
+    model, edits = sentences()
+    ev = evaluate(model, model.tokenizer, edits, generate=True)
+    rows = {row["id"]: row for row in ev.rows}
+    exact = {name: (row["efficacy_exact"], row["efficacy_exact_strict"]) for name, row in rows.items()}
+    both, loosely, none = (1, 1), (1, 0), (0, 0)
+    # What is before the second full stop is "b . c !", which is not "b . c" to the letter.
+    assert exact == {
+        **{"completion": both, "case": loosely, "open": both},
+        **{"question": loosely, "statement": both, "other": none},
+    }
+    assert rows["completion"]["paraphrase_exact"] == rows["completion"]["paraphrase_exact_strict"] == 0.5
+    assert "paraphrase_exact" not in rows["question"] and ev["efficacy_exact"] == pytest.approx(5 / 6)
+    # Its answer is two sentences long, and the completions of the same prompt do not cut the text short.
+    assert rows["question"]["efficacy_generated"] == rows["open"]["efficacy_generated"] == 1
+    assert "efficacy_generated" not in rows["completion"]
+    assert ev.metrics["paraphrase_exact"].count == 2
+
+
+def test_free_generation_leaves_all_other_figures_as_they_were() -> None:
+    model, edits = sentences()
+    plain = evaluate(model, model.tokenizer, edits).rows
+    freely = evaluate(model, model.tokenizer, edits, generate=True, batch_tokens=1).rows
+    added = {name for row in freely for name in row} - {name for row in plain for name in row}
+    assert added == {
+        "efficacy_generated",
+        *(f"{name}_exact{more}" for name in ("efficacy", "paraphrase") for more in ("", "_strict")),
+    }
+    assert [{k: v for k, v in row.items() if k not in added} for row in freely] == plain
+
+
+@pytest.mark.parametrize("place", [p for p in FIXTURES if p.name != "probe.json"], ids=lambda p: p.stem)
+def test_edits_of_every_format_have_the_exact_figures(place: Path, seed: int) -> None:
+    model, tokenizer = tiny_model("llama", seed=seed, max_position_embeddings=4096), tiny_tokenizer()
+    edits = load_edits(place)[:2]
+    ev = evaluate(model, tokenizer, edits, generate=True, neighborhood_limit=0, portability=False)
+    for row, one in zip(ev.rows, edits, strict=True):
+        for name, prompts in (("efficacy", (one.text,)), ("paraphrase", one.paraphrases)):
+            there = {n for n in row if n.startswith(f"{name}_exact")}
+            assert there == ({f"{name}_exact", f"{name}_exact_strict"} if prompts else set())
+            assert all(row[f"{name}_exact_strict"] <= row[f"{name}_exact"] for _ in there)
+    assert ("paraphrase_exact" in ev) == any(one.paraphrases for one in edits)
 
 
 def test_consequences_take_the_first_accepted_answer_and_any_of_the_multi_hop_questions() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 from d4s.errors import ConfigError
 from d4s.models.forward import _CACHED_WAY
-from d4s.models.generation import TermWeights, Written, fluency, generate, generate_greedy, says
+from d4s.models.generation import (
+    TermWeights,
+    Written,
+    fluency,
+    generate,
+    generate_greedy,
+    is_decided,
+    is_exactly,
+    normalised,
+    says,
+)
 
 PROMPTS = [
     "The mother tongue of Danielle Darrieux is",
@@ -66,6 +77,33 @@ def test_text_ends_at_the_end_token_or_at_the_limit() -> None:
     assert "<end>" not in on.text and len(on.ids) == 3
 
 
+def test_the_tokenizers_end_and_all_of_the_generation_settings_end_a_text() -> None:
+    model = Bigram({"a": {"b": 0.9}, "b": {"<end>": 0.9}, "c": {"<turn>": 0.9}, "d": {"<stop>": 0.9}})
+    named = [model.vocabulary["<turn>"], model.vocabulary["<stop>"]]
+    for eos in (named, tuple(named)):
+        model.generation_config = SimpleNamespace(eos_token_id=eos)
+        for prompt, text in (("a", "b"), ("c", ""), ("d", "")):
+            (written,) = generate(model, model.tokenizer, [prompt], max_new_tokens=4)
+            assert (written.text, written.ended) == (text, True)
+    model.generation_config = SimpleNamespace(eos_token_id=named[0])
+    alone, on = generate(model, model.tokenizer, ["c", "d"], max_new_tokens=2)
+    assert alone.ended and not on.ended and on.text.startswith("<stop>")
+
+
+def test_a_text_that_is_enough_is_left_there(seed: int) -> None:
+    model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
+    options = dict(max_new_tokens=12, stop_at_line=False, stop_at_end=False)
+    whole = generate(model, tokenizer, PROMPTS, **options)
+
+    def enough(prompt: str, text: str) -> bool:
+        return prompt == PROMPTS[1] and len(text) > 4
+
+    found = generate(model, tokenizer, PROMPTS, enough=enough, **options)
+    assert found[0] == whole[0] and found[2] == whole[2]
+    assert found[1].ids == whole[1].ids[: len(found[1].ids)] and not found[1].ended
+    assert len(found[1].text) > 4 >= len(tokenizer.decode(found[1].ids[:-1]))
+
+
 def test_text_ends_at_a_line_break_once_there_is_something_before_it(seed: int) -> None:
     model, tokenizer = tiny_model("llama", seed=seed), tiny_tokenizer()
     (break_id,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -117,6 +155,104 @@ def test_generation_refuses_impossible_settings() -> None:
 )
 def test_exact_match_of_free_text(text: str, ended: bool, answer: str, right: bool) -> None:
     assert says(Written((), text, ended), (answer, "Xhosa")) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "normal", "strict"),
+    [
+        (" English", "English", True, True),
+        (" English. He", "English", True, True),
+        (" English", "Englis", False, False),
+        (" english", "English", True, False),
+        (" English and French. He", "English", False, False),
+        (" English, and", "English", False, False),
+        (" the  Netherlands.", "Netherlands", True, False),
+        (" Netherlands", "The Netherlands", True, False),
+        ("English\t ", " English", True, True),
+        # Its own full stops do not end the answer; the one behind it does, and may be its last one too.
+        (" St. Louis. It lies", "St. Louis", True, True),
+        (" st. louis", "St. Louis", True, False),
+        (" The St. Louis", "St. Louis", True, False),
+        (" St. Paul", "St. Louis", False, False),
+        (" St. Louis", "St", True, True),  # a full stop like any other: nothing tells it from a sentence's
+        (" U.S. It is", "U.S.", True, True),
+        (" U.S. It is", "US", True, False),
+        (" US", "U.S.", True, False),
+        (" U.S.A. It is", "U.S.", False, False),
+        (" J. R. R. Tolkien. He", "J. R. R. Tolkien", True, True),
+        (" J. R. Ewing", "J. R. R. Tolkien", False, False),
+        (" Washington, D.C. in", "Washington, D.C.", True, True),
+        (" Washington D.C. in", "Washington", False, False),
+        # A full stop that a letter or digit follows is none.
+        (" 3.5 million", "3", False, False),
+        (" 3.5. That", "3.5", True, True),
+        (" example.com", "example", False, False),
+        (" English... or", "English", True, True),
+        (" What? He", "What?", False, False),  # only full stops end it
+        # Every script's.
+        (" 巴黎。他", "巴黎", True, True),
+        (" पेरिस। वह", "पेरिस", True, True),
+        (" “Paris”", "Paris", True, False),
+        (" Ｐａｒｉｓ", "Paris", True, False),
+        (" Straße", "STRASSE", True, False),
+        (" Jean-Paul", "Jean Paul", False, False),
+        (" O’Neill", "ONeill", True, False),
+        # Nothing is right about nothing; what is articles or marks alone is taken as it is.
+        ("", "English", False, False),
+        ("", "The", False, False),
+        (". English", "English", False, False),
+        (" The", "The", True, True),
+        (" a", "The", False, False),
+        (" A.", "A", True, True),
+        ("", "%", False, False),
+        (" %", "%", True, True),
+    ],
+)
+def test_exact_match_up_to_the_first_full_stop(text: str, answer: str, normal: bool, strict: bool) -> None:
+    for ended in (True, False):
+        written = Written((), text, ended)
+        assert is_exactly(written, (answer, "Xhosa")) is normal
+        assert is_exactly(written, ("Xhosa", answer), strict=True) is strict
+    if is_decided(text, (answer,)):
+        for more in ("", " and more. Much", "1", ".", "é", "。"):
+            assert is_exactly(Written((), text + more, True), (answer,)) is normal
+            assert is_exactly(Written((), text + more, True), (answer,), strict=True) is strict
+
+
+def test_a_text_is_decided_once_something_follows_its_full_stop() -> None:
+    assert is_decided(" English. ", ("English",)) and is_decided(" French. He", ("English", "Xhosa"))
+    assert not is_decided(" English.", ("English",))  # "English.com" may come
+    assert not is_decided(" St. Lou", ("St. Louis",)) and is_decided(" St. Lou", ("Xhosa",))
+    assert not is_decided(" St. Lou", ("Xhosa", "St. Louis"))
+    assert not is_decided(" English.\ufffd", ("English",)) and not is_decided("", ("English",))
+
+
+def test_exact_to_the_letter_is_exact_and_what_is_decided_stays_so(seed: int) -> None:
+    draw = random.Random(seed)
+    pieces = ["St", "the", "A", "U", ".", ".", ". ", " ", "。", "1", "é", ", ", "!"]
+
+    def text() -> str:
+        return "".join(draw.choices(pieces, k=draw.randint(0, 6)))
+
+    matched = decided = 0
+    for _ in range(3000):
+        said, more, answer = text(), text(), text().strip() or "St."
+        if draw.random() < 0.5:
+            said = answer + said
+        found = [is_exactly(Written((), said, True), (answer,), strict=s) for s in (True, False)]
+        assert not found[0] or found[1], (said, answer)
+        matched += found[0]
+        if is_decided(said, (answer,)):
+            decided += 1
+            again = [is_exactly(Written((), said + more, True), (answer,), strict=s) for s in (True, False)]
+            assert again == found, (said, more, answer)
+    assert matched > 100 and decided > 100
+
+
+def test_joined_words_have_no_blank_where_punctuation_was() -> None:
+    assert normalised("The U.S.-born “Jean–Paul”", joined=True) == "usborn jeanpaul"
+    assert normalised("The U.S.-born Jean") == "u s born jean"
+    assert normalised("A a THE", joined=True) == "a a the" and normalised("…!", joined=True) == "...!"
 
 
 def test_entropy_of_texts_worked_by_hand() -> None:
