@@ -78,6 +78,12 @@ def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str], end: Sequenc
     return Request(before, after, read, target, len(end))
 
 
+def bare(request: Request) -> Request:
+    """Its rows of the bare prompt and the extra one, without the contexts'."""
+    parts = (request.before, request.after, request.read, request.target)
+    return Request(*([rows[0], rows[-1]] for rows in parts), ends=request.ends)
+
+
 def _copied(cache: DynamicCache | None) -> DynamicCache | None:
     """A cache that may grow while the given one stays. Tensors are shared: growing concatenates anew."""
     if cache is None:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ from torch import Tensor
 from d4s.configuration import Above, AtLeast, Configuration
 from d4s.edits import Edit
 from d4s.errors import ModelError
-from d4s.locate.request_rows import Place, RequestRows, request_of, spares, width_of
+from d4s.locate.moves import Adam, Moves, Polyak
+from d4s.locate.precision import Precision, products_in
+from d4s.locate.request_rows import Place, Request, RequestRows, bare, request_of, spares, width_of
 from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
@@ -58,6 +61,22 @@ class TargetConfig(Configuration):
         float | None, "a search ends below it once the target is the argmax in every context"
     ] = None
     target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
+    # Of no release: a search at a fraction of the passes (docs/results/smollm2.md).
+    optimizer: Annotated[
+        Literal["adam", "polyak"],
+        "of a target's search; polyak has no learning rate, and keeps its best look",
+    ] = "adam"
+    stop_nll: Annotated[float | None, "a search also ends below it, whatever KL and decay add", Above(0)] = (
+        None
+    )
+    bare_looks: Annotated[
+        int, "at the bare prompt alone, at most, before those at every context", AtLeast(0)
+    ] = 0
+    search_precision: Annotated[
+        Precision,
+        "of the search's float32 products; reduced: bfloat16 on CPUs that have it, TF32 on GPUs; what is kept of a "
+        "target beside δ is taken in float32",
+    ] = "float32"
 
 
 @dataclass(frozen=True)
@@ -127,8 +146,15 @@ def optimise_targets(
 
     def run(chosen: list[int]) -> None:
         batch = [requests[order[i]] for i in chosen]
-        rows = RequestRows(anatomy, pad_id(tokenizer), batch, layer, places, whole=whole)
-        targets = _optimise(rows, config)
+
+        def rows_of(parts: list[Request]) -> RequestRows:
+            return RequestRows(anatomy, pad_id(tokenizer), parts, layer, places, whole=whole)
+
+        begin = None
+        if config.bare_looks and prefixes:
+            shorter = rows_of([bare(request) for request in batch])
+            begin = _optimise(shorter, config, config.bare_looks)[1]
+        targets = _optimise(rows_of(batch), config, begin=begin)[0]
         found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
 
     with frozen(anatomy.model):
@@ -155,8 +181,18 @@ def frozen(model: CausalLM) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
-    """Adam on every δ at once, a request a row; requests that are done leave."""
+def _optimise(
+    rows: RequestRows,
+    config: TargetConfig,
+    looks: int | None = None,
+    begin: Sequence[Tensor] | None = None,
+) -> tuple[Targets, list[Tensor]]:
+    """Moves every δ at once, a request a row; requests that are done leave. (targets, δ of each place)
+
+    looks: None: as many as configured
+    begin: δ of each place, [requests, d_model], within the clamp; None: 0
+    """
+    looks = config.steps if looks is None else looks
     count, device = rows.count, rows.device
     start = [s.clone() for s in rows.start]
     bound = [config.clamp * s.norm(dim=1) for s in start]
@@ -166,64 +202,79 @@ def _optimise(rows: RequestRows, config: TargetConfig) -> Targets:
     last = torch.zeros_like(first)
     alive = torch.arange(count, device=device)  # requests still in the batch, by their first number
     deltas = [torch.zeros_like(s) for s in start]
-    mean = [torch.zeros_like(s) for s in start]
-    variance = [torch.zeros_like(s) for s in start]
+    moves: Moves = Adam(start, config.learning_rate) if config.optimizer == "adam" else Polyak()
     done = torch.zeros(count, dtype=torch.bool, device=device)
     looks_as_argmax = torch.zeros(count, dtype=torch.long, device=device)
     nll_factor = torch.ones_like(first)
+    least = torch.full_like(first, torch.inf)  # loss of the look that counts, where the best does
     reference: Tensor | None = None
+    pause = 1 if config.stop_nll is not None and device.type == "cpu" else 4  # looks
+    everything = copy(rows)  # which `rows` will lose in part
 
-    for look in range(config.steps):
-        moves = look < config.steps - 1
-        deltas = [d.detach().requires_grad_(moves) for d in deltas]
-        with torch.set_grad_enabled(moves):
+    # Probabilities that are kept, and what KL compares with, are δ = 0's in float32.
+    apart = config.search_precision != "float32"
+    if begin is not None or apart:
+        with torch.no_grad():
             log_p = rows.log_probabilities(deltas)
-            extra = log_p[rows.extra]
-            if reference is None:
-                reference = extra.detach()
-            norms = [q[alive] for q in square]
-            nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
-            loss = nll_factor * nll + weighted_kl + decay
+        reference = log_p[rows.extra]
+        first = torch.exp(-mean_nll(rows, log_p, rows.own_weight))
+        deltas = deltas if begin is None else list(begin)
+
+    for look in range(looks):
+        goes_on = look < looks - 1
+        deltas = [d.detach().requires_grad_(goes_on) for d in deltas]
+        with products_in(config.search_precision, device):
+            with torch.set_grad_enabled(goes_on):
+                log_p = rows.log_probabilities(deltas)
+                if reference is None:
+                    reference = log_p[rows.extra].detach()
+                norms = [q[alive] for q in square]
+                nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
+                loss = nll_factor * nll + weighted_kl + decay
+            gradients = torch.autograd.grad(loss.sum(), deltas) if goes_on else ()
         settled = _settled(rows, log_p)
         probability = torch.exp(-mean_nll(rows, log_p.detach(), rows.own_weight))
-        if look == 0:
+        if look == 0 and begin is None and not apart:
             first[alive] = probability
-        last[alive] = torch.where(done, last[alive], probability)
+        counts = ~done
+        if config.optimizer != "adam":
+            counts = counts & (loss.detach() < least)
+            least = torch.where(counts, loss.detach(), least)
+        last[alive] = torch.where(counts, probability, last[alive])
+        for total, delta in zip(result, deltas, strict=True):
+            total[alive] = torch.where(counts.unsqueeze(1), delta.detach(), total[alive])
         done = done | (loss.detach() < config.stop_loss)
+        if config.stop_nll is not None:
+            done = done | (nll.detach() < config.stop_nll)
         if config.stop_after_argmax is not None:
             looks_as_argmax = looks_as_argmax + settled
             done = done | (looks_as_argmax > config.stop_after_argmax)
         if config.settled_kl is not None:
             done = done | (settled & (weighted_kl.detach() <= config.settled_kl))
         nll_factor = torch.where(settled, config.settled_nll_factor, 1.0).to(first.dtype)
-        for total, delta in zip(result, deltas, strict=True):
-            total[alive] = delta.detach()
-        if not moves:
+        if not goes_on:
             break
-        gradients = torch.autograd.grad(loss.sum(), deltas)
         with torch.no_grad():
-            for p, gradient in enumerate(gradients):
-                # Adam (arXiv 1412.6980), β = (.9, .999), ε = 1e-8, a request a row.
-                # At δ = 0 the norm has no gradient; torch gives 0 there, as wanted.
-                mean[p] = 0.9 * mean[p] + 0.1 * gradient
-                variance[p] = 0.999 * variance[p] + 0.001 * gradient.square()
-                root = (variance[p] / (1 - 0.999 ** (look + 1))).sqrt() + 1e-8
-                moved = deltas[p] - config.learning_rate * mean[p] / (1 - 0.9 ** (look + 1)) / root
-                limit = bound[p][alive]
-                moved = moved * (limit / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
+            limits = [limit[alive] for limit in bound]
+            for p, moved in enumerate(moves.move(deltas, gradients, nll.detach(), limits)):
+                moved = moved * (limits[p] / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
                 deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
-        # The only look at the device, every fourth step: are enough requests done to shrink the batch?
-        if look % 4 == 3:
+        # The only look at the device: are enough requests done to shrink the batch? A GPU waits for it, and a release's
+        # search ends late; a CPU waits for nothing.
+        if look % pause == pause - 1:
             left = (~done).nonzero().squeeze(1)
             if len(left) == 0:
                 break
             if len(left) <= 0.75 * rows.count:
                 deltas = [d.detach()[left] for d in deltas]
-                mean, variance = [m[left] for m in mean], [v[left] for v in variance]
+                moves.keep_requests(left)
                 looks_as_argmax, nll_factor = looks_as_argmax[left], nll_factor[left]
-                reference, alive, done = reference[left], alive[left], done[left]
+                reference, alive, done, least = reference[left], alive[left], done[left], least[left]
                 rows.keep_requests(left)
-    return Targets(start[0], result[0], first, last)
+    if apart:
+        with torch.no_grad():
+            last = torch.exp(-mean_nll(everything, everything.log_probabilities(result), everything.own_weight))
+    return Targets(start[0], result[0], first, last), result
 
 
 def loss_terms(
@@ -239,11 +290,10 @@ def loss_terms(
     log_p: at the reads of `rows`, [reads, vocabulary]; before: of the extra rows at δ = 0, [requests, vocabulary]
     deltas, square: δ [requests, d_model] and ‖v0‖² [requests] of each place
     """
-    nll = mean_nll(rows, log_p, rows.weight)
     extra = log_p[rows.extra]
     kl = (extra.exp() * (extra - before)).sum(1)
     decay = torch.stack([d.norm(dim=1) / s for d, s in zip(deltas, square, strict=True)]).sum(0)
-    return nll, config.kl_factor * kl, config.weight_decay * decay
+    return mean_nll(rows, log_p, rows.weight), config.kl_factor * kl, config.weight_decay * decay
 
 
 def mean_nll(rows: RequestRows, log_p: Tensor, weight: Tensor) -> Tensor:
