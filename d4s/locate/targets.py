@@ -273,7 +273,9 @@ def _optimise(
                 rows.keep_requests(left)
     if apart:
         with torch.no_grad():
-            last = torch.exp(-mean_nll(everything, everything.log_probabilities(result), everything.own_weight))
+            last = torch.exp(
+                -mean_nll(everything, everything.log_probabilities(result), everything.own_weight)
+            )
     return Targets(start[0], result[0], first, last), result
 
 

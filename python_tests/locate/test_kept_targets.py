@@ -82,6 +82,7 @@ def test_what_is_not_among_them_is_searched_and_added(seed, monkeypatch):
     [
         ("layer 1 there, 2 here", dict(layers=[1, 2])),
         ("target configuration", dict(steps=5)),
+        ("target configuration", dict(optimizer="polyak")),
         ("contexts", dict(contexts=0)),
         ("model", dict(model="other")),
     ],

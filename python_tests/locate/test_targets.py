@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.tiny import REPRESENTATIVE, tiny_model, tiny_tokenizer
 
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
+from d4s.locate import targets
 from d4s.locate.request_rows import RequestRows, request_of, spares
 from d4s.locate.targets import TargetConfig, _optimise, frozen, loss_terms, optimise_targets
 from d4s.models.architectures import Anatomy
@@ -327,3 +330,81 @@ def test_a_model_that_cannot_be_cut_at_the_subject_is_run_whole(name, seed, monk
     assert [record.getMessage().count("on whole rows") for record in caplog.records] == [1]
     torch.testing.assert_close(found.delta, expected.delta, rtol=5e-3, atol=1e-5)
     torch.testing.assert_close(found.start, expected.start, rtol=1e-4, atol=1e-5)
+
+
+FAST = dict(optimizer="polyak", steps=5, stop_nll=0.04, clamp=2.0)
+
+
+def _found(anatomy, config, prefixes=PREFIXES, **named):
+    return optimise_targets(anatomy, tiny_tokenizer(), EDITS, prefixes, 1, TargetConfig(**config), **named)
+
+
+def test_polyaks_search_keeps_the_best_of_its_looks(seed):
+    """Whatever a step does to a model that is no straight line, the loss does not end above where it began."""
+    anatomy = Anatomy(tiny_model("llama", seed))
+    config = FAST | dict(weight_decay=0.0, kl_factor=0.0)
+    looks = [_found(anatomy, config | dict(steps=steps)) for steps in (1, 2, 4, 8)]
+    for fewer, more in pairwise(looks):
+        assert (more.last_probability >= fewer.last_probability * (1 - 1e-5)).all()
+    assert (looks[0].delta == 0).all() and (looks[-1].delta != 0).any()
+    torch.testing.assert_close(looks[0].first_probability, looks[0].last_probability)
+
+
+def test_polyaks_requests_do_not_depend_on_their_batch(seed):
+    anatomy = Anatomy(tiny_model("gpt2", seed))
+    config = FAST | dict(steps=3, bare_looks=2)
+    whole, parts = _found(anatomy, config), _found(anatomy, config, batch_tokens=1)
+    for name in ("start", "delta", "first_probability", "last_probability"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=5e-3, atol=1e-4)
+
+
+def test_a_search_begins_where_the_bare_prompts_ended(seed):
+    """One look at all contexts is followed by no step: δ is that of a search without contexts."""
+    anatomy = Anatomy(tiny_model("llama", seed))
+    config = FAST | dict(steps=1, bare_looks=4)
+    found = _found(anatomy, config)
+    alone = _found(anatomy, FAST | dict(steps=4), prefixes=())
+    torch.testing.assert_close(found.delta, alone.delta, rtol=1e-3, atol=1e-4)
+    unmoved = _found(anatomy, FAST | dict(steps=1))
+    torch.testing.assert_close(found.first_probability, unmoved.last_probability)
+    torch.testing.assert_close(found.start, unmoved.start)
+    without = _found(anatomy, FAST | dict(bare_looks=4), prefixes=())
+    assert torch.equal(without.delta, _found(anatomy, FAST, prefixes=()).delta)
+
+
+def test_reduced_products_move_delta_and_nothing_that_is_kept_beside_it(seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    before = _products()
+    reduced, exact = _found(anatomy, FAST | dict(search_precision="reduced")), _found(anatomy, FAST)
+    assert torch.equal(reduced.start, exact.start)
+    torch.testing.assert_close(reduced.first_probability, exact.first_probability, rtol=1e-5, atol=1e-7)
+    for i, edit in enumerate(EDITS):
+        request = request_of(tiny_tokenizer(), edit, PREFIXES)
+        rows = RequestRows(anatomy, 1, [request], 1, ("block",))
+        with torch.no_grad():
+            log_p = rows.log_probabilities([reduced.delta[i : i + 1]])
+        chosen = log_p.gather(1, rows.wanted.unsqueeze(1)).squeeze(1)
+        right = float(torch.exp((chosen * rows.weight).sum()))
+        assert float(reduced.last_probability[i]) == pytest.approx(right, rel=1e-4)
+    assert _products() == before
+
+
+def test_a_search_that_breaks_off_leaves_the_precision_as_it_was(seed, monkeypatch):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    before = _products()
+    monkeypatch.setattr(targets, "loss_terms", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _found(anatomy, FAST | dict(search_precision="reduced"))
+    assert _products() == before
+
+
+def _products():
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None)
+
+
+def test_a_search_ends_by_the_nll_where_the_loss_would_not():
+    """−ln .99 = .01; what KL adds, kl_factor ln 2 with the extra row's 1 → .5, keeps the loss above its bound."""
+    script = [(0.3, 0.999)] + [(0.99, 0.5)] * 8
+    assert _looks(script, kl_factor=1.0) == 9
+    assert _looks(script, kl_factor=1.0, stop_nll=0.02) == 2  # on a CPU each look asks who is done
+    assert _looks(script, kl_factor=1.0, stop_nll=0.009) == 9
