@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -23,7 +23,8 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        backend, name, reduced = torch.backends.cuda.matmul, "allow_tf32", True
+        backend: Any = torch.backends.cuda.matmul
+        name, reduced = "allow_tf32", cast("bool | str", True)
         if hasattr(backend, "fp32_precision"):
             name, reduced = "fp32_precision", "tf32"
     else:

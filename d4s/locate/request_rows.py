@@ -80,8 +80,10 @@ def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str], end: Sequenc
 
 def bare(request: Request) -> Request:
     """Its rows of the bare prompt and the extra one, without the contexts'."""
-    parts = (request.before, request.after, request.read, request.target)
-    return Request(*([rows[0], rows[-1]] for rows in parts), ends=request.ends)
+    before, after, read, target = (
+        [rows[0], rows[-1]] for rows in (request.before, request.after, request.read, request.target)
+    )
+    return Request(before, after, read, target, request.ends)
 
 
 def _copied(cache: DynamicCache | None) -> DynamicCache | None:

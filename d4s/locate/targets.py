@@ -15,6 +15,11 @@ With `target_eos` the token that ends a text is one more token of the target in 
 new object and goes on. The probabilities told are those of the target's own tokens, so that they compare with p after
 the edit; the loss, and whether the target is the argmax, take in its end.
 
+All other fields are the releases' by default. Of no release: steps whose length the loss itself gives
+(`d4s.locate.moves`), looks at the bare prompt before those at every context, an end by the NLL alone (KL keeps the loss
+above `stop_loss` long after the target is said), and products of a lower precision. δ then is another vector that is
+as good; v0 and the probabilities that are kept mean what they always do.
+
 How little of the model has to run for that: `d4s.locate.request_rows`.
 """
 
