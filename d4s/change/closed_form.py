@@ -90,7 +90,7 @@ class Prior:
         Raises NotPositiveDefiniteError if λC has no Cholesky factor.
         """
         if self._factor is None:
-            self._factor = _cholesky(self.matrix, "the prior λC")
+            self._factor = cholesky(self.matrix, "the prior λC")
         return torch.cholesky_solve(columns, self._factor)
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def solve(residuals: Tensor, keys: Tensor, prior: Prior) -> Tensor:
     where that takes more operations, one Cholesky solve of d_in × d_in.
     Raises NotPositiveDefiniteError if there is no Cholesky factor; D4SError if shapes do not fit.
     """
-    _check_rows(residuals, keys, residuals.shape[-1], prior.d_in, "solve")
+    check_rows(residuals, keys, residuals.shape[-1], prior.d_in, "solve")
     residuals, keys = prior.rows(residuals), prior.rows(keys)
     n, d_in, d_out = len(keys), prior.d_in, residuals.shape[1]
     small = 2 * n * d_in**2 + 2 * n**2 * d_in + n**3 / 3
@@ -116,7 +116,7 @@ def solve(residuals: Tensor, keys: Tensor, prior: Prior) -> Tensor:
     if small <= large:
         weighted = prior.solve(keys.T)
         inner = torch.eye(n, dtype=keys.dtype, device=keys.device) + keys @ weighted
-        return residuals.T @ torch.cholesky_solve(weighted.T, _cholesky(inner, "I + K (λC)⁻¹ Kᵀ"))
+        return residuals.T @ torch.cholesky_solve(weighted.T, cholesky(inner, "I + K (λC)⁻¹ Kᵀ"))
     return ops.closed_form((residuals.T @ keys)[None], (keys.T @ keys)[None], prior.matrix[None])[0]
 
 
@@ -206,6 +206,10 @@ class ClosedForm:
         Raises NotPositiveDefiniteError if λC + B has no Cholesky factor.
         """
         return self._state(layer).current_delta()
+
+    def image(self, keys: Tensor, layer: int) -> Tensor:
+        """Δ of the keys, [n, d_out]; equal to `keys @ delta(layer).T`."""
+        return keys @ self.delta(layer).T
 
     def settle_(self, bound: float = 1e-11) -> None:
         """Makes P and Δ afresh where a probe finds them further than `bound` from the sums.
@@ -338,7 +342,7 @@ class _Layer:
         return self.prior.nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
-        _check_rows(residuals, keys, self.residual_sum.shape[0], self.prior.d_in, self.name)
+        check_rows(residuals, keys, self.residual_sum.shape[0], self.prior.d_in, self.name)
         if len(keys) == 0:
             return
         self.waiting.append((self.prior.rows(residuals), self.prior.rows(keys), sign))
@@ -488,7 +492,7 @@ class _Layer:
 
     def _refresh(self) -> None:
         """P and Δ from A and B."""
-        factor = _cholesky(self.prior.matrix + self.key_sum, f"{self.name}: λC + B")
+        factor = cholesky(self.prior.matrix + self.key_sum, f"{self.name}: λC + B")
         self.delta = self._laid_out(torch.cholesky_solve(self.residual_sum.T, factor).T)
         self.inverse = torch.cholesky_inverse(factor).contiguous()  # how it lies decides how it is rounded
         self.fresh_residual = self._probe()
@@ -504,7 +508,7 @@ class _Layer:
         inner = torch.eye(n, dtype=keys.dtype, device=keys.device) + sign * (weighted @ keys.T)
         # Only taking out can fail. Elsewhere asking would wait for the device at every edit.
         if sign < 0:
-            factor = _cholesky(inner, f"{self.name}: λC + B less the rows taken out")
+            factor = cholesky(inner, f"{self.name}: λC + B less the rows taken out")
         else:
             factor = torch.linalg.cholesky_ex(inner)[0]
         rows = torch.linalg.solve_triangular(factor, weighted, upper=False)  # U
@@ -576,7 +580,7 @@ def _no_factor(what: str, size: int) -> str:
     )
 
 
-def _cholesky(matrix: Tensor, what: str) -> Tensor:
+def cholesky(matrix: Tensor, what: str) -> Tensor:
     """Lower Cholesky factor; NotPositiveDefiniteError, naming `what`, if there is none or it holds NaN."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.item() or not torch.isfinite(factor.diagonal()).all():
@@ -584,7 +588,8 @@ def _cholesky(matrix: Tensor, what: str) -> Tensor:
     return factor
 
 
-def _check_rows(residuals: Tensor, keys: Tensor, d_out: int, d_in: int, where: str) -> None:
+def check_rows(residuals: Tensor, keys: Tensor, d_out: int, d_in: int, where: str) -> None:
+    """Raises D4SError unless residuals are [n, d_out] and keys [n, d_in], both finite."""
     if residuals.ndim != 2 or keys.ndim != 2 or len(residuals) != len(keys):
         raise D4SError(
             f"{where}: residuals are {list(residuals.shape)} and keys {list(keys.shape)}; "

@@ -18,6 +18,9 @@ class EditedWeights:
 
     W is always rounded once from W0 + Δ, never from an already rounded weight. Memory: one copy of the
     edited weights.
+
+    A layer of experts is a stack of matrices, W_j of each. Δ then is a mapping expert → Δ_j, and what it does not name
+    keeps the bits of W0; where there is a single expert, a matrix, as of a dense layer.
     """
 
     def __init__(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
@@ -26,35 +29,58 @@ class EditedWeights:
         self.anatomy = anatomy
         self.layers = tuple(layers)
         self.base = {layer: anatomy.weight(layer).detach().clone() for layer in self.layers}
-        sums = ops.l1_norms([self.base[layer] for layer in self.layers])
-        self._l1 = dict(zip(self.layers, sums.tolist(), strict=True))
-        self._delta_square = {layer: 0.0 for layer in self.layers}
+        # A number for each matrix of a layer: one, or one an expert.
+        self._l1 = {layer: ops.l1_norms(_matrices(self.base[layer])).tolist() for layer in self.layers}
+        self._delta_square = {layer: [0.0] * len(self._l1[layer]) for layer in self.layers}
 
-    def write_(self, layer: int, delta: Tensor) -> None:
-        """W = round(W0 + delta). delta: [d_out, d_in], float32 | float64, relative to W0.
+    def write_(self, layer: int, delta: Tensor | Mapping[int, Tensor]) -> None:
+        """W = round(W0 + delta). delta: [d_out, d_in], float32 | float64, relative to W0; of experts by their number.
 
         Raises ModelError if the shape does not fit or delta is not finite; W is then left as it was.
         """
-        weight = self.anatomy.weight(layer)
-        if tuple(delta.shape) != self.anatomy.shape(layer):
-            raise ModelError(
-                f"{self.anatomy.weight_name(layer)} is {list(self.anatomy.shape(layer))} (d_out, d_in), "
-                f"the change is {list(delta.shape)}"
+        parts = {0: delta} if isinstance(delta, Tensor) else dict(delta)
+        weights, base = _matrices(self.anatomy.weight(layer).data), _matrices(self.base[layer])
+        shape, name = self.anatomy.shape(layer), self.anatomy.weight_name(layer)
+        if isinstance(delta, Tensor) and len(base) > 1:
+            raise ModelError(f"{name} has {len(base)} experts; their change is given by expert")
+        for part, change in parts.items():
+            if tuple(change.shape) != shape or not 0 <= part < len(base):
+                raise ModelError(
+                    f"{name} is {list(shape)} (d_out, d_in), the change is {list(change.shape)}"
+                    + (f", of expert {part} of {len(base)}" if len(base) > 1 else "")
+                )
+            if not torch.isfinite(change).all():
+                raise ModelError(
+                    f"the change of {name} is not finite; nothing was written. "
+                    "A larger prior_weight or ridge keeps the step bounded"
+                )
+            if weights[part].dtype == torch.float16:
+                self._check_range(layer, base[part], change)
+        for part, change in parts.items():
+            l1, square = ops.write_back_(
+                weights[part], base[part], change, transposed=self.anatomy.transposed(layer)
             )
-        if not torch.isfinite(delta).all():
-            raise ModelError(
-                f"the change of {self.anatomy.weight_name(layer)} is not finite; nothing was written. "
-                "A larger prior_weight or ridge keeps the step bounded"
-            )
-        if weight.dtype == torch.float16:
-            self._check_range(layer, delta)
-        l1, square = ops.write_back_(
-            weight.data, self.base[layer], delta, transposed=self.anatomy.transposed(layer)
-        )
-        self._l1[layer], self._delta_square[layer] = float(l1), float(square)
+            self._l1[layer][part], self._delta_square[layer][part] = float(l1), float(square)
+        for part in self._written(layer) - set(parts):  # by an earlier Δ, and no longer changed
+            weights[part].copy_(base[part])
+            self._l1[layer][part] = float(ops.l1_norms([base[part]])[0])
+            self._delta_square[layer][part] = 0.0
 
-    def _check_range(self, layer: int, delta: Tensor) -> None:
-        base = self.base[layer].T if self.anatomy.transposed(layer) else self.base[layer]
+    def add_(self, layer: int, change: Tensor | Mapping[int, Tensor]) -> None:
+        """W = round(W + change), by way of W0: what `write_` makes of the layer's Δ and this together."""
+        if isinstance(change, Tensor):
+            self.write_(layer, self.delta(layer) + change)
+            return
+        before = self.expert_deltas(layer)
+        added = {part: before[part] + more if part in before else more for part, more in change.items()}
+        self.write_(layer, before | added)
+
+    def _written(self, layer: int) -> set[int]:
+        """Matrices of the layer that are not W0."""
+        return {part for part, square in enumerate(self._delta_square[layer]) if square}
+
+    def _check_range(self, layer: int, base: Tensor, delta: Tensor) -> None:
+        base = base.T if self.anatomy.transposed(layer) else base
         largest = float((base + delta.to(torch.float32)).abs().max())
         if largest > torch.finfo(torch.float16).max:
             raise ModelError(
@@ -63,33 +89,57 @@ class EditedWeights:
             )
 
     def delta(self, layer: int) -> Tensor:
-        """W − W0 as stored, [d_out, d_in] float64."""
-        change = self.anatomy.weight(layer).detach().double() - self.base[layer].double()
+        """W − W0 as stored, [d_out, d_in] float64. ModelError for a layer of several experts."""
+        if len(self._l1[layer]) > 1:
+            raise ModelError(f"{self.anatomy.weight_name(layer)} holds several experts, not one matrix")
+        return self._delta_of(layer, 0)
+
+    def expert_deltas(self, layer: int) -> dict[int, Tensor]:
+        """W_j − W_j0 of every expert whose W_j is not W_j0, [d_out, d_in] float64 each."""
+        return {part: self._delta_of(layer, part) for part in sorted(self._written(layer))}
+
+    def _delta_of(self, layer: int, part: int) -> Tensor:
+        weight, base = (_matrices(w)[part] for w in (self.anatomy.weight(layer).detach(), self.base[layer]))
+        change = weight.double() - base.double()
         return change.T if self.anatomy.transposed(layer) else change
 
     def mean_absolute(self) -> dict[int, float]:
         """Mean |w| a layer: the paper's "L1-norm", ‖W‖₁ / numel."""
-        return {layer: self._l1[layer] / self.base[layer].numel() for layer in self.layers}
+        return {layer: sum(self._l1[layer]) / self.base[layer].numel() for layer in self.layers}
+
+    def mean_absolute_of_experts(self, layer: int) -> tuple[float, ...]:
+        """Mean |w| of each matrix of a layer: of each expert, or of the one there is."""
+        each = self.base[layer].numel() / len(self._l1[layer])
+        return tuple(total / each for total in self._l1[layer])
 
     def delta_norm(self) -> dict[int, float]:
         """‖W − W0‖_F a layer."""
-        return {layer: self._delta_square[layer] ** 0.5 for layer in self.layers}
+        return {layer: sum(self._delta_square[layer]) ** 0.5 for layer in self.layers}
 
     def norms(self) -> Tensor:
-        """Σ|w| and Σ(ΔW)² a layer as they were last taken, [layers, 2] float64; `set_norms` takes them again."""
-        rows = [[self._l1[layer], self._delta_square[layer]] for layer in self.layers]
+        """Σ|w| and Σ(ΔW)² as they were last taken, a row a matrix: [layers, 2] float64, or more where layers have
+        experts; `set_norms` takes them again."""
+        rows = [
+            pair
+            for layer in self.layers
+            for pair in zip(self._l1[layer], self._delta_square[layer], strict=True)
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
     def set_norms(self, norms: Tensor) -> None:
-        for layer, (l1, square) in zip(self.layers, norms.tolist(), strict=True):
-            self._l1[layer], self._delta_square[layer] = l1, square
+        rows = iter(norms.tolist())
+        for layer in self.layers:
+            for part in range(len(self._l1[layer])):
+                self._l1[layer][part], self._delta_square[layer][part] = next(rows)
 
     def measure(self) -> None:
         """Takes the norms again, for methods that write by other means than `write_`."""
-        sums = ops.l1_norms([self.anatomy.weight(layer).detach() for layer in self.layers])
-        for layer, total in zip(self.layers, sums.tolist(), strict=True):
-            self._l1[layer] = total
-            self._delta_square[layer] = float(self.delta(layer).square().sum())
+        for layer in self.layers:
+            weights, base = _matrices(self.anatomy.weight(layer).detach()), _matrices(self.base[layer])
+            self._l1[layer] = ops.l1_norms(weights).tolist()
+            self._delta_square[layer] = [
+                float((w.double() - w0.double()).square().sum()) for w, w0 in zip(weights, base, strict=True)
+            ]
 
     @contextmanager
     def at_base(self) -> Iterator[None]:
@@ -106,13 +156,13 @@ class EditedWeights:
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """A failure inside puts the edited weights back as they were at the start. Memory: one more copy of them."""
-        before, l1, delta_square = self.current(), dict(self._l1), dict(self._delta_square)
+        before, norms = self.current(), self.norms()
         try:
             yield
         except BaseException:
             for layer, weight in before.items():
                 self.anatomy.weight(layer).data.copy_(weight)
-            self._l1, self._delta_square = l1, delta_square
+            self.set_norms(norms)
             raise
 
     def restore_(self) -> None:
@@ -134,3 +184,8 @@ class EditedWeights:
     def current(self) -> dict[int, Tensor]:
         """The edited weights as stored; copies."""
         return {layer: self.anatomy.weight(layer).detach().clone() for layer in self.layers}
+
+
+def _matrices(weight: Tensor) -> list[Tensor]:
+    """Views of the matrices of a layer's weight: the one that it is, or one an expert."""
+    return list(weight.unbind(0)) if weight.ndim == 3 else [weight]

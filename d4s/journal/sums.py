@@ -170,6 +170,13 @@ class Sums:
         """snapshots: False: from vectors alone"""
         self.folder = folder
         head = folder.head
+        if not folder.place("priors").exists() and any(
+            w.ndim == 3 for w in folder.load("base").tensors.values()
+        ):
+            raise DataError(
+                f"{folder.root}: edits of a mixture of experts are kept as the weights that they gave, so single edits "
+                "cannot be taken back; restore() of the sequence's result takes back all of them"
+            )
         if not folder.place("priors").exists():
             raise DataError(
                 f"{folder.root}: {head['method']} keeps no sums, so single edits cannot be taken back; d4s, memit-seq, "

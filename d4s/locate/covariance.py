@@ -34,31 +34,37 @@ FORMAT = "d4s-covariance-2"
 class Covariance:
     """Sums of k kᵀ a layer and their counts, so that two statistics of one model add up.
 
-    moments: layer -> [d_in, d_in] symmetric, float32 | float64
+    moments: layer -> [d_in, d_in] symmetric, float32 | float64; of a layer with experts [experts, d_in, d_in], the
+        sums of g² k kᵀ over the tokens that are routed to each
     count: key vectors behind each sum
+    routed: layer with experts -> how many of these were routed to each, [experts] int64
     fingerprint: of the model's weights, in float32 or bfloat16; "" matches every model
     """
 
     def __init__(
-        self, moments: Mapping[int, Tensor], count: int, *, fingerprint: str = "", corpus: str = ""
+        self,
+        moments: Mapping[int, Tensor],
+        count: int,
+        *,
+        routed: Mapping[int, Tensor] | None = None,
+        fingerprint: str = "",
+        corpus: str = "",
     ) -> None:
+        routed = dict(routed or {})
         for layer, moment in moments.items():
-            if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-                raise CovarianceError(
-                    f"layer {layer}: moment is {list(moment.shape)}, must be square [d_in, d_in]"
-                )
-            if moment.dtype not in (torch.float32, torch.float64):
-                raise CovarianceError(f"layer {layer}: moment is {moment.dtype}, must be float32 or float64")
-            if not torch.isfinite(moment).all():
-                raise CovarianceError(f"layer {layer}: the key statistics hold NaN or infinity")
-            largest = float(moment.diagonal().abs().max()) if len(moment) else 0.0
-            if len(moment) and float(moment.diagonal().min()) < 0:
-                raise CovarianceError(f"layer {layer}: a sum of squares in the key statistics is negative")
-            if float((moment - moment.T).abs().max() if len(moment) else 0) > 1e-5 * largest:
-                raise CovarianceError(f"layer {layer}: the key statistics are not symmetric")
+            if layer in routed:
+                _check_routed(layer, moment, routed[layer], count)
+                for expert, one in enumerate(moment):
+                    _check_moment(f"layer {layer}, expert {expert}", one)
+            else:
+                _check_moment(f"layer {layer}", moment)
         if count < 1:
             raise CovarianceError("key statistics of no key vector; the corpus has no text")
-        self.moments, self.count = dict(moments), count
+        if lost := set(routed) - set(moments):
+            raise CovarianceError(
+                f"layer {min(lost)}: tokens are counted for experts that have no statistics"
+            )
+        self.moments, self.count, self.routed = dict(moments), count, routed
         self.fingerprint, self.corpus = fingerprint, corpus
 
     @property
@@ -69,22 +75,57 @@ class Covariance:
         """Hex digest of the statistics of these layers, whatever else is held."""
         found = hashlib.sha256(f"{self.count}".encode())
         for layer in layers:
-            found.update(self.mean(layer).cpu().contiguous().numpy().data)
+            if layer in self.routed:
+                found.update(f"experts {self.routed[layer].tolist()}".encode())
+                held = self.moments[layer]
+            else:
+                held = self.mean(layer)
+            found.update(held.cpu().contiguous().numpy().data)
         return found.hexdigest()
 
     def mean(self, layer: int) -> Tensor:
-        """C of a layer, [d_in, d_in] float64, on the statistics' device. CovarianceError if it is not held."""
+        """C of a layer, [d_in, d_in] float64, on the statistics' device.
+
+        CovarianceError if it is not held, or one an expert is (`of_experts`).
+        """
+        if layer in self.routed:
+            raise CovarianceError(
+                f"layer {layer}: the key statistics are those of {len(self.routed[layer])} experts"
+            )
+        return self._held(layer).double() / self.count
+
+    def of_experts(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Σ g² k kᵀ of each expert, [experts, d_in, d_in] as held, and its tokens, [experts] int64.
+
+        CovarianceError if the layer is not held, or has no experts.
+        """
+        moments = self._held(layer)
+        if layer not in self.routed:
+            raise CovarianceError(
+                f"layer {layer}: the key statistics are those of one matrix, not of experts"
+            )
+        return moments, self.routed[layer]
+
+    def _held(self, layer: int) -> Tensor:
         if layer not in self.moments:
             raise CovarianceError(
                 f"no key statistics of layer {layer}; held are those of {list(self.layers)}. "
                 f"Estimate again with layers including {layer}"
             )
-        return self.moments[layer].double() / self.count
+        return self.moments[layer]
 
     def check(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
         """CovarianceError unless these are statistics of this model, of all the layers, of the right size."""
         for layer in layers:
-            wanted, found = anatomy.shape(layer)[1], self.mean(layer).shape[0]
+            wanted, found = anatomy.shape(layer)[1], self._held(layer).shape[-1]
+            experts = anatomy.experts(layer)
+            has = "one matrix" if experts is None else f"{experts.count} experts"
+            hold = f"{len(self.routed[layer])} experts" if layer in self.routed else "one matrix"
+            if has != hold:
+                raise CovarianceError(
+                    f"layer {layer}: the key statistics are those of {hold}, the model has {has} there; they belong to "
+                    "another model"
+                )
             if wanted != found:
                 raise CovarianceError(
                     f"layer {layer}: the key statistics are {found} × {found}, the model's keys have {wanted} "
@@ -98,11 +139,13 @@ class Covariance:
 
     def merge(self, other: Covariance) -> Covariance:
         """Statistics over both corpora."""
-        if self.layers != other.layers or self.fingerprint != other.fingerprint:
+        alike = self.layers == other.layers and self.routed.keys() == other.routed.keys()
+        if not alike or self.fingerprint != other.fingerprint:
             raise CovarianceError("only statistics of the same layers of the same model add up")
         return Covariance(
             {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
             self.count + other.count,
+            routed={layer: counts + other.routed[layer] for layer, counts in self.routed.items()},
             fingerprint=self.fingerprint,
             corpus=f"{self.corpus}+{other.corpus}",
         )
@@ -115,16 +158,29 @@ class Covariance:
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
         }
-        save_tensors(path, {f"layer.{layer}": moment for layer, moment in self.moments.items()}, facts)
+        # A layer with experts is under names of its own, which earlier versions refuse.
+        tensors = {
+            f"layer.{layer}" + (".experts" if layer in self.routed else ""): moment
+            for layer, moment in self.moments.items()
+        }
+        tensors |= {f"layer.{layer}.routed": counts for layer, counts in self.routed.items()}
+        save_tensors(path, tensors, facts)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Covariance:
         """Raises CovarianceError for a file that is not one that `save` wrote, or damaged."""
         file = load_tensors(path, FORMAT, "d4s covariance", CovarianceError)
         try:
+            parts: dict[str, dict[int, Tensor]] = {"": {}, "experts": {}, "routed": {}}
+            for name, tensor in file.tensors.items():
+                layer, _, part = name.removeprefix("layer.").partition(".")
+                parts[part][int(layer)] = tensor
+            if parts["experts"].keys() != parts["routed"].keys():
+                raise ValueError("sums of experts without counts of their tokens, or the reverse")
             found = Covariance(
-                {int(name.removeprefix("layer.")): tensor for name, tensor in file.tensors.items()},
+                parts[""] | parts["experts"],
                 int(file.facts["count"]),
+                routed=parts["routed"],
                 fingerprint=file.facts["fingerprint"],
                 corpus=file.facts["corpus"],
             )
@@ -132,6 +188,32 @@ class Covariance:
             raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
         file.check_intact(CovarianceError)
         return found
+
+
+def _check_moment(name: str, moment: Tensor) -> None:
+    """Raises CovarianceError unless it can be a sum of k kᵀ."""
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        raise CovarianceError(f"{name}: moment is {list(moment.shape)}, must be square [d_in, d_in]")
+    if moment.dtype not in (torch.float32, torch.float64):
+        raise CovarianceError(f"{name}: moment is {moment.dtype}, must be float32 or float64")
+    if not torch.isfinite(moment).all():
+        raise CovarianceError(f"{name}: the key statistics hold NaN or infinity")
+    largest = float(moment.diagonal().abs().max()) if len(moment) else 0.0
+    if len(moment) and float(moment.diagonal().min()) < 0:
+        raise CovarianceError(f"{name}: a sum of squares in the key statistics is negative")
+    if float((moment - moment.T).abs().max() if len(moment) else 0) > 1e-5 * largest:
+        raise CovarianceError(f"{name}: the key statistics are not symmetric")
+
+
+def _check_routed(layer: int, moment: Tensor, routed: Tensor, count: int) -> None:
+    """Raises CovarianceError unless these can be counts of the tokens behind each expert's sum."""
+    if moment.ndim != 3 or routed.dtype != torch.int64 or tuple(routed.shape) != (len(moment),):
+        raise CovarianceError(
+            f"layer {layer}: moments are {list(moment.shape)} and counts {list(routed.shape)} {routed.dtype}; must be "
+            "[experts, d_in, d_in] and [experts] torch.int64"
+        )
+    if int(routed.min()) < 0 or int(routed.max()) > count:
+        raise CovarianceError(f"layer {layer}: an expert's tokens are none of the {count} that were read")
 
 
 def fingerprint_of(model: CausalLM, *, exact: bool = True) -> str:
@@ -225,7 +307,8 @@ def estimate_covariance(
 
     corpus: a UTF-8 text file, one text a line; or texts; or None: texts sampled from the model itself.
     layers: which blocks; None: all.
-    tokens: key vectors to take; None: 10 · d_in (arXiv 2506.04226).
+    tokens: key vectors to take; None: 10 · d_in (arXiv 2506.04226), and as many more as a layer has experts for each
+        that a token is routed to, so that the average expert sees as many
     dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
     on_batch: called with the number of key vectors after each batch.
 
@@ -240,7 +323,7 @@ def estimate_covariance(
     anatomy.check_layers(chosen)
     if tokens is not None and tokens < 1:
         raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
-    wanted = tokens if tokens is not None else KEYS_A_DIMENSION * max(anatomy.shape(i)[1] for i in chosen)
+    wanted = tokens if tokens is not None else max(_enough(anatomy, i) for i in chosen)
     check_askable(model, tokenizer)
     device, longest = anatomy.device, _longest(model)
     known = getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)
@@ -264,8 +347,10 @@ def estimate_covariance(
                 yield start + body[at : at + step]
 
     moments = {
-        i: torch.zeros(anatomy.shape(i)[1], anatomy.shape(i)[1], dtype=dtype, device=device) for i in chosen
+        i: torch.zeros(*_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=device)
+        for i in chosen
     }
+    routed = {i: torch.zeros(stack, dtype=torch.int64) for i in chosen if (stack := _stacked(anatomy, i))}
     training = model.training
     model.eval()
     try:
@@ -285,7 +370,7 @@ def estimate_covariance(
                 while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
                     stop += 1
                 batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
-                counted = _add_batch(anatomy, moments, batch, mask)
+                counted = _add_batch(anatomy, moments, routed, batch, mask)
                 bar.update(counted)
                 if at == 0:
                     _check_finite(moments, next(model.parameters()).dtype)
@@ -294,34 +379,71 @@ def estimate_covariance(
                 at = stop
     finally:
         model.train(training)
-    for moment in moments.values():
-        ops.symmetrize_(moment)
+    for layer, moment in moments.items():
+        for one in moment if layer in routed else (moment,):
+            ops.symmetrize_(one)
     return Covariance(
-        moments, total, fingerprint=fingerprint_of(model, exact=False), corpus=print_digest.hexdigest()
+        moments,
+        total,
+        routed=routed,
+        fingerprint=fingerprint_of(model, exact=False),
+        corpus=print_digest.hexdigest(),
     )
+
+
+def _stacked(anatomy: Anatomy, layer: int) -> tuple[int, ...]:
+    """(experts,) of a layer that has any."""
+    experts = anatomy.experts(layer)
+    return () if experts is None else (experts.count,)
+
+
+def _enough(anatomy: Anatomy, layer: int) -> int:
+    """Tokens for the statistics of a layer."""
+    wanted = KEYS_A_DIMENSION * anatomy.shape(layer)[1]
+    experts = anatomy.experts(layer)
+    if experts is None:
+        return wanted
+    each = getattr(text_config(anatomy.model), "num_experts_per_tok", None) or 1
+    return -(-wanted * experts.count // each)
 
 
 def _check_finite(moments: Mapping[int, Tensor], dtype: torch.dtype) -> None:
     for layer, moment in moments.items():
-        if not torch.isfinite(moment.diagonal()).all():
+        if not torch.isfinite(moment.diagonal(dim1=-2, dim2=-1)).all():
             half = dtype == torch.float16
             hint = "; float16 ends at 65504: load the model in bfloat16 or float32" if half else ""
             raise CovarianceError(f"layer {layer}: the model's keys are NaN or infinite{hint}")
 
 
 @torch.no_grad()
-def _add_batch(anatomy: Anatomy, moments: dict[int, Tensor], ids: Tensor, mask: Tensor) -> int:
+def _add_batch(
+    anatomy: Anatomy,
+    moments: Mapping[int, Tensor],
+    routed: Mapping[int, Tensor],
+    ids: Tensor,
+    mask: Tensor,
+) -> int:
     layers = list(moments)
     # Rows of one length, of which most batches are, need no gathering in any layer.
     keep = None if bool(mask.all()) else mask.bool()
     with ExitStack() as stack:
         stack.enter_context(stopping())
-        traces = {i: stack.enter_context(Trace(anatomy.projection(i), stop=i == layers[-1])) for i in layers}
+        traces = {}
+        for i in layers:
+            experts = anatomy.experts(i)
+            module = anatomy.projection(i) if experts is None else experts.module
+            traces[i] = stack.enter_context(Trace(module, stop=i == layers[-1]))
         anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False)
     for layer, trace in traces.items():
+        if (experts := anatomy.experts(layer)) is not None:
+            for expert, tokens, keys in experts.parts(trace):
+                here = None if keep is None else keep.flatten()[tokens]
+                added = ops.accumulate_key_covariance_(moments[layer][expert], keys, here)
+                routed[layer][expert] += added
+            continue
         keys = trace.input.view(ids.shape[0], ids.shape[1], -1)
-        counted = ops.accumulate_key_covariance_(moments[layer], keys, keep)
-    return counted
+        ops.accumulate_key_covariance_(moments[layer], keys, keep)
+    return int(mask.sum())
 
 
 def cached_covariance(

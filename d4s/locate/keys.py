@@ -6,7 +6,7 @@ is asked about.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,17 +47,36 @@ def subject_rows(
 
 
 def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int) -> Tensor:
-    """Keys: the input of W at the subject's last token, averaged an edit. [edits, d_in] float32."""
-    return _at_last(anatomy, rows, anatomy.projection(layer), take_input=True)
+    """Keys: the input of W at the subject's last token, averaged an edit. [edits, d_in] float32.
+
+    Of a layer with experts: those of all of them side by side, each times its gate, [edits, experts · d_in].
+    """
+    experts = anatomy.experts(layer)
+    if experts is None:
+        return _at_last(anatomy, rows, anatomy.projection(layer), lambda trace, *at: _read(trace.input, *at))
+
+    def joint(trace: Trace, width: int, last: Tensor) -> Tensor:
+        return experts.joint_keys(trace, torch.arange(len(last), device=last.device) * width + last)
+
+    return _at_last(anatomy, rows, experts.module, joint)
 
 
 def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
     """What a module puts out at the subject's last token, averaged an edit. [edits, width] float32."""
-    return _at_last(anatomy, rows, module, take_input=False)
+    return _at_last(anatomy, rows, module, lambda trace, *at: _read(trace.output, *at))
+
+
+def _read(values: Tensor, width: int, last: Tensor) -> Tensor:
+    """At position `last` of each row, all of them `width` positions wide. [rows, features]"""
+    values = values.view(len(last), width, -1)  # OPT flattens rows and positions
+    return values[torch.arange(len(last), device=last.device), last]
 
 
 @torch.no_grad()
-def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_input: bool) -> Tensor:
+def _at_last(
+    anatomy: Anatomy, rows: SubjectRows, module: nn.Module, read: Callable[[Trace, int, Tensor], Tensor]
+) -> Tensor:
+    """read: what is taken of the traced call, (trace, positions a row, the last one of each row) → [rows, features]"""
     model, device = anatomy.model, anatomy.device
     # Rows of one text but for its end are equal here; each distinct one runs once, short ones together.
     distinct = list(dict.fromkeys(rows.ids))
@@ -68,10 +87,8 @@ def _at_last(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, *, take_inp
         ids, mask = padded(part, rows.fill)
         with Trace(module, stop=True) as trace, stopping():
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        values = trace.input if take_input else trace.output
-        values = values.view(len(part), ids.shape[1], -1)  # OPT flattens rows and positions
         last = torch.as_tensor([len(row) - 1 for row in part], device=device)
-        taken.update(zip(part, values[torch.arange(len(part), device=device), last].float(), strict=True))
+        taken.update(zip(part, read(trace, ids.shape[1], last).float(), strict=True))
 
     run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))
     found = torch.stack([taken[ids] for ids in rows.ids])

@@ -98,6 +98,7 @@ class Method(Configuration, ABC):
     strength: ClassVar[str] = ""
     # Named presets: what of the configuration differs from the model's own.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    edits_experts: ClassVar[bool] = False  # whether its layers may be mixtures of experts
 
     @classmethod
     @abstractmethod
@@ -112,6 +113,17 @@ class Method(Configuration, ABC):
     def searches_ahead(self) -> bool:
         """Whether its targets are those of the unedited model, and can be kept."""
         return False
+
+    def check_experts(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        """Raises ConfigError if one of the layers has experts, and the method does not edit such ones."""
+        if self.edits_experts:
+            return
+        for layer in layers:
+            if (experts := anatomy.experts(layer)) is not None:
+                raise ConfigError(
+                    f"{experts.name} is a mixture of {experts.count} experts, which {self.name} does not edit; d4s, "
+                    "memit and memit-seq do"
+                )
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """With what is left open decided, on the unedited model, by the edits that are to be made."""
@@ -171,7 +183,7 @@ class Editor(ABC):
     """A method at work on one model. The model is changed in place."""
 
     weights: EditedWeights
-    growing: ClassVar[frozenset[str]] = frozenset()  # parts of the state whose size is not fixed
+    growing: frozenset[str] = frozenset()  # parts of the state whose size is not fixed
 
     def __init__(
         self,
@@ -183,8 +195,9 @@ class Editor(ABC):
         """modules: layer → path within its block of the projection that is W there; others: the MLP's output's."""
         self.method, self.bench = method, bench
         self.anatomy, self.tokenizer = bench.anatomy, bench.tokenizer
+        self.anatomy.check_layers(tuple(layers))
+        method.check_experts(self.anatomy, layers)
         if modules:
-            self.anatomy.check_layers(tuple(layers))
             self.anatomy = self.anatomy.at(modules)
         self.weights = EditedWeights(self.anatomy, layers)
         self._torn = False  # a step failed between its start and its end
@@ -252,10 +265,9 @@ class Editor(ABC):
         """
         rest = {name: tensor for name, tensor in state.items() if name != "norms"}
         norms = state.get("norms", torch.empty(0))
-        if tuple(norms.shape) != (len(self.weights.layers), 2):
+        if norms.shape != (own := self.weights.norms()).shape:
             raise D4SError(
-                f"the norms of a {self.method.name} snapshot are {list(norms.shape)}, must be "
-                f"{[len(self.weights.layers), 2]}"
+                f"the norms of a {self.method.name} snapshot are {list(norms.shape)}, must be {list(own.shape)}"
             )
         self.load_state_dict(rest)
         self.weights.set_norms(norms)

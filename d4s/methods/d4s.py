@@ -22,6 +22,9 @@ layers below: the old key is in B, the new one is not, and is added as any other
 With `delta_projection` W = W0 + A (B + λC)⁻¹ (I − α U Uᵀ), U of W0, and the sums are put together as without it. By the
 rule "measured" that projects each step, as SPHERE does: r is measured on W as it is, and A (B + λC)⁻¹ moves by
 r kᵀ (B + λC)⁻¹, of which (I − α U Uᵀ) reaches W.
+
+Where a layer is a mixture of experts, k is the keys of its experts side by side, each times its gate, and W the row of
+their matrices; the sums are then kept as the rows that are in them (d4s/change/expert_form.py).
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 from d4s.change.closed_form import ClosedForm, Rows
+from d4s.change.expert_form import JointForm, closed_form_over
 from d4s.edits import Edit, check_batch
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
@@ -47,6 +51,7 @@ class D4S(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"anchor": "base", "residual": "once"}}
+    edits_experts: ClassVar[bool] = True
 
     anchor: Annotated[
         Literal["base", "current"],
@@ -72,7 +77,7 @@ class D4S(LocateMethod):
 class D4SEditor(LocateEditor):
     """replaces: whether an edit takes the place of an earlier one of the same prompt."""
 
-    growing = frozenset({"held"})
+    growing: frozenset[str] = frozenset({"held"})
 
     def __init__(
         self,
@@ -89,13 +94,20 @@ class D4SEditor(LocateEditor):
         self.ahead = Ahead(self)
         self.reset()
 
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether A and B are kept as such: of layers without experts."""
+        return all(self.anatomy.experts(layer) is None for layer in self.weights.layers)
+
     def reset(self) -> None:
-        self.closed_form = ClosedForm(
+        self.closed_form: ClosedForm | JointForm = closed_form_over(
             self._priors,
             self.anatomy.shape(self.last)[0],
             transposed=self.anatomy.transposed(self.last),
             seed=self.bench.seed,
         )
+        if isinstance(self.closed_form, JointForm):
+            self.growing = frozenset({"held"}) | self.closed_form.growing
         self.held: dict[tuple[str, int], Edit] = {}  # what is in the sums, by its place
         self.put: list[Rows] = []  # what the last step put into the sums, in order
 
@@ -124,7 +136,7 @@ class D4SEditor(LocateEditor):
             if once:
                 residuals = targets.delta.double() / share
             else:
-                already = keys @ self.closed_form.delta(layer).T
+                already = self.closed_form.image(keys, layer)
                 residuals = (targets.target.double() - self.state(bare)) / share + already
             self._put(Rows(layer, 1.0, tuple(range(len(batch))), residuals, keys))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
@@ -201,10 +213,16 @@ class D4SEditor(LocateEditor):
         self.held = {edit.place: edit for edit in (_fact(*f) for f in json.loads(bytes(stored.tolist())))}
 
     def snapshot(self) -> dict[str, Tensor]:
-        return self.closed_form.snapshot() | {"held": self.held_as_bytes()}
+        state = self.closed_form.snapshot() | {"held": self.held_as_bytes()}
+        if not self.keeps_sums:  # a journal without sums has the weights from here
+            state |= {f"weight.{layer}": w for layer, w in self.weights.current().items()}
+        return state
 
     def resume_(self, state: Mapping[str, Tensor]) -> None:
-        self.closed_form.resume_({name: value for name, value in state.items() if name != "held"})
+        own = {
+            name: value for name, value in state.items() if name != "held" and not name.startswith("weight.")
+        }
+        self.closed_form.resume_(own)
         self.take_held(state["held"])
         self.write()
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
 from d4s.change.closed_form import Prior
+from d4s.change.expert_form import Delta, ExpertPriors
 from d4s.change.projection import Projection
 from d4s.configuration import Above, AtLeast, AtMost, Length
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.locate import norm_anchor
+from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
@@ -141,14 +143,27 @@ class LocateMethod(TargetMethod):
         """
         anatomy = bench.anatomy
         anatomy.check_layers(self.layers)
+        self.check_experts(anatomy, self.layers)
         covariance = bench.covariance(self.layers)
         rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
         squares = []
         for layer in self.layers:
-            prior = Prior(covariance.mean(layer).to(anatomy.device), 1.0, self.ridge)
+            prior = prior_of(covariance, layer, 1.0, self.ridge, anatomy.device)
             keys = prior.rows(keys_at(anatomy, rows, layer)).T
             squares.append((keys * prior.solve(keys)).sum(0))
         return torch.stack(squares, 1).cpu()
+
+
+def prior_of(
+    covariance: Covariance, layer: int, weight: float, ridge: float, device: torch.device
+) -> Prior | ExpertPriors:
+    """λ (C + ridge · mean(diag C) · I) of a layer; of several experts one each."""
+    if layer in covariance.routed:
+        moments, routed = covariance.of_experts(layer)
+        if len(routed) > 1:
+            return ExpertPriors(moments, routed, weight, ridge, device)
+        return Prior(moments[0].double().to(device) / int(routed[0]), weight, ridge)
+    return Prior(covariance.mean(layer).to(device), weight, ridge)
 
 
 def arriving(squares: Tensor, weight: float, measured: bool) -> Tensor:
@@ -196,12 +211,27 @@ class LocateEditor(Editor):
         super().__init__(method, bench, method.layers)
         self.prefixes = method.prefixes(bench)
         self.places = method.places_in(self.anatomy)
+        self._check_plain()
         self.projections: dict[int, Projection] = {}
         if method.delta_projection is not None:
             strength, share = method.delta_projection
             for layer, base in self.weights.base.items():
                 weight = base.T if self.anatomy.transposed(layer) else base
                 self.projections[layer] = Projection(weight, strength, share)
+
+    def _check_plain(self) -> None:
+        """Raises ConfigError where a layer has experts, and a field is set that is of one matrix and one MLP output."""
+        wanted = {
+            "delta_projection": self.method.delta_projection is not None,
+            "target_norm": self.method.target_norm == "anchor",
+        }
+        for layer in self.weights.layers:
+            for name in (name for name, is_set in wanted.items() if is_set):
+                if (experts := self.anatomy.experts(layer)) is not None:
+                    raise ConfigError(
+                        f"{name}: {experts.name} is a mixture of {experts.count} experts, and {name} is of layers with "
+                        "one MLP; leave it out"
+                    )
 
     @property
     def last(self) -> int:
@@ -212,11 +242,12 @@ class LocateEditor(Editor):
         covariance = self.bench.covariance(self.weights.layers)
         return {layer: covariance.mean(layer).to(self.anatomy.device) for layer in self.weights.layers}
 
-    def priors(self) -> dict[int, Prior]:
-        """λ (C + ridge · mean(diag C) · I) of every edited layer."""
-        method = self.method
+    def priors(self) -> Mapping[int, Prior | ExpertPriors]:
+        """`prior_of` every edited layer."""
+        method, covariance = self.method, self.bench.covariance(self.weights.layers)
         return {
-            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
+            layer: prior_of(covariance, layer, method.prior_weight, method.ridge, self.anatomy.device)
+            for layer in self.weights.layers
         }
 
     def rows(self, edits: Sequence[Edit]) -> SubjectRows:
@@ -258,9 +289,17 @@ class LocateEditor(Editor):
         """Targets on the model's current weights."""
         return self.normed(edits, self.search(edits))
 
-    def projected(self, layer: int, change: Tensor) -> Tensor:
-        """What of a change is written. [d_out, d_in]"""
-        return self.projections[layer](change) if layer in self.projections else change
+    @overload
+    def projected(self, layer: int, change: Tensor) -> Tensor: ...
+
+    @overload
+    def projected(self, layer: int, change: Delta) -> Delta: ...
+
+    def projected(self, layer: int, change: Delta) -> Delta:
+        """What of a change is written: [d_out, d_in], or of each expert."""
+        if layer not in self.projections or not isinstance(change, Tensor):
+            return change
+        return self.projections[layer](change)
 
 
 class Ahead:

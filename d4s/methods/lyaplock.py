@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from d4s import ops
+from d4s.change.closed_form import Prior
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
 from d4s.errors import NotPositiveDefiniteError
@@ -73,6 +74,12 @@ class LyapLockEditor(LocateEditor):
         super().__init__(method, bench)
         self._priors = self.priors()
         self.reset()
+
+    def priors(self) -> dict[int, Prior]:
+        method = self.method
+        return {
+            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
+        }
 
     def reset(self) -> None:
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}

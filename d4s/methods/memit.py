@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from d4s.change.closed_form import solve
+from d4s.change.expert_form import solve_jointly
 from d4s.edits import Edit
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, LocateMethod, step_of
@@ -23,6 +23,7 @@ class MEMIT(LocateMethod):
     paper: ClassVar[str] = "arXiv 2210.07229"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    edits_experts: ClassVar[bool] = True
 
     def editor(self, bench: Workbench) -> MEMITEditor:
         return MEMITEditor(self, bench)
@@ -43,6 +44,6 @@ class MEMITEditor(LocateEditor):
         layers = self.weights.layers
         for i, layer in enumerate(layers):
             residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
-            change = solve(residuals, self.keys(rows, layer), self._priors[layer])
-            self.weights.write_(layer, self.weights.delta(layer) + self.projected(layer, change))
+            change = solve_jointly(residuals, self.keys(rows, layer), self._priors[layer])
+            self.weights.add_(layer, self.projected(layer, change))
         return step_of(targets)

@@ -23,6 +23,7 @@ class MEMITSeq(LocateMethod):
     paper: ClassVar[str] = "arXiv 2210.07229"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    edits_experts: ClassVar[bool] = True
 
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, anchor="current", replaces=False)

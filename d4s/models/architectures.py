@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d4s.errors import ConfigError, ModelError, unknown_name
 from d4s.models.causal_lm import CausalLM
+from d4s.models.experts import Experts
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Architecture:
     mlp_output: str  # W: the MLP's output projection, whose input is the key
     mlp_input: str  # the first projection of the MLP (the gate where there are two)
     attention_output: str  # the attention's output projection
+    # The module with the matrices of all routed experts, in blocks that have one; such a block has no `mlp_output`. Its
+    # parent is the parent of `mlp_output`.
+    experts: str | None = None
     # A norm or a factor stands between the MLP's output and the block's (gemma2, olmo2, opt-350m; granite): a residual
     # measured on the stream is then not a residual of W, so targets are taken at the MLP's output instead.
     normed_mlp_output: bool = False
@@ -49,6 +53,7 @@ _NORMED = _llama_like(normed_mlp_output=True)
 _NORMED_WITHIN = replace(_NORMED, blocks="model.language_model.layers")
 _NO_GATE = _llama_like(mlp_input="mlp.up_proj")
 _FUSED_GATE = _llama_like(mlp_input="mlp.gate_up_proj")
+_EXPERTS = _llama_like(experts="mlp.experts")
 _SCALED = replace(_NORMED, plain_where=(("residual_multiplier", 1.0),))
 
 
@@ -120,6 +125,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": _NO_GATE,
     "apertus": _NO_GATE,
     "jais2": _NO_GATE,
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,  # a shared expert beside them, which no edit changes
+    "qwen3_moe": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "gpt_oss": _EXPERTS,
+    "deepseek_v3": _EXPERTS,  # the first blocks are dense
 }
 
 
@@ -202,7 +213,9 @@ def architecture_of(model: CausalLM, architecture: Architecture | None = None) -
             f"{type(model).__name__}: {architecture.blocks!r} is a {type(blocks).__name__}, must be the ModuleList of "
             "the model's blocks"
         )
-    for path in (architecture.mlp_output, architecture.mlp_input, architecture.attention_output):
+    of_experts = architecture.experts is not None and _has(blocks[0], architecture.experts)
+    mlp = () if of_experts else (architecture.mlp_output, architecture.mlp_input)
+    for path in (*mlp, architecture.attention_output):
         try:
             blocks[0].get_submodule(path)
         except AttributeError as error:
@@ -210,6 +223,14 @@ def architecture_of(model: CausalLM, architecture: Architecture | None = None) -
                 f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error})"
             ) from None
     return architecture
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 class Anatomy:
@@ -270,6 +291,17 @@ class Anatomy:
         # Of each kind, the last block that has keys of its own is the one that leaves them.
         return min(max((i for i, kind in enumerate(own) if kind == taken), default=0) for taken in taking)
 
+    def experts(self, layer: int) -> Experts | None:
+        """The routed experts of a block; None where its MLP is dense, or `at` put another projection in its place."""
+        path = self.architecture.experts
+        if path is None or layer in self._places or not _has(self.blocks[layer], path):
+            return None
+        return Experts(self.blocks[layer].get_submodule(path), f"{self.architecture.blocks}.{layer}.{path}")
+
+    @property
+    def has_experts(self) -> bool:
+        return any(self.experts(layer) is not None for layer in range(len(self)))
+
     def projection(self, layer: int) -> nn.Module:
         """The MLP's output projection of a block, or what `at` put in its place; its `weight` is W."""
         return self._module(layer, self._path(layer))
@@ -301,26 +333,35 @@ class Anatomy:
         return self._module(layer, self.architecture.attention_output)
 
     def weight(self, layer: int) -> nn.Parameter:
-        """W as stored: [d_out, d_in], or [d_in, d_out] where `transposed`. ModelError if it is not one matrix."""
+        """W as stored: [d_out, d_in], or [d_in, d_out] where `transposed`; of a block with experts one for each,
+        [experts, …, …]. ModelError if it is neither."""
+        if (experts := self.experts(layer)) is not None:
+            return experts.weight
         weight = getattr(self.projection(layer), "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
             found = f"has the shape {list(weight.shape)}" if isinstance(weight, Tensor) else "is not there"
             raise ModelError(
                 f"{self.weight_name(layer)} {found}; W must be one matrix [d_out, d_in]. Mixtures of experts have "
-                "one for each expert, and cannot be edited there"
+                "one for each expert, and can be edited where the table of architectures says where they are"
             )
         return weight
 
     def transposed(self, layer: int) -> bool:
-        """True where W is stored [d_in, d_out] (GPT-2's Conv1D)."""
+        """True where W is stored [d_in, d_out] (GPT-2's Conv1D, the experts of gpt_oss)."""
+        if (experts := self.experts(layer)) is not None:
+            return experts.transposed
         return _is_conv1d(self.projection(layer))
 
     def weight_name(self, layer: int) -> str:
         """Name of W in the model's state dict."""
+        if (experts := self.experts(layer)) is not None:
+            return f"{experts.name}.down_proj"
         return f"{self.architecture.blocks}.{layer}.{self._path(layer)}.weight"
 
     def shape(self, layer: int) -> tuple[int, int]:
-        """(d_out, d_in) of W, whichever way it is stored."""
+        """(d_out, d_in) of W, whichever way it is stored; of one expert's, where there are several."""
+        if (experts := self.experts(layer)) is not None:
+            return experts.shape
         rows, columns = self.weight(layer).shape
         return (columns, rows) if self.transposed(layer) else (rows, columns)
 

@@ -39,6 +39,7 @@ class Trace:
     ) -> None:
         self.module, self.stop, self.edit, self.copied = module, stop, edit, copied
         self.input: Tensor
+        self.arguments: tuple[Any, ...]  # all that the module was called with, in order
         self.output: Tensor
         self.returned: Any = None  # the whole output, as the module returned it
 
@@ -52,7 +53,8 @@ class Trace:
         self._handle.remove()
 
     def _hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self.input = args[0] if args else next(iter(kwargs.values()))
+        self.arguments = (*args, *kwargs.values())
+        self.input = self.arguments[0]
         if self.edit is not None:
             changed = self.edit(first_tensor(output))
             output = (changed, *output[1:]) if isinstance(output, tuple) else changed

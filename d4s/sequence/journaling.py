@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d4s.change.closed_form import Rows
+from d4s.change.closed_form import ClosedForm, Rows
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
@@ -191,12 +191,8 @@ class Journaling(Observer):
         if not folder.events:  # nothing was done: whatever is there may be half of it
             weights = editor.weights
             folder.save("base", None, {f"{layer}": weights.base[layer] for layer in weights.layers})
-            if isinstance(editor, D4SEditor):
-                folder.save(
-                    "priors",
-                    None,
-                    {f"{i}": _stored_prior(p.matrix) for i, p in editor.closed_form.priors.items()},
-                )
+            if (sums := _sums_of(editor)) is not None:
+                folder.save("priors", None, {f"{i}": _stored_prior(p.matrix) for i, p in sums.priors.items()})
             result.baseline.save(self.path / "baseline.json")
         if isinstance(bench.targets, KeptInJournal) and bench.targets.folder is None:
             bench.targets.keep_in(folder)
@@ -213,7 +209,7 @@ class Journaling(Observer):
         weights = editor.weights
         base = sum(w.nbytes for w in weights.base.values())
         an_edit = LINES_AN_EDIT
-        if isinstance(editor, D4SEditor):
+        if _sums_of(editor) is not None:
             shapes = [weights.anatomy.shape(layer) for layer in weights.layers]
             base += sum(8 * d_in**2 for _, d_in in shapes)  # the priors
             state = sum(8 * (2 * d_in**2 + 2 * d_in * d_out) for d_out, d_in in shapes)
@@ -227,7 +223,7 @@ class Journaling(Observer):
     ) -> dict[str, Any]:
         editor, anatomy = result.editor, result.editor.anatomy
         layers = editor.weights.layers
-        again = isinstance(editor, D4SEditor) and self.keep_vectors
+        again = _sums_of(editor) is not None and self.keep_vectors
         every = SNAPSHOT_EVERY if again else max(10, math.ceil(state / BYTES_A_STEP))
         moment = now()
         head = {
@@ -311,7 +307,7 @@ class Journaling(Observer):
         for place in range(begin, len(steps)):
             bar.update()
             put = None
-            if isinstance(editor, D4SEditor):
+            if _sums_of(editor) is not None:
                 try:
                     put = segments.rows(place + 1)
                 except DataError:
@@ -496,6 +492,13 @@ def _take_tested(event: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> N
     begin = int(event["made"]) - len(event["written_probability"])
     for row, value in zip(table[begin:], event["written_probability"], strict=False):
         row["written_probability"] = _number(value)
+
+
+def _sums_of(editor: Editor) -> ClosedForm | None:
+    """The sums of an editor that keeps any; of experts, whose keys go together, none are kept."""
+    if isinstance(editor, D4SEditor) and editor.keeps_sums and isinstance(editor.closed_form, ClosedForm):
+        return editor.closed_form
+    return None
 
 
 def _stretches(numbers: Sequence[int]) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from support.tiny import CONFIGS, DENSE, tiny_model, tiny_tokenizer
 from support.workbench import EDITS, bench_of, editor_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +22,7 @@ def test_every_row_of_the_table_is_tested():
     assert set(CONFIGS) == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", DENSE)
 def test_the_weight_times_the_key_is_the_projections_output(model_type):
     anatomy = Anatomy(tiny_model(model_type))
     rows = subject_rows(tiny_tokenizer(), [EDIT])
@@ -60,7 +60,7 @@ def _what_arrives(anatomy: Anatomy) -> tuple[torch.Tensor, torch.Tensor]:
     return seen[1] - seen[0], output_at(anatomy, rows, anatomy.projection(1))[0]
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", DENSE)
 def test_the_table_says_whether_the_mlps_output_arrives_in_the_blocks_as_it_is(model_type):
     anatomy = Anatomy(tiny_model(model_type))
     added, output = _what_arrives(anatomy)

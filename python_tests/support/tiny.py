@@ -165,7 +165,20 @@ CONFIGS: dict[str, dict] = {
     "youtu": dict(MLA, pad_token_id=None),  # loading it puts zeros at the padding token
     "minicpm3": dict(MLA, scale_emb=2, dim_model_base=16),
     "hyperclovax": dict(LLAMA, residual_multiplier=0.5, attention_multiplier=0.3),
+    "mixtral": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(FREE, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24)
+    | dict(shared_expert_intermediate_size=40, norm_topk_prob=False),
+    "qwen3_moe": dict(LLAMA, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+    | dict(norm_topk_prob=True),
+    "olmoe": dict(FREE, num_experts=5, num_experts_per_tok=2, norm_topk_prob=False),
+    "gpt_oss": dict(LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    | dict(layer_types=LAYERS),
+    "deepseek_v3": dict(MLA, n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=24)
+    | dict(n_shared_experts=1, n_group=2, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=1.5),
 }
+# Types of which a block may be a mixture of experts, and is from block 1 on.
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
+DENSE = tuple(model_type for model_type in CONFIGS if model_type not in EXPERTS)
 
 
 # Types that stand for all others in the tests of single parts. The whole table goes through test_model_types.py.
