@@ -219,7 +219,9 @@ class ExpertLayer:
             "factor": self.factor.clone(),
             "signs": self.signs.clone(),
             "steps": self.steps.clone(),
-            "experts": torch.tensor([[j, len(r)] for j, r in zip(touched, rows, strict=True)]).view(count, 2),
+            "experts": torch.tensor(
+                [[j, len(r)] for j, r in zip(touched, rows, strict=True)], dtype=torch.long
+            ).view(count, 2),
             "rows": torch.cat([torch.zeros(0, dtype=torch.long, device=self.factor.device), *rows]),
             "weighted": torch.cat([new(0, d_in), *(self.parts[j][1] for j in touched)]),
             "delta": torch.cat([new(0, self.d_out, d_in), *(self.delta[j][None] for j in touched)]),
@@ -232,6 +234,7 @@ class ExpertLayer:
             raise D4SError(f"{self.name}: a state of experts holds {sorted(state)}, must hold {sorted(own)}")
         n, groups, d_in = len(state["signs"]), state["experts"], self.prior.d_in
         sound = groups.ndim == 2 and groups.shape[1] == 2 and groups.dtype == torch.long
+        sound = sound and bool((groups[:, 1] >= 1).all())
         held = int(groups[:, 1].sum()) if sound else -1
         shapes = {
             "factor": (n, n),

@@ -13,6 +13,7 @@ from d4s.errors import D4SError
 from d4s.interrupts import deferred
 from d4s.measure.columns import THREE, measured_columns
 from d4s.measure.metrics import Evaluation, evaluate
+from d4s.measure.routing import routing_change
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
@@ -138,6 +139,21 @@ class Run:
             found["average.unedited"] = sum(found[f"{name}.unedited"] for name in THREE) / len(THREE)
         return found
 
+    def _routing_change(self, edits: Sequence[Edit]) -> float | None:
+        """Of the edits' neighbours; None for a model without experts above the lowest edited layer."""
+        editor = self.result.editor
+        if not editor.anatomy.has_experts:
+            return None
+        prompts = [prompt for edit in edits for prompt in edit.neighborhood]
+        return routing_change(
+            editor.anatomy,
+            editor.tokenizer,
+            prompts,
+            editor.weights.layers[0],
+            editor.weights.at_base,
+            self.schedule.seed,
+        )
+
     def point(self, made: int, *, ended: bool = False) -> None:
         """One history row: all edits made so far; before the first, all that are to be made.
 
@@ -166,6 +182,8 @@ class Run:
         row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
         row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}
         row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
+        if (moved := self._routing_change(scored)) is not None:
+            row["routing_change"] = moved
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
         if (measure := self.schedule.measure) is not None:
