@@ -74,6 +74,8 @@ class Change:
     def check(self) -> None:
         """Raises ModelError for what no edit of d4s leaves: types, shapes, values, factors that do not fit."""
         base, edited = self.base, self.edited
+        if base.ndim == 3:
+            raise ModelError(_of_experts(self.name))
         if base.ndim != 2 or not base.numel() or base.shape != edited.shape or base.dtype != edited.dtype:
             raise ModelError(
                 f"{self.name}: {list(base.shape)} {base.dtype} before and {list(edited.shape)} {edited.dtype} after; "
@@ -128,10 +130,13 @@ def changes_between(
             )
     modules = dict(base.named_modules())
     blocks = f"{anatomy.architecture.blocks}."
+    of_experts = {anatomy.weight_name(i) for i in range(len(anatomy)) if anatomy.experts(i) is not None}
     changes, foreign = [], []
     for name, tensor in before.items():
         if _same_bits(tensor, after[name]):
             continue
+        if name in of_experts:
+            raise ModelError(_of_experts(name))
         module = modules.get(name.removesuffix(".weight"))
         if not (name.startswith(blocks) and name.endswith(".weight") and is_projection(module)):
             foreign.append(name)
@@ -172,6 +177,13 @@ def changes_of(result: Any) -> list[Change]:
             "its edits beside the weights (GRACE); there is nothing to put into a patch"
         )
     return changes
+
+
+def _of_experts(name: str) -> str:
+    return (
+        f"{name} holds the matrices of several experts; patches and adapters take single ones. Save the edited model "
+        "itself (save_pretrained)"
+    )
 
 
 def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
