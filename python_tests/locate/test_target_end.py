@@ -26,7 +26,7 @@ from d4s.locate.targets import (
 from d4s.methods import METHODS
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import end_of_text, subject_row
-from d4s.sequence.compare import _decides_targets
+from d4s.sequence.compare import decides_targets
 
 PREFIXES = ("The capital. ", "You play the piano because. ")
 END = [tiny_tokenizer().eos_token_id]
@@ -193,8 +193,8 @@ def test_every_method_that_searches_targets_has_the_field(seed):
         searching += 1
         ending = plain.changed({"target_eos": True})
         assert not plain.target.target_eos and ending.target == replace(plain.target, target_eos=True)
-        assert _decides_targets(ending) != _decides_targets(plain)
-        assert "target_eos" not in _decides_targets(plain) and asdict(ending)["target"]["target_eos"]
+        assert decides_targets(ending) != decides_targets(plain)
+        assert "target_eos" not in decides_targets(plain) and asdict(ending)["target"]["target_eos"]
     assert searching == 9
     having = {name for name, cls in METHODS.items() if "target_eos" in {f.name for f in fields(cls)}}
     assert having == {"ft-m"}
