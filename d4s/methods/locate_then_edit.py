@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, overload
@@ -14,7 +15,7 @@ from d4s.change.expert_form import Delta, ExpertPriors
 from d4s.change.projection import Projection
 from d4s.configuration import Above, AtLeast, AtMost, Length
 from d4s.edits import Edit
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, ModelError
 from d4s.locate import norm_anchor
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, target_identity
@@ -73,6 +74,20 @@ class TargetMethod(Method):
             ("mlp",) if anatomy.architecture.normed_mlp_output and self.places == ("block",) else self.places
         )
 
+    def check_experts(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        super().check_experts(anatomy, layers)
+        plain = {
+            "delta_projection": self.delta_projection is not None,
+            "target_norm": self.target_norm == "anchor",
+        }
+        for name in (name for name, is_set in plain.items() if is_set):
+            for layer in layers:
+                if (experts := anatomy.experts(layer)) is not None:
+                    raise ConfigError(
+                        f"{name} is of layers with one MLP, and {experts.name} is a mixture of {experts.count} "
+                        "experts; leave it out"
+                    )
+
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """m, where it is wanted and None: the mean norm of what the first edits' targets ask of the MLP.
 
@@ -84,6 +99,7 @@ class TargetMethod(Method):
             return self
         anatomy, last, first = bench.anatomy, self.layers[-1], list(edits[:ANCHORS])
         anatomy.check_layers(self.layers)
+        self.check_experts(anatomy, self.layers)
         prefixes, places = self.prefixes(bench), self.places_in(anatomy)
 
         def search(some: Sequence[Edit]) -> Targets:
@@ -96,7 +112,12 @@ class TargetMethod(Method):
             kept.check(target_identity(anatomy, bench.tokenizer, prefixes, last, places, self.target))
         targets = searched(kept, first, search, anatomy.device)
         outputs = mlp_outputs(anatomy, bench.tokenizer, first, targets, last, places)
-        return replace(self, anchor_norm=norm_anchor.mean_norm(norm_anchor.norms(targets, outputs)))
+        norm = norm_anchor.mean_norm(norm_anchor.norms(targets, outputs))
+        if not math.isfinite(norm):
+            raise ModelError(
+                f"{self.name}: the unedited model gives NaN or infinity for the first edits' targets; check its weights"
+            )
+        return replace(self, anchor_norm=norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,35 +224,20 @@ class LocateEditor(Editor):
             # No edits to choose by: E[kᵀ C⁻¹ k] = d_in, of which half arrives in each of several layers.
             d_in = bench.anatomy.shape(method.layers[-1])[1]
             method = method.weighed(d_in if len(method.layers) > 1 else d_in / 10)
+        super().__init__(method, bench, method.layers)
+        self.prefixes = method.prefixes(bench)
+        self.places = method.places_in(self.anatomy)
         if method.target_norm == "anchor" and method.anchor_norm is None:
             raise ConfigError(
                 f"{method.name}: target_norm is 'anchor' and anchor_norm None; an editor needs the norm itself, which "
                 "method.settled(bench, edits) takes from the first edits"
             )
-        super().__init__(method, bench, method.layers)
-        self.prefixes = method.prefixes(bench)
-        self.places = method.places_in(self.anatomy)
-        self._check_plain()
         self.projections: dict[int, Projection] = {}
         if method.delta_projection is not None:
             strength, share = method.delta_projection
             for layer, base in self.weights.base.items():
                 weight = base.T if self.anatomy.transposed(layer) else base
                 self.projections[layer] = Projection(weight, strength, share)
-
-    def _check_plain(self) -> None:
-        """Raises ConfigError where a layer has experts, and a field is set that is of one matrix and one MLP output."""
-        wanted = {
-            "delta_projection": self.method.delta_projection is not None,
-            "target_norm": self.method.target_norm == "anchor",
-        }
-        for layer in self.weights.layers:
-            for name in (name for name, is_set in wanted.items() if is_set):
-                if (experts := self.anatomy.experts(layer)) is not None:
-                    raise ConfigError(
-                        f"{name}: {experts.name} is a mixture of {experts.count} experts, and {name} is of layers with "
-                        "one MLP; leave it out"
-                    )
 
     @property
     def last(self) -> int:

@@ -38,17 +38,17 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    one, targets, apply = Clock(), LocateEditor.targets, D4SEditor.apply
+    one, search, apply = Clock(), LocateEditor.search, D4SEditor.apply
 
     def searched(self, edits):
         one.now += SEARCH * len(edits)
-        return targets(self, edits)
+        return search(self, edits)
 
     def made(self, batch):
         one.now += MAKE
         return apply(self, batch)
 
-    monkeypatch.setattr(LocateEditor, "targets", searched)
+    monkeypatch.setattr(LocateEditor, "search", searched)
     monkeypatch.setattr(D4SEditor, "apply", made)
     return one
 
@@ -112,7 +112,7 @@ def test_every_edit_that_was_looked_at_is_named_as_a_probe(clock, monkeypatch, s
 
     monkeypatch.setattr(module, "evaluate", watched(module.evaluate, 2))
     monkeypatch.setattr(module, "take_baseline", watched(module.take_baseline, 2))
-    monkeypatch.setattr(LocateEditor, "targets", watched(LocateEditor.targets, 1))
+    monkeypatch.setattr(LocateEditor, "search", watched(LocateEditor.search, 1))
     monkeypatch.setattr(D4SEditor, "edit", watched(D4SEditor.edit, 1))
     plain = LocateMethod.key_squares
     # λ looks at the first few of what it is given.
@@ -189,13 +189,9 @@ def test_a_setting_that_fails_is_told_and_the_others_go_on(clock, monkeypatch, s
 
 def test_a_field_that_a_method_lacks_is_not_searched(seed):
     model, _ = ready(seed)
-    found = tune(model, tiny_tokenizer(), EDITS, method="ft-m", config={"steps": 2}, probes=3, progress=False)
-    assert {one.trial.line for one in found.scored} <= {"own", "layers", "learning_rate", "together"}
-    assert found.preset.method == "ft-m" and found.preset.fields.keys() == {
-        "layers",
-        "learning_rate",
-        "steps",
-    }
+    found = tune(model, tiny_tokenizer(), EDITS, method="ft-l", config={"steps": 2}, probes=3, progress=False)
+    assert {one.trial.line for one in found.scored} <= {"own", "layers", "epsilon", "together"}
+    assert found.preset.method == "ft-l" and found.preset.fields.keys() == {"layers", "epsilon", "steps"}
 
 
 def test_with_the_weight_left_open_the_methods_own_is_by_the_share_that_arrives(clock, seed):
