@@ -19,7 +19,7 @@ GROUND = ("version", "errors", "files", "tensor_files", "interrupts", "progress"
 ROOMS = (
     *GROUND,
     *("ops", "figures", "edits", "models", "locate", "change", "measure", "methods"),
-    *("embedded", "journal", "sequence", "study", "cli"),
+    *("embedded", "journal", "sequence", "study", "report", "cli"),
 )
 FACE, DOOR = "__init__.py", "__main__.py"  # of d4s itself: what it offers, and what `python -m d4s` runs
 

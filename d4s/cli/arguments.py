@@ -138,6 +138,15 @@ def add_collapse(verb: ArgumentParser) -> None:
     )
 
 
+def add_tensorboard(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="also write scalars there for tensorboard --logdir DIR",
+    )
+
+
 def add_scores(verb: ArgumentParser) -> None:
     verb.add_argument("--generate", action="store_true", help="also score what the model freely says")
     add_downstream(verb)
@@ -275,6 +284,15 @@ def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
         seed=options.seed,
         **trusted,
     )
+
+
+def watching(options: Namespace) -> list[Any]:
+    """Who watches a sequence: the live view where a terminal and rich are there, and --tensorboard."""
+    from d4s.report.live import Live, is_there
+    from d4s.report.tensorboard import TensorBoard
+
+    live = [Live()] if is_there() else []
+    return [*live, *([] if options.tensorboard is None else [TensorBoard(options.tensorboard)])]
 
 
 # Checks of what the options name together.

@@ -15,6 +15,7 @@ from d4s.cli.arguments import (
     add_scores,
     add_sequences,
     add_targets,
+    add_tensorboard,
     count,
     loaded_covariance,
     loaded_edits,
@@ -22,6 +23,7 @@ from d4s.cli.arguments import (
     names,
     seeds,
     task_scores,
+    watching,
 )
 from d4s.cli.printing import print_json, print_notes
 from d4s.errors import ConfigError
@@ -49,6 +51,7 @@ def add(verb: ArgumentParser) -> None:
         "without: multiples of each one's own",
     )
     add_collapse(verb)
+    add_tensorboard(verb)
     add_scores(verb)
 
 
@@ -57,6 +60,7 @@ def run(options: Namespace) -> None:
     from d4s.study.front import front
 
     check_folder(options.out)
+    watchers = watching(options)
     methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
@@ -78,6 +82,7 @@ def run(options: Namespace) -> None:
         generate=options.generate,
         measure=task_scores(options, model, tokenizer),
         stop_on_collapse=options.stop_on_collapse,
+        observers=watchers,
     )
     found.save(options.out)
     if options.json:

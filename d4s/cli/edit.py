@@ -18,6 +18,7 @@ from d4s.cli.arguments import (
     add_preset,
     add_scores,
     add_targets,
+    add_tensorboard,
     configured,
     count,
     empty_folder,
@@ -25,6 +26,7 @@ from d4s.cli.arguments import (
     loaded_edits,
     loaded_model,
     task_scores,
+    watching,
 )
 from d4s.cli.printing import print_json, print_notes, words
 from d4s.errors import D4SError, EditingFailed, EditingInterrupted
@@ -60,6 +62,7 @@ def add(verb: ArgumentParser) -> None:
         help="no: a smaller journal, from which no single edit can be undone",
     )
     add_collapse(verb)
+    add_tensorboard(verb)
     add_scores(verb)
 
 
@@ -75,6 +78,7 @@ def run(options: Namespace) -> None:
         return
     out = options.out if _goes_on(options.out) else empty_folder(options.out)
     edits, (method, config) = loaded_edits(options), configured(options, options.method)
+    watchers = watching(options)
     model, tokenizer = loaded_model(options)
     if not isinstance(config, Preset):
         _say_by_rule(options, model, method)
@@ -99,6 +103,7 @@ def run(options: Namespace) -> None:
             seed=options.seed,
             journal=out / "journal",
             keep_vectors=options.keep_vectors == "yes",
+            observers=watchers,
         )
     except EditingInterrupted as error:
         made: Result = error.result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from d4s.edits import Edit
 from d4s.progress import progress_bar
@@ -17,7 +17,11 @@ class Observer:
 
     What an observer raises breaks the sequence off, as a step that fails does. All but `ended` are called in the order
     in which the observers were given; `ended` in the reverse order, of those whose `began` has returned.
+
+    draws: whether it shows the sequence's progress itself, so that no bar is drawn
     """
+
+    draws: ClassVar[bool] = False
 
     def began(self, result: Result) -> None:
         """The unedited model has been scored (row 0 of the history); no edit has been made."""

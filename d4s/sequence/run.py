@@ -167,7 +167,8 @@ def _run(
     result = under_way.result
     result.notes = notes
     with evaluating(bench.model):
-        told = Observers([Bar(shown=bench.progress), *([] if journal is None else [journal]), *observers])
+        bar = Bar(shown=bench.progress and not any(one.draws for one in observers))
+        told = Observers([bar, *([] if journal is None else [journal]), *observers])
         try:
             told.began(result)
             under_way.steps(told)

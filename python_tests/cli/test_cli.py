@@ -33,6 +33,7 @@ VERBS = (
     "compare",
     "analyze",
     "reproduce",
+    "report",
     "tasks",
     "tune",
     "models",
