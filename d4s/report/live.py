@@ -155,7 +155,9 @@ class Live(Observer):
         """Once, above the view, where it stays; for as long as it holds the view says it too."""
         if not self.warned and (warning := self.watch.warning()) is not None:
             self.warned = True
-            self.view.console.print(f"{self.title}, after {self.made} edits: {warning}", markup=False)
+            self.view.console.print(
+                f"{self.title}, after {self.made} edits: {warning}", markup=False, highlight=False
+            )
 
     def pace(self) -> float | None:
         """Edits a second over the last steps, evaluations not counted; None: before the first."""
@@ -203,17 +205,24 @@ class _Beneath:
         self._live, self._begun = live, ""
 
     def write(self, text: str) -> int:
+        """A bar writes its states behind carriage returns, and a line's end when it is closed."""
         self._begun += text
         *lines, self._begun = self._begun.split("\n")
         for line in lines:
-            if "\r" in line:  # a bar that has come to its end
-                self._live.beneath = ""
-            else:
+            line = self._states(line)
+            if line:
                 self._live.view.console.print(line, markup=False, highlight=False)
-        if "\r" in self._begun:
-            self._begun = "\r" + self._begun.rpartition("\r")[2]
-            self._live.beneath = self._begun.strip()
+            else:
+                self._live.beneath = ""
+        self._begun = self._states(self._begun)
         return len(text)
+
+    def _states(self, line: str) -> str:
+        """The last state goes beneath the view. Returns what of the line is none."""
+        if "\r" not in line:
+            return line
+        self._live.beneath = line.rpartition("\r")[2].strip()
+        return ""
 
     def flush(self) -> None:
         """What is written is drawn at the view's next turn."""
