@@ -111,7 +111,7 @@ class Live(Observer):
         self.before = self.looked = self.clock()
         self.beneath, self.said = "", sys.stderr
         self.view = Drawn(
-            console=self.console or Console(stderr=True),
+            console=self.console or Console(file=sys.stderr),  # as it is now: it is exchanged below
             get_renderable=self._drawn,
             refresh_per_second=4,
             redirect_stdout=False,

@@ -214,7 +214,7 @@
       cell.style.setProperty("--v", value);
       return cell;
     })));
-    const table = make("table", { kind: dense ? "heat dense" : "heat" }, make("caption", { text: `${run.label}: ${metric}, in percent. A row: edits made up to there; a column: tested after so many edits.` }), make("thead", {}, head), make("tbody", {}, ...body));
+    const table = make("table", { kind: dense ? "heat dense" : "heat" }, make("caption", { text: `${run.label}: ${metric} (%)` }), make("thead", {}, head), make("tbody", {}, ...body));
     return make("figure", {}, make("div", { kind: "wide", role: "region", tabindex: "0", "aria-label": `forgetting, ${run.label}` }, table));
   }
 
@@ -226,7 +226,7 @@
     const heats = make("div", { kind: "heats" });
     const paint = () => heats.replaceChildren(...all.filter((one) => one.cells[choice.value]).map((one) => heat(one, content.runs[one.run], choice.value)));
     choice.addEventListener("change", paint);
-    section.append(make("p", { kind: "note", text: "What edits made in one stretch still score later: along a row, the same edits, tested again and again. A row that fades is forgetting; a column that fades downwards is edits that no longer take." }),
+    section.append(make("p", { kind: "note", text: "A row: the edits made up to there, from the row above on; a column: tested after so many edits. A row that fades is forgetting; a column that fades downwards is edits that no longer take." }),
       make("div", { kind: "tools" }, make("label", {}, "Figure", choice)), heats);
     paint();
     section.hidden = false;
@@ -267,6 +267,7 @@
       { head: "new answer", only: facts.new.some(Boolean), ...text("new") },
       { head: "answer before", has: "new_before", text: true, value: (run, i) => (answer(run, i, "before") || {}).text || "", cell: (run, i) => told(run, i, "before") },
       { head: "answer now", has: "new_now", text: true, value: (run, i) => (answer(run, i, "now") || {}).text || "", cell: (run, i) => told(run, i, "now") },
+      { head: "mark", text: true, value: mark, cell: (run, i) => { const found = mark(run, i); return make("td", { kind: "text" }, found ? make("span", { kind: "mark", text: found }) : null); } },
       { head: "p(new) before", has: "new_before", ...p("new_before") },
       { head: "p(new) found by the search", has: "searched", ...p("searched") },
       { head: "p(new) right after", has: "written", ...p("written") },
@@ -275,7 +276,6 @@
       { head: "greedy answer now", has: "greedy", ...s("greedy") },
       { head: "paraphrases", has: "paraphrase", ...s("paraphrase") },
       { head: "neighbours", has: "specificity", ...s("specificity") },
-      { head: "mark", text: true, value: mark, cell: (run, i) => { const found = mark(run, i); return make("td", { kind: "text" }, found ? make("span", { kind: "mark", text: found }) : null); } },
     ];
     const FILTERS = {
       "all edits": () => true,

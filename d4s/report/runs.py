@@ -136,7 +136,8 @@ def _of_comparison(folder: Path, prefix: str) -> list[ToldRun]:
             continue
         label, seed = _label_of(name)
         run = _of_journal(head.parent)
-        found.append((label, seed, run.record, {**run.setting, **shared}, dict(run.facts)))
+        setting = {**run.setting, "seed": seed, **shared}
+        found.append((label, seed, run.record, setting, dict(run.facts)))
     several = len({seed for _, seed, *_ in found}) > 1
     return [
         ToldRun(f"{prefix}{label}" + (f", seed {seed}" if several else ""), record, setting, facts)
@@ -178,7 +179,7 @@ def _setting_of(record: Record) -> dict[str, str]:
 def _setting_of_journal(head: Mapping[str, Any], record: Record) -> dict[str, str]:
     schedule = head["schedule"]
     told = {
-        "model": _words(head["source"] or "a model without a place"),
+        "model": _named(head["source"]),
         "weights": _short(head["model"]),
         "tokenizer": _short(head["tokenizer"]),
         "data type": _words(head["dtype"]),
@@ -191,7 +192,7 @@ def _setting_of_journal(head: Mapping[str, Any], record: Record) -> dict[str, st
     told |= {
         name.replace("_", " "): _words(value)
         for name, value in schedule.items()
-        if value not in (None, False)
+        if value is not None and value is not False
     }
     told |= _setting_of(record)
     return {name: words for name, words in told.items() if words}
@@ -214,6 +215,13 @@ def _words(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _named(source: Any) -> str:
+    """A model's name. Of a folder its own: where it lies is not the reader's business."""
+    if not source:
+        return "a model without a name"
+    return Path(source).name if Path(str(source)).is_absolute() else str(source)
 
 
 def _short(digest: Any) -> str:

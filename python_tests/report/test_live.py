@@ -106,6 +106,33 @@ def test_the_view_tells_pace_time_left_efficacy_and_norms(seed):
 
 
 @needs_rich
+def test_the_view_is_drawn_on_standard_error_as_it_was(seed, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_there()
+    live, meanwhile = Live(), []
+    result = SimpleNamespace(
+        edits=EDITS, edits_table=[], method="d4s", history=[{"step": 0, "l1_norm.0": 1.0}]
+    )
+    live.began(result)
+    try:
+        live.view.refresh()
+        meanwhile.append(terminal.getvalue())
+        print("a line", file=sys.stderr)
+        live.beneath = "scoring:  50%"
+        live.view.refresh()
+    finally:
+        live.ended(result, None)
+    assert "0/7 edits" in meanwhile[0] and sys.stderr is terminal
+    assert "a line" in terminal.getvalue() and "scoring:  50%" in terminal.getvalue()
+
+
+@needs_rich
 def test_a_bar_beside_the_view_stands_beneath_it_and_lines_above(seed):
     from rich.console import Console
 
