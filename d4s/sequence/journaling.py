@@ -269,7 +269,7 @@ class Journaling(Observer):
         for event, batch in zip(steps, batches, strict=False):
             made += len(batch)
             result.edits_table += _table_rows(event, [by_id[edit.id].id for edit in batch], made)
-            under_way.edit_seconds = float(event["seconds"])
+            under_way.edit_seconds = float(event["seconds"] or 0.0)  # None: it was not finite
         tested = [event for event in events if event["kind"] == "tested"]
         for event in tested:
             _take_tested(event, result.edits_table)
@@ -330,7 +330,7 @@ class Journaling(Observer):
         place, stored, row, evaluation = _read_point(self.folder, event)
         under_way.result.history.append(row)
         under_way.result.evaluations.append(evaluation)
-        under_way.began = time.perf_counter() - float(row["seconds"])
+        under_way.began = time.perf_counter() - float(row["seconds"] or 0.0)
         if (measure := under_way.schedule.measure) is not None:
             given = {name: row[name] for name in stored["measured"] if name in row}
             under_way.result.columns |= measured_columns(given, measure)
