@@ -107,7 +107,7 @@ class Standing:
         if kind not in ("step", "revised", "consolidated"):
             return [], [], False
         step, taken = int(event["step"]), list[Rows]()
-        put = rows_of(step)
+        put, again = rows_of(step), list[Rows]()
         if kind == "consolidated":
             batch = [self.get(edit_id).edit for edit_id in event["ids"]]
             # The undone ones keep their rows, and may be redone; earlier edits of a prompt are in no sum any more.
@@ -117,10 +117,10 @@ class Standing:
                 self.made[made.edit.id] = made
             return put, [], True
         if kind == "revised":
-            _, taken = self.change([event["id"]], stand=False)
+            again, taken = self.change([event["id"]], stand=False)
         for made in by_edit(edits_of(event, folder), put, step):
             self.add(made)
-        return put, taken, False
+        return [*again, *put], taken, False
 
     def change(self, ids: Sequence[str], stand: bool) -> tuple[list[Rows], list[Rows]]:
         """(rows to be put in, rows to be taken out) such that the edits stand, or stand no longer."""

@@ -144,6 +144,21 @@ class Sequence(RuleBasedStateMachine):
         assert torch.allclose(left @ right, found, atol=1e-7)
 
 
+def test_an_edit_between_two_others_of_its_prompt_is_revised(tmp_path):
+    """The one after it takes the place of the one before it, and the new one that one's."""
+    world = Simulated(tmp_path / "j", 0)
+    folder = world.begin()
+    edits = [world.edit("capital", f"e{i}") for i in range(4)]
+    for i in range(3):
+        world.make(folder, edits[i], edits[i - 1].id if i else None)
+    world.make(folder, edits[3], "e2", kind="revised", id="e1")
+    journal = Journal(world.path)
+    found, truth = journal.sums.closed_form.delta(3), world.truth([edits[0], edits[2], edits[3]])
+    assert float((found - truth).norm()) <= 1e-8 * float(truth.norm())
+    left, right = journal.sums.factors()[3]
+    assert torch.allclose(left @ right, found, atol=1e-7)
+
+
 TestSequence = Sequence.TestCase
 TestSequence.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
