@@ -214,10 +214,10 @@ def _optimise(
     least = torch.full_like(first, torch.inf)  # loss of the look that counts, where the best does
     reference: Tensor | None = None
     pause = 1 if config.stop_nll is not None and device.type == "cpu" else 4  # looks
-    everything = copy(rows)  # which `rows` will lose in part
 
     # Probabilities that are kept, and what KL compares with, are δ = 0's in float32.
     apart = config.search_precision != "float32"
+    everything = copy(rows) if apart else rows  # the copy keeps what `rows` will lose
     if begin is not None or apart:
         with torch.no_grad():
             log_p = rows.log_probabilities(deltas)

@@ -127,6 +127,7 @@ def edit_sequence(
     )
 
 
+@ending_signals_raise()  # a scheduler's SIGTERM, too, finds the journal closed
 def run(
     bench: Workbench,
     edits: Sequence[Edit],
@@ -142,20 +143,7 @@ def run(
 
     notes: what has to be said of the figures
     """
-    with ending_signals_raise():  # a scheduler's SIGTERM, too, finds the journal closed
-        return _run(bench, tuple(edits), method, schedule, baseline, journal, observers, notes)
-
-
-def _run(
-    bench: Workbench,
-    edits: tuple[Edit, ...],
-    method: Method,
-    schedule: Schedule,
-    baseline: Baseline | None,
-    journal: Journaling | None,
-    observers: Sequence[Observer],
-    notes: tuple[str, ...],
-) -> Result:
+    edits = tuple(edits)
     try:
         _check(bench, edits, method, schedule)
         with evaluating(bench.model):
