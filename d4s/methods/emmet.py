@@ -50,5 +50,4 @@ class EMMET(LocateMethod):
 
 class EMMETEditor(MEMITEditor):
     def priors(self) -> dict[int, Prior]:
-        weight = self.method.epsilon * self.method.prior_weight  # ελ
-        return {layer: Prior(c, weight, self.method.ridge) for layer, c in self.second_moments().items()}
+        return self.plain_priors(self.method.epsilon * self.method.prior_weight)  # ελ

@@ -54,10 +54,7 @@ class ENCOREEditor(D4SEditor):
         super().__init__(method, bench, anchor="current", replaces=False)
 
     def priors(self) -> dict[int, Prior]:
-        method = self.method
-        priors = {
-            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
-        }
+        priors = self.plain_priors(self.method.prior_weight)
         for prior in priors.values():
-            prior.matrix.diagonal().add_(method.norm_weight)  # λC + λ_n I, before any factor is made
+            prior.matrix.diagonal().add_(self.method.norm_weight)  # λC + λ_n I, before any factor is made
         return priors

@@ -248,6 +248,10 @@ class LocateEditor(Editor):
         covariance = self.bench.covariance(self.weights.layers)
         return {layer: covariance.mean(layer).to(self.anatomy.device) for layer in self.weights.layers}
 
+    def plain_priors(self, weight: float) -> dict[int, Prior]:
+        """λ (C + ridge · mean(diag C) · I) of every edited layer, none of which has experts. weight: λ"""
+        return {layer: Prior(c, weight, self.method.ridge) for layer, c in self.second_moments().items()}
+
     def priors(self) -> Mapping[int, Prior | ExpertPriors]:
         """`prior_of` every edited layer."""
         method, covariance = self.method, self.bench.covariance(self.weights.layers)

@@ -76,10 +76,7 @@ class LyapLockEditor(LocateEditor):
         self.reset()
 
     def priors(self) -> dict[int, Prior]:
-        method = self.method
-        return {
-            layer: Prior(c, method.prior_weight, method.ridge) for layer, c in self.second_moments().items()
-        }
+        return self.plain_priors(self.method.prior_weight)
 
     def reset(self) -> None:
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
