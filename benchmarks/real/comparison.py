@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d4s
-from benchmarks.real.setting import COLLAPSE, SEQUENCES, Keep, answers, split, statistics
-from d4s.locate.covariance import fingerprint_of
+from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics
 from d4s.study.retained import Retained, paragraphs
 
 POINTS = (50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000)
@@ -44,21 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokenizer, options.corpus, options.tokens, options.out / "covariance.safetensors"
     )
     made, facts = split(d4s.load_edits(options.edits), options.count, options.neighbors, options.seed)
-    found = d4s.compare(
+    found = sequences_over(
         model,
         tokenizer,
         made,
-        {name: SEQUENCES[name] for name in options.methods},
-        covariance=covariance,
-        evaluate_every=[point for point in POINTS if point <= options.count],
-        seeds=options.seed,
-        baseline=answers(model, tokenizer, made, options.out / "baseline.json"),
-        measure=Retained(model, tokenizer, facts, paragraphs(options.text), seed=options.seed),
-        stop_on_collapse=COLLAPSE,
-        observers=[Keep(options.out / "edited", fingerprint_of(model))],
-        out=options.out / "sequences",
+        options.methods,
+        covariance,
+        Retained(model, tokenizer, facts, paragraphs(options.text), seed=options.seed),
+        options.out,
+        points=[point for point in POINTS if point <= options.count],
+        seed=options.seed,
     )
-    found.save(options.out / "sequences")
     print(found.summary())
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 from random import Random
 
 import d4s
-from benchmarks.real.setting import COLLAPSE, FACTS, SEQUENCES, Generate, Keep, answers, statistics
+from benchmarks.real.setting import FACTS, SEQUENCES, Generate, sequences_over, statistics
 from d4s.edits import Edit
-from d4s.locate.covariance import fingerprint_of
 from d4s.study.retained import Retained, paragraphs, untouched
 
 FILES = {"zsre": "zsre_mend.json", "mquake": "mquake.json", "wikibigedit": "wikibigedit_3k.json"}
@@ -82,21 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         freely = chosen(made, options.generate, options.seed + 1)  # in another order: of any age
         generate = Generate(out / "generated", freely)
         generate.take(model, tokenizer, freely, "unedited")
-        found = d4s.compare(
+        found = sequences_over(
             model,
             tokenizer,
             made,
-            {label: SEQUENCES[label] for label in options.methods},
-            covariance=covariance,
-            evaluate_every=[point for point in POINTS if point <= options.count],
-            seeds=options.seed,
-            baseline=answers(model, tokenizer, made, out / "baseline.json"),
-            measure=Retained(model, tokenizer, untouched(known, made)[:FACTS], texts, seed=options.seed),
-            stop_on_collapse=COLLAPSE,
-            observers=[Keep(out / "edited", fingerprint_of(model)), generate],
-            out=out / "sequences",
+            options.methods,
+            covariance,
+            Retained(model, tokenizer, untouched(known, made)[:FACTS], texts, seed=options.seed),
+            out,
+            points=[point for point in POINTS if point <= options.count],
+            seed=options.seed,
+            observers=[generate],
         )
-        found.save(out / "sequences")
         print(f"{name}, {len(made)} edits\n{found.summary()}", flush=True)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import d4s
 from d4s.edits import Edit
 from d4s.files import write_json
-from d4s.locate.covariance import Covariance
+from d4s.locate.covariance import Covariance, fingerprint_of
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
+from d4s.sequence.comparison import Comparison
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result
 from d4s.sequence.saving import save_changes
-from d4s.study.retained import untouched
+from d4s.study.retained import Retained, untouched
 
 # Label → what differs from the preset. memit-seq is d4s with anchor="current", but for facts that change twice.
 SEQUENCES: dict[str, dict[str, str]] = {
@@ -63,6 +64,38 @@ def answers(model: Any, tokenizer: Any, made: list[Edit], place: Path) -> Baseli
         return Baseline.load(place)
     found = take_baseline(model, tokenizer, made, progress=True)
     found.save(place)
+    return found
+
+
+def sequences_over(
+    model: Any,
+    tokenizer: Any,
+    made: list[Edit],
+    labels: Sequence[str],
+    covariance: Covariance,
+    retained: Retained,
+    out: Path,
+    *,
+    points: Sequence[int],
+    seed: int,
+    observers: Sequence[Observer] = (),
+) -> Comparison:
+    """A sequence of each label, in `out`: what is there goes on. points: edits at which is scored"""
+    found = d4s.compare(
+        model,
+        tokenizer,
+        made,
+        {label: SEQUENCES[label] for label in labels},
+        covariance=covariance,
+        evaluate_every=points,
+        seeds=seed,
+        baseline=answers(model, tokenizer, made, out / "baseline.json"),
+        measure=retained,
+        stop_on_collapse=COLLAPSE,
+        observers=[Keep(out / "edited", fingerprint_of(model)), *observers],
+        out=out / "sequences",
+    )
+    found.save(out / "sequences")
     return found
 
 

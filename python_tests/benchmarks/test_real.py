@@ -89,7 +89,7 @@ def world(tmp_path, monkeypatch, seed):
     Path("text.txt").write_text("A heading\n" + " ".join(TEXTS))
     monkeypatch.setitem(setting.SEQUENCES, "d4s", FAST)
     monkeypatch.setattr(datasets, "POINTS", (2,))
-    monkeypatch.setattr(datasets, "COLLAPSE", None)  # what a random model says is no measure
+    monkeypatch.setattr(setting, "COLLAPSE", None)  # what a random model says is no measure
     return tmp_path
 
 
