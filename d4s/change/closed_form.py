@@ -299,6 +299,22 @@ class ClosedForm:
         return self._layers[layer]
 
 
+def bytes_of_layer(d_out: int, d_in: int, dtype: torch.dtype = torch.float64) -> dict[str, int]:
+    """What one layer of a `ClosedForm` holds once Δ is updated edit by edit, whatever the number of edits; its parts
+    add up to `ClosedForm.nbytes`, but for rows that wait for a solve.
+
+    statistics: λC; sums: A and B; change: Δ; inverse: P; rows: the buffers
+    """
+    size = dtype.itemsize
+    return {
+        "statistics": size * d_in**2,
+        "sums": size * (d_out * d_in + d_in**2),
+        "change": size * d_out * d_in,
+        "inverse": size * d_in**2,
+        "rows": size * DELAYED_ROWS * (2 * d_in + d_out + 1),
+    }
+
+
 def keys_worth_a_solve(d_out: int, d_in: int) -> int:
     """New keys from which a Cholesky solve takes fewer operations than updating P and Δ.
 

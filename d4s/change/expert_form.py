@@ -274,6 +274,20 @@ class ExpertLayer:
         self.delta = {j: held["delta"][i] for i, (j, _) in enumerate(groups)}
 
 
+def bytes_of_experts(d_out: int, d_in: int, experts: int, routed: int, rows: int) -> dict[str, int]:
+    """What `ExpertLayer` holds of so many rows, at most; its parts add up to `nbytes`.
+
+    routed: experts that one row is routed to, those of all its contexts
+    """
+    routed = min(experts, routed)
+    touched = min(experts, rows * routed)
+    return {
+        "statistics": 4 * experts * d_in**2 + 8 * 2 * touched * d_in**2,
+        "sums": 8 * (rows**2 + rows + rows * d_out + rows * routed * (d_in + 1)),
+        "change": 8 * touched * d_out * d_in,
+    }
+
+
 class JointForm:
     """`ClosedForm` for layers some of which have experts; the dense ones are a `ClosedForm`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,39 @@ def watching(options: Namespace) -> list[Any]:
 
 
 # Checks of what the options name together.
+
+
+def check_room(
+    model: CausalLM,
+    configs: Mapping[str, Any],
+    edits: int,
+    *,
+    batch_size: int,
+    keep_vectors: bool = True,
+    out: Path | None = None,
+    saves: bool = True,
+) -> None:
+    """ConfigError, naming the option that would, if what one of the methods is certain to hold fits nowhere.
+
+    configs: method → its configuration
+    out: a folder that is there, whose disk has to hold it; None: the disk is not looked at
+    """
+    from d4s.methods import method_for
+    from d4s.models.architectures import Anatomy
+    from d4s.sequence.schedule import Schedule
+    from d4s.study.plan import free_bytes, plan
+
+    anatomy = Anatomy(model)
+    for name, config in configs.items():
+        found = plan(
+            model,
+            method_for(name, anatomy, config),
+            edits,
+            schedule=Schedule(batch_size=batch_size),
+            keep_vectors=keep_vectors,
+            saves=saves,
+        )
+        found.check(free_bytes(found.places, out), loaded=True)
 
 
 def refuse(options: Namespace, meaningless: Sequence[str], where: str) -> None:

@@ -16,6 +16,7 @@ from d4s.cli.arguments import (
     add_sequences,
     add_targets,
     add_tensorboard,
+    check_room,
     count,
     loaded_covariance,
     loaded_edits,
@@ -64,6 +65,14 @@ def run(options: Namespace) -> None:
     methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
+    check_room(
+        model,
+        methods,
+        min(len(edits), options.count or len(edits)),
+        batch_size=options.batch_size or 1,
+        out=None if (options.out / "journals").exists() else options.out,
+        saves=False,
+    )
     way: Any = compare if options.front is None else partial(front, grid=grid)
     found = way(
         model,

@@ -19,6 +19,7 @@ from d4s.cli.arguments import (
     add_scores,
     add_targets,
     add_tensorboard,
+    check_room,
     configured,
     count,
     empty_folder,
@@ -83,6 +84,14 @@ def run(options: Namespace) -> None:
     if not isinstance(config, Preset):
         _say_by_rule(options, model, method)
     check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
+    check_room(
+        model,
+        {method: config},
+        len(edits),
+        batch_size=options.batch_size,
+        keep_vectors=options.keep_vectors == "yes",
+        out=None if _goes_on(out) else out,  # what is on the disk already takes no more room
+    )
     needs = getattr(METHODS.get(method), "needs", ())
     covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
     unedited = fingerprint_of(model)

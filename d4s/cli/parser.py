@@ -17,6 +17,7 @@ from d4s.cli import (
     methods,
     models,
     patch,
+    plan,
     redo,
     report,
     reproduce,
@@ -45,6 +46,7 @@ class Verb(Protocol):
 # In the order in which `d4s --help` lists them.
 VERBS: dict[str, Verb] = {
     "demo": demo,
+    "plan": plan,
     "edit": edit,
     "tune": tune,
     "targets": targets,

@@ -134,7 +134,7 @@ def optimise_targets(
     A request's result does not depend on the others in its batch, up to float32 rounding.
     """
     if batch_tokens is None:
-        batch_tokens = 2_048 if anatomy.device.type == "cpu" else 16_384
+        batch_tokens = batch_tokens_of(anatomy.device_of(layer))
     end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
     requests = [request_of(tokenizer, edit, prefixes, end) for edit in edits]
     most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
@@ -170,6 +170,11 @@ def optimise_targets(
             widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
         run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after])
     return Targets.concatenate([found[i] for i in range(len(edits))])
+
+
+def batch_tokens_of(device: torch.device) -> int:
+    """Tokens from the subject's last on that go through a model on this device together."""
+    return 2_048 if device.type == "cpu" else 16_384
 
 
 @contextmanager

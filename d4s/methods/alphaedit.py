@@ -26,9 +26,9 @@ from d4s.configuration import Above
 from d4s.errors import ConfigError
 from d4s.locate.keys import SubjectRows
 from d4s.locate.targets import TargetConfig
-from d4s.methods.base import Workbench
+from d4s.methods.base import Holding, LayerSize, Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate_then_edit import TargetMethod
+from d4s.methods.locate_then_edit import TargetMethod, holding_of_sums
 from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 
@@ -66,6 +66,16 @@ class AlphaEdit(TargetMethod):
         elif key == "embedded":
             preset |= dict(null_space_threshold=0.5, threshold_is_relative=True, l2=30.0)
         return cls(**preset)
+
+    @property
+    def keeps_sums(self) -> bool:
+        return True
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """The sums, the identity's factor, and at most as many protected directions as there are."""
+        sums = holding_of_sums(size, edits, self.rows_an_edit)
+        more = 8 * size.d_in**2
+        return Holding({**sums.parts, "statistics": sums.parts["statistics"] + 2 * more}, sums.state)
 
     def editor(self, bench: Workbench) -> AlphaEditEditor:
         return AlphaEditEditor(self, bench)

@@ -17,7 +17,7 @@ from d4s.errors import ConfigError, D4SError, EditError, shown, unknown_name
 from d4s.locate.covariance import Covariance, cached_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig, frozen
-from d4s.models.architectures import Anatomy, Architecture
+from d4s.models.architectures import Anatomy, Architecture, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import generate_contexts, prompt_and_target_ids
 
@@ -79,6 +79,47 @@ class Workbench:
         return self._covariance
 
 
+@dataclass(frozen=True)
+class LayerSize:
+    """An edited weight, as far as what is kept of it depends on it.
+
+    experts: how many matrices there are; routed: how many of them a token goes to
+    itemsize: bytes of one number of W
+    """
+
+    d_out: int
+    d_in: int
+    itemsize: int
+    experts: int = 1
+    routed: int = 1
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, layer: int) -> LayerSize:
+        d_out, d_in = anatomy.shape(layer)
+        experts, size = anatomy.experts(layer), anatomy.weight(layer).element_size()
+        if experts is None:
+            return cls(d_out, d_in, size)
+        routed = getattr(text_config(anatomy.model), "num_experts_per_tok", None) or 1
+        return cls(d_out, d_in, size, experts.count, min(routed, experts.count))
+
+    @property
+    def weight(self) -> int:
+        """Bytes of W."""
+        return self.experts * self.d_out * self.d_in * self.itemsize
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What an editor holds of one layer beside W and the copy of W0, in bytes.
+
+    parts: by name, on the layer's device
+    state: of the layer's part in a snapshot
+    """
+
+    parts: Mapping[str, int]
+    state: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Configuration, ABC):
     """A method's configuration. What it does while it runs is its `Editor`.
@@ -124,6 +165,15 @@ class Method(Configuration, ABC):
                     f"{experts.name} is a mixture of {experts.count} experts, which {self.name} does not edit; d4s, "
                     "memit and memit-seq do"
                 )
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """What its editor holds of a layer after so many edits; here nothing but the weights themselves."""
+        return Holding({}, size.weight)
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether its editor keeps A and B of a dense layer, so that a journal can take single edits back."""
+        return False
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """With what is left open decided, on the unedited model, by the edits that are to be made."""
@@ -328,6 +378,12 @@ class MasterEditor(Editor):
         for layer, delta in self.deltas.items():
             delta.copy_(state[f"delta.{layer}"])
         self.write()
+
+
+def holding_of_master(size: LayerSize, name: str = "", copies: int = 0) -> Holding:
+    """What `MasterEditor` holds of a layer, and under a name so many tensors of Δ's size while it makes a step."""
+    delta = 4 * size.experts * size.d_out * size.d_in
+    return Holding({"change": delta} | ({name: copies * delta} if name else {}), delta)
 
 
 def not_optimised(batch: Sequence[Edit]) -> Step:

@@ -40,8 +40,15 @@ from torch import Tensor
 from d4s.change.closed_form import ClosedForm, Rows
 from d4s.change.expert_form import JointForm, closed_form_over
 from d4s.edits import Edit, check_batch
-from d4s.methods.base import Step, Workbench
-from d4s.methods.locate_then_edit import Ahead, LocateEditor, LocateMethod, TargetMethod, step_of
+from d4s.methods.base import Holding, LayerSize, Step, Workbench
+from d4s.methods.locate_then_edit import (
+    Ahead,
+    LocateEditor,
+    LocateMethod,
+    TargetMethod,
+    holding_of_sums,
+    step_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,13 @@ class D4S(LocateMethod):
     @property
     def searches_ahead(self) -> bool:
         return self.anchor == "base"
+
+    @property
+    def keeps_sums(self) -> bool:
+        return True
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        return holding_of_sums(size, edits, self.rows_an_edit)
 
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, anchor=self.anchor, measured=self.measures_again)

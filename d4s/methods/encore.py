@@ -13,9 +13,9 @@ from typing import Annotated, ClassVar
 from d4s.change.closed_form import Prior
 from d4s.configuration import AtLeast
 from d4s.locate.targets import TargetConfig
-from d4s.methods.base import Workbench
+from d4s.methods.base import Holding, LayerSize, Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate_then_edit import LocateMethod
+from d4s.methods.locate_then_edit import LocateMethod, holding_of_sums
 from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 
@@ -44,6 +44,13 @@ class ENCORE(LocateMethod):
         more = {"gpt2-xl": 3, "gpt-j-6b": 3, "llama-3-8b": 1}.get(key or "", 2)
         norm_weight = 20.0 if key == "llama-3-8b" else 10.0
         return cls(**spread | dict(target=replace(target, stop_after_argmax=more), norm_weight=norm_weight))
+
+    @property
+    def keeps_sums(self) -> bool:
+        return True
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        return holding_of_sums(size, edits, self.rows_an_edit)
 
     def editor(self, bench: Workbench) -> ENCOREEditor:
         return ENCOREEditor(self, bench)

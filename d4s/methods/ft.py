@@ -23,7 +23,7 @@ from torch import Tensor
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
-from d4s.methods.base import MasterEditor, Method, Step, Workbench
+from d4s.methods.base import Holding, LayerSize, MasterEditor, Method, Step, Workbench, holding_of_master
 from d4s.methods.published import MODELS, model_key, one_layer
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import end_of_text
@@ -47,6 +47,10 @@ class FineTuning(Method):
     def ends_targets(self) -> bool:
         """Whether what ends a text is one more token of each target."""
         return False
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """Δ; in a step its gradient, Adam's two moments and Δ at the step's start."""
+        return holding_of_master(size, "gradient and Adam", 4)
 
     def editor(self, bench: Workbench) -> FTEditor:
         return FTEditor(self, bench, self.layers)

@@ -26,7 +26,7 @@ from torch import Tensor
 from d4s.configuration import Above, AtLeast, Length
 from d4s.edits import Edit
 from d4s.methods.answers import AnswerRows, answer_losses, answer_rows, probabilities
-from d4s.methods.base import Editor, Method, Step, Workbench
+from d4s.methods.base import Editor, Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.published import model_key
 from d4s.models.architectures import Anatomy
 from d4s.models.causal_lm import CausalLM
@@ -64,6 +64,11 @@ class GRACE(Method):
         last = len(anatomy) - 1
         known = {"gpt-j-6b": 25, "llama-2-7b": 27, "embedded": last}
         return cls(layers=(known.get(key or "", min(last, round(0.85 * len(anatomy)))),))
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """Of each edit an entry, where none of them shares one."""
+        entries = 4 * edits * (size.d_in + size.d_out + 1)
+        return Holding({"codebook": entries}, entries)
 
     def editor(self, bench: Workbench) -> GRACEEditor:
         return GRACEEditor(self, bench)

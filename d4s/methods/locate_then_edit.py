@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 
-from d4s.change.closed_form import Prior
-from d4s.change.expert_form import Delta, ExpertPriors
+from d4s.change.closed_form import Prior, bytes_of_layer
+from d4s.change.expert_form import Delta, ExpertPriors, bytes_of_experts
 from d4s.change.projection import Projection
 from d4s.configuration import Above, AtLeast, AtMost, Length
 from d4s.edits import Edit
@@ -22,9 +22,10 @@ from d4s.locate.kept_targets import KeptTargets, target_identity
 from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets, optimise_targets
-from d4s.methods.base import Editor, Method, Step, Workbench
+from d4s.methods.base import Editor, Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.published import spread_preset
 from d4s.models.architectures import Anatomy
+from d4s.models.prompts import CONTEXT_SEEDS
 
 EDITS_AHEAD = 64  # requests optimised together when targets do not depend on earlier edits
 PROBES = 16  # edits whose keys choose λ; a key costs about a sixtieth of a target's search
@@ -67,6 +68,11 @@ class TargetMethod(Method):
     def prefixes(self, bench: Workbench) -> tuple[str, ...]:
         """The generated contexts."""
         return tuple(p for length in self.context_lengths for p in bench.contexts(self.contexts, length))
+
+    @property
+    def rows_an_edit(self) -> int:
+        """Of the bare prompt and behind each context."""
+        return 1 + len(CONTEXT_SEEDS) * self.contexts * len(self.context_lengths)
 
     def places_in(self, anatomy: Anatomy) -> tuple[Place, ...]:
         """`places`; the MLP's output, where what follows it makes a residual of the stream none of W."""
@@ -139,6 +145,14 @@ class LocateMethod(TargetMethod):
     def preset(cls, anatomy: Anatomy) -> Method:
         return cls(**spread_preset(anatomy))
 
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """λC and its factor; of experts those that edits touch, and the sums of all."""
+        if size.experts == 1:
+            return Holding({"statistics": 2 * 8 * size.d_in**2}, size.weight)
+        touched = min(size.experts, edits * size.routed)
+        priors = 2 * 8 * touched * size.d_in**2
+        return Holding({"statistics": priors + size.experts * 4 * size.d_in**2}, size.weight)
+
     @property
     def measures_again(self) -> bool:
         """Whether a layer's residual is measured behind the layers edited before it."""
@@ -173,6 +187,16 @@ class LocateMethod(TargetMethod):
             keys = prior.rows(keys_at(anatomy, rows, layer)).T
             squares.append((keys * prior.solve(keys)).sum(0))
         return torch.stack(squares, 1).cpu()
+
+
+def holding_of_sums(size: LayerSize, edits: int, rows: int) -> Holding:
+    """What `D4SEditor` holds of a layer. rows: of each edit, its contexts counted in"""
+    if size.experts == 1:
+        parts = bytes_of_layer(size.d_out, size.d_in)
+        state = parts["sums"] + parts["change"] + parts["inverse"] + parts["rows"]
+        return Holding(parts, state)
+    parts = bytes_of_experts(size.d_out, size.d_in, size.experts, size.routed * rows, edits)
+    return Holding(parts, parts["sums"] + parts["change"] + size.weight)
 
 
 def prior_of(

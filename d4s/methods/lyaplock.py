@@ -32,7 +32,7 @@ from d4s.change.closed_form import Prior
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
 from d4s.errors import NotPositiveDefiniteError
-from d4s.methods.base import Step, Workbench
+from d4s.methods.base import Holding, LayerSize, Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, LocateMethod, step_of
 from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
@@ -64,6 +64,11 @@ class LyapLock(LocateMethod):
         if key not in (None, "embedded"):
             preset["prior_weight"] = 1_000.0
         return cls(**preset)
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """λC, both sums, and at the most W − W0 with its solve."""
+        sums = 8 * (size.d_in**2 + size.d_out * size.d_in)
+        return Holding({"statistics": 8 * size.d_in**2, "sums": sums}, size.weight + sums)
 
     def editor(self, bench: Workbench) -> LyapLockEditor:
         return LyapLockEditor(self, bench)

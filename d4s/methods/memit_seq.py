@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from d4s.methods.base import Workbench
+from d4s.methods.base import Holding, LayerSize, Workbench
 from d4s.methods.d4s import D4SEditor
-from d4s.methods.locate_then_edit import LocateMethod
+from d4s.methods.locate_then_edit import LocateMethod, holding_of_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,13 @@ class MEMITSeq(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     edits_experts: ClassVar[bool] = True
+
+    @property
+    def keeps_sums(self) -> bool:
+        return True
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        return holding_of_sums(size, edits, self.rows_an_edit)
 
     def editor(self, bench: Workbench) -> D4SEditor:
         return D4SEditor(self, bench, anchor="current", replaces=False)

@@ -22,7 +22,7 @@ from d4s.configuration import AtLeast, Length
 from d4s.edits import Edit
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets
-from d4s.methods.base import Step, Workbench
+from d4s.methods.base import Holding, LayerSize, Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, TargetMethod, step_of
 from d4s.methods.published import SPREAD, model_key, one_layer
 from d4s.models.architectures import Anatomy
@@ -71,6 +71,10 @@ class ROME(TargetMethod):
             return cls(layers=layers, target=target, identity_covariance=True)
         target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=4.0)
         return cls(layers=layers, target=target)
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """C and its factor."""
+        return Holding({"statistics": 2 * 8 * size.d_in**2}, size.weight)
 
     def editor(self, bench: Workbench) -> ROMEEditor:
         return ROMEEditor(self, bench)

@@ -25,7 +25,7 @@ from d4s.change.closed_form import Prior, solve
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods.answers import AnswerRows, losses_in_batches, probabilities
-from d4s.methods.base import MasterEditor, Method, Step, Workbench
+from d4s.methods.base import Holding, LayerSize, MasterEditor, Method, Step, Workbench, holding_of_master
 from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
 from d4s.models.trace import Trace
@@ -69,6 +69,10 @@ class UltraEdit(Method):
             return cls(layers=(*range(11, 16), *range(18, 25)), modules=modules, learning_rate=1e-6)
         rate = 2e-3 if key == "embedded" else 1e-6
         return cls(layers=spread_preset(anatomy)["layers"], learning_rate=rate)
+
+    def holding(self, size: LayerSize, edits: int) -> Holding:
+        """Δ; the identity, which all layers of a width share, is left out."""
+        return holding_of_master(size)
 
     def editor(self, bench: Workbench) -> UltraEditEditor:
         return UltraEditEditor(self, bench)

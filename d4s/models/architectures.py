@@ -366,8 +366,18 @@ class Anatomy:
         return (columns, rows) if self.transposed(layer) else (rows, columns)
 
     @property
+    def width(self) -> int:
+        """d_model, of what the blocks put out."""
+        return self.shape(0)[0]
+
+    @property
     def device(self) -> torch.device:
-        return self.weight(0).device
+        """Where token ids go in, and logits come out: that of the first parameter."""
+        return next(self.model.parameters()).device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a block's W is, and with it its keys, sums and statistics."""
+        return self.weight(layer).device
 
     def check_placement(self) -> None:
         """Raises ModelError if the model is spread over several devices, or its weights are on none."""

@@ -226,9 +226,12 @@ def evaluating(model: CausalLM) -> Iterator[None]:
 
 def most_tokens(model: CausalLM, batch_tokens: int | None) -> int:
     """Tokens that go through the model together: as asked, or by the device."""
-    if batch_tokens is not None:
-        return batch_tokens
-    return 4_096 if next(model.parameters()).device.type == "cpu" else 32_768
+    return batch_tokens if batch_tokens is not None else tokens_together(next(model.parameters()).device)
+
+
+def tokens_together(device: torch.device) -> int:
+    """Tokens that go forward through a model on this device together."""
+    return 4_096 if device.type == "cpu" else 32_768
 
 
 def run_in_batches(

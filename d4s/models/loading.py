@@ -64,6 +64,31 @@ def load_model(
     return model, tokenizer
 
 
+def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
+    """The model that `load_model` would load, without its weights: its shapes, on the meta device.
+
+    A GGUF file says its shapes only as a whole, and is read; ModelError and ConfigError as `load_model`.
+    """
+    wanted, text = _dtype(dtype), os.fspath(name)
+    if text in KNOWN or text.lower().endswith(".gguf"):
+        model = load_model(name, dtype=dtype, device="cpu")[0].to("meta")
+        model.tie_weights()  # which the way to meta has parted
+        return model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(text, trust_remote_code=False)
+        stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted or stored or torch.float32).eval()
+    except Exception as error:  # whatever transformers raises of a config.json
+        raise ModelError(
+            f"{text}: no configuration of a causal language model could be read ({_reason(error)}). MODEL is a folder "
+            f"with config.json, the name of one on the hub, a .gguf file, or {' or '.join(map(repr, KNOWN))}"
+        ) from None
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     """None: as stored."""
     found = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype

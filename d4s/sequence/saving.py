@@ -72,5 +72,7 @@ def load_changes_(model: CausalLM, tokenizer: Any, path: str | os.PathLike[str])
 
 def bytes_of(model: CausalLM) -> int:
     """What the model takes on disk: its parameters and buffers, each once."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    tensors = {
+        id(t) if t.is_meta else t.data_ptr(): t for t in (*model.parameters(), *model.buffers())
+    }  # on meta nothing has a place
     return sum(t.numel() * t.element_size() for t in tensors.values())

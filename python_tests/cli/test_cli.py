@@ -19,6 +19,7 @@ from d4s.progress import progress_bar
 
 VERBS = (
     "demo",
+    "plan",
     "edit",
     "patch",
     "targets",

@@ -1,0 +1,627 @@
+"""What a sequence will take, before anything runs: bytes by place, passes through the model, and seconds.
+
+Bytes that code decides come from that code's own arithmetic (`Method.holding`, `bytes_of_journal`, `bytes_of`), and are
+told as they are. What depends on the texts is told as about so much, for edits of CounterFact's length; of these the
+activations of a target's search are counted on a model without weights, by what its backward pass would keep.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d4s import ops
+from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior
+from d4s.errors import ConfigError
+from d4s.figures.tables import aligned
+from d4s.locate.covariance import KEYS_A_DIMENSION
+from d4s.locate.targets import batch_tokens_of, frozen
+from d4s.methods import Method
+from d4s.methods.base import LayerSize
+from d4s.methods.grace import GRACE
+from d4s.methods.kn import KN
+from d4s.methods.locate_then_edit import EDITS_AHEAD, TargetMethod
+from d4s.models.architectures import Anatomy, text_config
+from d4s.models.causal_lm import CausalLM
+from d4s.models.forward import tokens_together
+from d4s.models.trace import Trace, head_reads
+from d4s.sequence.journaling import bytes_of_journal
+from d4s.sequence.saving import bytes_of
+from d4s.sequence.schedule import Schedule
+
+# Tokens and prompts of an edit as CounterFact has them, where nothing but a number of edits is known.
+PROMPT, AFTER, TARGET = (
+    12,
+    8,
+    2,
+)  # of a prompt; from the subject's last token on, with the target; of the target
+EDITED, NEIGHBORS = 3, 10  # prompts that are about the edit, its own and its paraphrases; prompts beside it
+DISK = "disk"
+MEASURED = 5.0  # seconds that a measurement takes, about
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes in one place. certain: by the arithmetic of the code that holds them; else about so many"""
+
+    place: str  # a device, or "disk"
+    name: str
+    bytes: int
+    certain: bool = True
+    loaded: bool = False  # whether a model that is there already holds them
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows that run through the model. share: of a whole forward pass, a backward pass counted like a forward one"""
+
+    name: str
+    rows: int
+    tokens: int
+    share: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured on this machine, on one device.
+
+    forward, search: seconds a token forward through the whole model, and both ways above the last edited layer
+    update: seconds of a single edit's update of one layer, an element of P and Δ; solve: seconds an operation
+    """
+
+    forward: float
+    search: float
+    update: float
+    solve: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sequence will take. ranks: devices that share the passes, each with a model of its own"""
+
+    method: str
+    layers: tuple[int, ...]
+    edits: int
+    ranks: int
+    parts: tuple[Part, ...]
+    passes: tuple[Pass, ...]
+    sizes: Mapping[int, LayerSize] = field(repr=False)
+    rates: Rates | None = None
+    solving: float | None = None  # seconds in closed forms
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.place for part in self.parts))
+
+    def bytes(self, place: str, *, certain: bool = False, unloaded: bool = False) -> int:
+        """In one place; certain: without what is told as about; unloaded: without what a loaded model holds."""
+        return sum(
+            part.bytes
+            for part in self.parts
+            if part.place == place and (part.certain or not certain) and not (part.loaded and unloaded)
+        )
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all passes and closed forms; None without a measurement."""
+        if self.rates is None:
+            return None
+        return sum(one.seconds or 0.0 for one in self.passes) + (self.solving or 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "method": self.method,
+            "layers": list(self.layers),
+            "edits": self.edits,
+            "ranks": self.ranks,
+            "bytes": {place: self.bytes(place) for place in self.places},
+            "parts": [
+                {"place": p.place, "name": p.name, "bytes": p.bytes, "certain": p.certain} for p in self.parts
+            ],
+            "passes": [vars(one) for one in self.passes],
+            "rates": None if self.rates is None else vars(self.rates),
+            "solving_seconds": self.solving,
+            "seconds": self.seconds,
+        }
+
+    def summary(self) -> str:
+        """Two text tables: what is held where, and what runs."""
+        each = f", on each of {self.ranks} ranks" if self.ranks > 1 else ""
+        lines = [
+            f"{self.edits} edits with {self.method}, layers {', '.join(map(str, self.layers))}{each}",
+            "",
+        ]
+        rows = [(p.place, p.name, ("" if p.certain else "about ") + _amount(p.bytes)) for p in self.parts]
+        rows += [(place, "together", _amount(self.bytes(place))) for place in self.places]
+        rows.sort(key=lambda row: self.places.index(row[0]))
+        lines += _table(("place", "what", "bytes"), rows)
+        heads = ("pass", "rows", "tokens", "of a forward pass", "seconds")
+        told = [
+            (p.name, str(p.rows), str(p.tokens), f"{p.share:.2f}", _clock(p.seconds)) for p in self.passes
+        ]
+        if self.solving is not None:
+            told.append(("closed form", "", "", "", _clock(self.solving)))
+        lines += ["", *_table(heads, told)]
+        if self.seconds is not None:
+            lines.append(f"together about {_clock(self.seconds)}, by rates measured here")
+        lines.append(
+            f"for edits of {PROMPT} tokens a prompt, {TARGET} a target, {EDITED - 1} paraphrases and {NEIGHBORS} "
+            "neighbours each"
+        )
+        return "\n".join(lines)
+
+    def check(self, free: Mapping[str, int], *, loaded: bool = False) -> None:
+        """Raises ConfigError, naming what would fit, where what is certain to be held is more than is free.
+
+        free: place → bytes; a place that is not in it is not looked at
+        loaded: whether the model is there already, and `free` is beside it
+        """
+        for place in self.places:
+            needed = self.bytes(place, certain=True, unloaded=loaded)
+            if place in free and needed > free[place]:
+                raise ConfigError(
+                    f"{place} has {_amount(free[place])} free, and {self.edits} edits with {self.method} need "
+                    f"{_amount(needed)}: {self._largest(place, loaded)}. {self._cure(place, free[place], loaded)}"
+                )
+
+    def _largest(self, place: str, loaded: bool) -> str:
+        parts = [p for p in self.parts if p.place == place and p.certain and not (p.loaded and loaded)]
+        parts.sort(key=lambda part: -part.bytes)
+        return ", ".join(f"{part.name} {_amount(part.bytes)}" for part in parts[:4])
+
+    def _cure(self, place: str, free: int, loaded: bool) -> str:
+        """The options with which it would fit."""
+        needed = self.bytes(place, certain=True, unloaded=loaded)
+        # What goes with the layers: all but the model itself, and the host's copies of what does not.
+        whole = sum(
+            p.bytes for p in self.parts if p.place == place and p.name in _WHOLE and not (p.loaded and loaded)
+        )
+        found = []
+        vectors = sum(p.bytes for p in self.parts if p.place == place and p.name == VECTORS)
+        if vectors and needed - vectors <= free:
+            found.append(f"--keep-vectors no (saves {_amount(vectors)})")
+        if all(size.itemsize == 4 for size in self.sizes.values()):
+            half = sum(
+                p.bytes for p in self.parts if p.place == place and p.name in _BY_DTYPE and not p.loaded
+            )
+            half += sum(p.bytes for p in self.parts if p.place == place and p.loaded)
+            if needed - half // 2 <= free:
+                found.append("--dtype bfloat16")
+        count = len(self.layers)
+        fits = int(count * (free - whole) / max(1, needed - whole)) if free > whole else 0
+        if 1 <= fits < count:
+            found.append(f"--set layers={list(self.layers[-fits:])} ({fits} of {count} layers)")
+        if found:
+            return f"It would fit with {', or with '.join(found)}"
+        if place == DISK:
+            return "Name an --out on a larger disk"
+        more = (
+            "--device-map auto over several GPUs"
+            if place.startswith("cuda")
+            else "a machine with more memory"
+        )
+        return f"Neither --dtype bfloat16 nor a single layer makes it fit; take {more}"
+
+
+VECTORS = "journal: keys and residuals"
+MODEL, SAVED, COPIES = "model", "edited model", "copies of edited weights"
+_WHOLE = (MODEL, SAVED)
+_BY_DTYPE = (SAVED, COPIES)
+
+
+def plan(
+    model: CausalLM,
+    method: Method,
+    edits: int,
+    *,
+    schedule: Schedule | None = None,
+    keep_vectors: bool = True,
+    saves: bool = True,
+    statistics: bool = True,
+    ranks: int = 1,
+    device: torch.device | str | None = None,
+    measure: bool = False,
+) -> Plan:
+    """What `edit_sequence` of so many edits will take.
+
+    model: also one on the meta device, without weights (`d4s.models.loading.skeleton`)
+    saves: whether the edited model is written, as d4s edit does
+    statistics: whether key statistics, where the method needs them, are still to be estimated
+    ranks: how many devices share the edits' searches and evaluations, each with the whole model
+    device: where a model without weights would be; None: cuda where there is one
+    measure: take `MEASURED` seconds to measure this machine; not for a model without weights
+
+    Raises ConfigError for a number of edits or ranks below 1, and for a measurement without weights.
+    """
+    for name, value in (("edits", edits), ("ranks", ranks)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}, must be 1 or more")
+    schedule = Schedule() if schedule is None else schedule
+    anatomy = Anatomy(model)
+    layers: tuple[int, ...] = tuple(method.value("layers"))
+    anatomy.check_layers(layers)
+    method.check_experts(anatomy, layers)
+    sizes = {layer: LayerSize.of(anatomy, layer) for layer in layers}
+    bare = any(p.is_meta for p in model.parameters())
+    if bare and measure:
+        raise ConfigError("nothing can be measured on a model without weights; --no-measure leaves it out")
+    supposed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places = {i: _name(supposed if bare else anatomy.device_of(i)) for i in layers}
+    parts = [
+        *_of_model(model, supposed if bare else None),
+        *_of_layers(method, sizes, places, edits),
+        *_of_statistics(method, sizes),
+        *_of_texts(anatomy, method, places[layers[-1]], edits, schedule),
+        *_of_disk(model, method, sizes, edits, keep_vectors, saves),
+    ]
+    passes = _passes(anatomy, method, sizes, edits, schedule, statistics, ranks)
+    rates = _measured(anatomy, method, sizes) if measure else None
+    found = Plan(method.name, layers, edits, ranks, _joined(parts), tuple(passes), sizes, rates)
+    return found if rates is None else _timed(found, method, rates, schedule)
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda" and device.index is None:
+        return f"cuda:{torch.cuda.current_device() if torch.cuda.is_available() else 0}"
+    return str(device)
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Parts of one name and place together; without those that are nothing."""
+    sums: dict[tuple[str, str, bool, bool], int] = {}
+    for p in parts:
+        key = (p.place, p.name, p.certain, p.loaded)
+        sums[key] = sums.get(key, 0) + p.bytes
+    return tuple(
+        Part(place, name, total, certain, loaded)
+        for (place, name, certain, loaded), total in sums.items()
+        if total
+    )
+
+
+def _of_model(model: CausalLM, supposed: torch.device | None) -> list[Part]:
+    if supposed is not None:
+        return [Part(_name(supposed), MODEL, bytes_of(model), loaded=True)]
+    by_place: dict[str, dict[int, int]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        by_place.setdefault(_name(tensor.device), {})[tensor.data_ptr()] = tensor.nbytes
+    return [Part(place, MODEL, sum(found.values()), loaded=True) for place, found in by_place.items()]
+
+
+def _of_layers(
+    method: Method, sizes: Mapping[int, LayerSize], places: Mapping[int, str], edits: int
+) -> list[Part]:
+    """W0, the copy that a step can go back to, and what the method's editor holds."""
+    parts = []
+    for layer, size in sizes.items():
+        parts.append(Part(places[layer], COPIES, 2 * size.weight))
+        parts += [Part(places[layer], n, b) for n, b in method.holding(size, edits).parts.items()]
+    return parts
+
+
+def _of_statistics(method: Method, sizes: Mapping[int, LayerSize]) -> list[Part]:
+    """Σ k kᵀ as a file of key statistics is read, on the host."""
+    if "covariance" not in method.needs:
+        return []
+    return [Part("cpu", "key statistics as read", sum(4 * s.experts * s.d_in**2 for s in sizes.values()))]
+
+
+def _of_texts(anatomy: Anatomy, method: Method, place: str, edits: int, schedule: Schedule) -> list[Part]:
+    """Activations of a target's search and of an evaluation, and targets that are kept: about."""
+    parts = []
+    config = text_config(anatomy.model)
+    width = anatomy.width
+    size = next(anatomy.model.parameters()).element_size()
+    device = torch.device(place)
+    if isinstance(method, TargetMethod):
+        together = min(edits, EDITS_AHEAD if method.searches_ahead else schedule.batch_size)
+        tokens = min(together * (method.rows_an_edit * AFTER + 1), batch_tokens_of(device))
+        reads = tokens * TARGET // AFTER + 1
+        logits = (
+            reads * config.vocab_size * (size + 3 * 4)
+        )  # as they are, log p, and both in the backward pass
+        kept = tokens * _kept_a_token(anatomy, method.layers[-1])
+        parts.append(Part(place, "activations of a target's search", kept + logits, certain=False))
+        if method.searches_ahead:
+            parts.append(Part("cpu", "kept targets", edits * (2 * width + 2) * 4))
+    tokens = min(tokens_together(device), edits * (EDITED + NEIGHBORS) * (PROMPT + 2 * TARGET))
+    heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1))
+    head = int(getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1))
+    cache = 2 * len(anatomy) * heads * head * size
+    logits = 2 * TARGET * config.vocab_size * (size + 4) // (PROMPT + 2 * TARGET)
+    parts.append(Part(place, "an evaluation", tokens * (cache + logits + 8 * width * size), certain=False))
+    return parts
+
+
+def _kept_a_token(anatomy: Anatomy, layer: int) -> int:
+    """Bytes that the backward pass to δ at a block keeps of each token.
+
+    Counted by a forward pass of the model as it would be without weights, where nothing is computed; by widths where
+    a model cannot be run like that.
+    """
+    import copy
+
+    size = next(anatomy.model.parameters()).element_size()
+    above = len(anatomy) - 1 - layer
+    config = text_config(anatomy.model)
+    wide = getattr(config, "intermediate_size", None) or 4 * anatomy.width
+    by_width = above * size * (16 * anatomy.width + 4 * wide)
+    if anatomy.has_experts:
+        return by_width
+    rows, length = 4, PROMPT + AFTER
+    held: dict[int, Tensor] = {}
+    try:
+        with torch.device("meta"):
+            twin = type(anatomy.model)._from_config(copy.deepcopy(anatomy.model.config))  # type: ignore[attr-defined]
+        twin = twin.to(next(anatomy.model.parameters()).dtype).eval()
+        other = Anatomy(twin, anatomy.architecture)
+        own = {id(p) for p in twin.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own and id(tensor._base) not in own:
+                held[id(tensor)] = tensor
+            return tensor
+
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        mask = torch.zeros(rows, 1, length, length, dtype=torch.float32, device="meta")
+        delta = torch.zeros(rows, 1, anatomy.width, device="meta", requires_grad=True)
+        nothing = torch.zeros(1, dtype=torch.long, device="meta")
+
+        def plus(output: Tensor) -> Tensor:
+            return output + delta.to(output.dtype)
+
+        with (
+            frozen(twin),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            Trace(other.blocks[layer], edit=plus),
+            head_reads(twin, nothing, nothing),
+        ):
+            twin(input_ids=ids, attention_mask=mask, use_cache=False)
+    except Exception:  # whatever a model's own code raises where there are no numbers
+        return by_width
+    return sum(tensor.nbytes for tensor in held.values()) // (rows * length) or by_width
+
+
+def _of_disk(
+    model: CausalLM,
+    method: Method,
+    sizes: Mapping[int, LayerSize],
+    edits: int,
+    keep_vectors: bool,
+    saves: bool,
+) -> list[Part]:
+    """What `d4s edit` writes: the model, what changed in it until then, and the journal."""
+    base = sum(size.weight for size in sizes.values())
+    parts = []
+    if saves:
+        parts.append(Part(DISK, SAVED, bytes_of(model)))
+        parts.append(Part(DISK, "changed weights, until it is saved", base))
+    state = sum(method.holding(size, edits).state for size in sizes.values())
+    dense = [(size.d_out, size.d_in) for size in sizes.values()]
+    sums = dense if method.keeps_sums and all(size.experts == 1 for size in sizes.values()) else []
+    with_vectors, without = (
+        bytes_of_journal(base, state, edits, sums, keep_vectors=kept) for kept in (True, False)
+    )
+    parts.append(Part(DISK, "journal", without))
+    if keep_vectors:
+        parts.append(Part(DISK, VECTORS, with_vectors - without))
+    return parts
+
+
+def _passes(
+    anatomy: Anatomy,
+    method: Method,
+    sizes: Mapping[int, LayerSize],
+    edits: int,
+    schedule: Schedule,
+    statistics: bool,
+    ranks: int,
+) -> list[Pass]:
+    blocks, layers = len(anatomy), list(sizes)
+    below, above = (layers[-1] + 1) / blocks, (blocks - 1 - layers[-1]) / blocks
+    passes = []
+    if statistics and "covariance" in method.needs:
+        wanted = max(KEYS_A_DIMENSION * s.d_in * s.experts // s.routed for s in sizes.values())
+        passes.append(Pass("key statistics", math.ceil(wanted / 128), wanted, below))
+    mine = math.ceil(edits / ranks)
+    if isinstance(method, TargetMethod):
+        rows, looks = mine * (method.rows_an_edit + 1), method.target.steps
+        context = sum(method.context_lengths) / max(1, len(method.context_lengths)) if method.contexts else 0
+        length = int(PROMPT + context)
+        passes.append(Pass("text before the subject's end", rows, rows * (PROMPT - AFTER // 2), 1.0))
+        tokens = mine * (method.rows_an_edit * AFTER + 1) * looks
+        passes.append(Pass("targets", rows * looks, tokens, 2 * above))
+        of_keys = edits * method.rows_an_edit
+        for layer in layers:
+            share = (layer + 1) / blocks
+            passes.append(Pass("keys", of_keys, of_keys * length, share))
+        passes.append(Pass("residuals", edits * len(layers), edits * len(layers) * PROMPT, below))
+    elif isinstance(method, KN):
+        rows = edits * EDITED * len(layers) * (method.steps + 1)
+        passes.append(Pass("neurons", rows, rows + edits * EDITED * len(layers) * PROMPT, 2.0))
+    else:
+        rows = edits * int(method.value("steps") or 1)
+        share = 2 * above if isinstance(method, GRACE) else 2.0
+        passes.append(Pass("training", rows, rows * (PROMPT + TARGET), share))
+    asked, length = EDITED + NEIGHBORS, PROMPT + 2 * TARGET
+    made = sum(_points(edits, schedule)) + 2 * edits  # the baseline, and the unedited model's figures
+    rows = math.ceil(made * asked / ranks)
+    passes.append(Pass("evaluations", rows, rows * length, 1.0))
+    if schedule.original:
+        rows = mine * EDITED
+        passes.append(Pass("tests right after a step", rows, rows * length, 1.0))
+    joined: dict[str, Pass] = {}
+    for one in passes:  # keys of several layers are one line
+        if (known := joined.get(one.name)) is None:
+            joined[one.name] = one
+        else:
+            tokens = known.tokens + one.tokens
+            share = (known.share * known.tokens + one.share * one.tokens) / tokens
+            joined[one.name] = Pass(one.name, known.rows + one.rows, tokens, share)
+    return list(joined.values())
+
+
+def _points(edits: int, schedule: Schedule) -> list[int]:
+    """The edits made at each evaluation after the first."""
+    steps = list(range(schedule.batch_size, edits, schedule.batch_size))
+    due = [made for made in steps if schedule.is_due(made - schedule.batch_size, made)]
+    return [*due, edits]
+
+
+def _repeated(work: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Seconds a call, of calls that take about so long together, after one that is not counted."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    began, calls = time.perf_counter(), 0
+    while calls < 1 or time.perf_counter() - began < seconds:
+        work()
+        wait()
+        calls += 1
+    return (time.perf_counter() - began) / calls
+
+
+def _measured(anatomy: Anatomy, method: Method, sizes: Mapping[int, LayerSize]) -> Rates:
+    model, device = anatomy.model, anatomy.device
+    last = method.value("layers")[-1]
+    rows, length = 16, PROMPT + 2 * TARGET
+    vocabulary = text_config(model).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
+    reads = torch.arange(rows), torch.full((rows,), length - 1)
+    share = MEASURED / 4
+
+    def forward() -> None:
+        with torch.no_grad(), head_reads(model, *reads):
+            model(input_ids=ids, use_cache=False)
+
+    def search() -> None:
+        delta = torch.zeros(rows, 1, anatomy.width, device=anatomy.device_of(last), requires_grad=True)
+        with frozen(model), Trace(_changed_module(anatomy, last), edit=lambda o: o + delta.to(o.dtype)):
+            with head_reads(model, *reads):
+                logits = model(input_ids=ids, use_cache=False).logits
+            logits.float().logsumexp(-1).sum().backward()
+
+    training = model.training
+    model.eval()
+    try:
+        seconds = _repeated(forward, share, device) / ids.numel()
+        # The blocks up to δ run once a search, not at each look.
+        both = _repeated(search, share, device) / ids.numel() - seconds * (last + 1) / len(anatomy)
+    finally:
+        model.train(training)
+    size = max(sizes.values(), key=lambda one: one.d_in)
+    d_in, d_out = min(size.d_in, 1024), min(size.d_out, 512)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    closed = ClosedForm({0: Prior.identity(d_in, float(d_in), device=device)}, d_out)
+    residuals, keys = torch.randn(DELAYED_ROWS, d_out, **like), torch.randn(DELAYED_ROWS, d_in, **like)
+
+    def update() -> None:
+        for i in range(DELAYED_ROWS):
+            closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
+            closed.delta(0)
+
+    matrix = torch.eye(d_in, **like)[None]
+
+    def solve() -> None:
+        ops.closed_form(torch.ones(1, d_out, d_in, **like), matrix, matrix)
+
+    elements = DELAYED_ROWS * d_in * (d_in + d_out)
+    operations = d_in**3 / 3 + 2 * d_out * d_in**2
+    return Rates(
+        seconds,
+        max(both, seconds * 0.01),
+        _repeated(update, share, device) / elements,
+        _repeated(solve, share, device) / operations,
+    )
+
+
+def _changed_module(anatomy: Anatomy, layer: int) -> nn.Module:
+    return anatomy.blocks[layer]
+
+
+def _timed(found: Plan, method: Method, rates: Rates, schedule: Schedule) -> Plan:
+    """With seconds by the rates."""
+
+    def seconds(one: Pass) -> float:
+        if one.name == "targets":
+            return one.tokens * rates.search
+        return one.tokens * one.share * rates.forward
+
+    passes = tuple(replace(one, seconds=seconds(one)) for one in found.passes)
+    solving = 0.0
+    steps = math.ceil(found.edits / schedule.batch_size)
+    if isinstance(method, TargetMethod):
+        for size in found.sizes.values():
+            an_edit = size.d_in * (size.d_in + size.d_out) * rates.update
+            whole = (size.d_in**3 / 3 + 2 * size.d_out * size.d_in**2) * rates.solve
+            solving += min(found.edits * an_edit, steps * whole)
+    return replace(found, passes=passes, solving=solving)
+
+
+def free_bytes(places: Sequence[str], out: str | os.PathLike[str] | None = None) -> dict[str, int]:
+    """Free memory of devices and of the host, as the system tells it; of `out`'s disk under "disk"."""
+    import shutil
+
+    found: dict[str, int] = {}
+    for place in places:
+        if place == DISK:
+            if out is not None:
+                found[place] = shutil.disk_usage(out).free
+        elif place.startswith("cuda") and torch.cuda.is_available():
+            found[place] = torch.cuda.mem_get_info(torch.device(place))[0]
+        elif place == "cpu" and (free := _host_bytes()) is not None:
+            found[place] = free
+    return found
+
+
+def _host_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say.
+
+    Free pages leave out those that only cache files, and would refuse what fits: Linux tells both together.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _amount(number: int) -> str:
+    return (
+        f"{number / 1e9:.2f} GB"
+        if number >= 1e9
+        else f"{number / 1e6:.2f} MB"
+        if number >= 1e4
+        else f"{number} B"
+    )
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return aligned([(head, [row[i] for row in rows]) for i, head in enumerate(heads)], numbers=False)
