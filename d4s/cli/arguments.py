@@ -59,6 +59,16 @@ def share(text: str) -> float:
     return number
 
 
+def device_map(text: str) -> Any:
+    """A name that accelerate knows, or JSON, as {"model.embed_tokens": 0, "model.layers.0": 1}"""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"{text!r} is no JSON object of module → device ({error})") from None
+
+
 def names(text: str) -> list[str]:
     """Names with commas, as --methods d4s,memit"""
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -70,6 +80,12 @@ def names(text: str) -> list[str]:
 def add_model(verb: ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", help="folder, hub name, .gguf file, 'embedded' or 'smollm2'")
     verb.add_argument("--device", help="cpu, cuda, cuda:1 …; default: cuda where there is one")
+    verb.add_argument(
+        "--device-map",
+        type=device_map,
+        metavar="MAP",
+        help="over several devices: auto, balanced, sequential, or JSON of module → device (needs accelerate)",
+    )
     verb.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"), help="of the weights"
     )
@@ -186,7 +202,9 @@ def loaded_model(options: Namespace) -> tuple[Any, Any]:
 
     hide_loading_bars()
     try:
-        return load_model(options.model, dtype=options.dtype, device=options.device)
+        return load_model(
+            options.model, dtype=options.dtype, device=options.device, device_map=options.device_map
+        )
     except ConfigError as error:  # of the device: the rest is checked by the parser
         raise ConfigError(f"--{error}") from None
 

@@ -19,7 +19,7 @@ from d4s.interrupts import deferred
 from d4s.journal.changes import Change, changes_between, changes_of
 from d4s.journal.stored_bits import Step, bits, dense, factored, part_types, taken
 from d4s.locate.covariance import fingerprint_of
-from d4s.models.architectures import check_bare, check_on_a_device
+from d4s.models.architectures import check_bare, check_on_devices
 from d4s.models.causal_lm import CausalLM
 from d4s.tensor_files import Outline, load_tensors, save_tensors
 
@@ -218,7 +218,7 @@ def _digest(weight: Tensor) -> str:
 def _own(model: CausalLM) -> dict[str, Tensor]:
     """A model's parameters by name, without what torch.compile puts in front."""
     check_bare(model)
-    check_on_a_device(model)
+    check_on_devices(model)
     return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
 
 

@@ -325,7 +325,7 @@ def estimate_covariance(
         raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
     wanted = tokens if tokens is not None else max(_enough(anatomy, i) for i in chosen)
     check_askable(model, tokenizer)
-    device, longest = anatomy.device, _longest(model)
+    device, longest = anatomy.device, _longest(model)  # where ids go in
     known = getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)
     print_digest = hashlib.sha256()
 
@@ -347,7 +347,9 @@ def estimate_covariance(
                 yield start + body[at : at + step]
 
     moments = {
-        i: torch.zeros(*_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=device)
+        i: torch.zeros(
+            *_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=anatomy.device_of(i)
+        )
         for i in chosen
     }
     routed = {i: torch.zeros(stack, dtype=torch.int64) for i in chosen if (stack := _stacked(anatomy, i))}
@@ -437,12 +439,13 @@ def _add_batch(
     for layer, trace in traces.items():
         if (experts := anatomy.experts(layer)) is not None:
             for expert, tokens, keys in experts.parts(trace):
-                here = None if keep is None else keep.flatten()[tokens]
+                here = None if keep is None else keep.flatten().to(tokens.device)[tokens]
                 added = ops.accumulate_key_covariance_(moments[layer][expert], keys, here)
                 routed[layer][expert] += added
             continue
         keys = trace.input.view(ids.shape[0], ids.shape[1], -1)
-        ops.accumulate_key_covariance_(moments[layer], keys, keep)
+        here = None if keep is None else keep.to(keys.device)
+        ops.accumulate_key_covariance_(moments[layer], keys, here)
     return int(mask.sum())
 
 

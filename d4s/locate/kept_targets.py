@@ -101,7 +101,7 @@ class KeptTargets:
         for row, fact in enumerate(new):
             self._rows[fact] = (len(self._parts), row)
         if new:
-            self._parts.append(_on(targets[list(new.values())], torch.device("cpu")))
+            self._parts.append(targets[list(new.values())].to(torch.device("cpu")))
 
     def take_in(self, other: KeptTargets) -> None:
         """All that another one of the same identity holds."""
@@ -139,7 +139,7 @@ class KeptTargets:
     def take(self, edits: Sequence[Edit], device: torch.device) -> Targets:
         """Targets of edits that are all held, in their order."""
         places = [self._rows[_fact(edit)] for edit in edits]
-        return _on(Targets.concatenate([self._parts[part][row : row + 1] for part, row in places]), device)
+        return Targets.concatenate([self._parts[part][row : row + 1] for part, row in places]).to(device)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
@@ -183,7 +183,3 @@ class KeptTargets:
 def _fact(edit: Edit) -> Fact:
     """What of an edit decides its target."""
     return (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
-
-
-def _on(targets: Targets, device: torch.device) -> Targets:
-    return Targets(*(getattr(targets, name).to(device, torch.float32) for name in _PARTS))

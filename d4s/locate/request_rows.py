@@ -86,6 +86,13 @@ def bare(request: Request) -> Request:
     return Request(before, after, read, target, request.ends)
 
 
+def select_rows(cache: DynamicCache, index: Tensor) -> None:
+    """Keep these rows, in every layer on its own device."""
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        layer.batch_select_indices(index if keys is None else index.to(keys.device))
+
+
 def _copied(cache: DynamicCache | None) -> DynamicCache | None:
     """A cache that may grow while the given one stays. Tensors are shared: growing concatenates anew."""
     if cache is None:
@@ -98,6 +105,7 @@ def _copied(cache: DynamicCache | None) -> DynamicCache | None:
 class RequestRows:
     """Some requests on their way through the model: what is kept of the fixed part, and the rows left.
 
+    device: where token ids go in and logits come out, and where δ and all that is counted here is
     count: requests left; owner: the request of each row [rows]; start: v0 of each place, [requests, d_model] float32
     row, read, wanted: of each logit that is read, its row, its position in it, and the token expected [reads]
     weight: of its −log p in the loss; own_weight: in the mean over the target's own tokens, without what ends it
@@ -192,7 +200,7 @@ class RequestRows:
         )
         index = torch.as_tensor(kinds, device=self.device)
         if cache is not None:
-            cache.batch_select_indices(index)
+            select_rows(cache, index)
         rest = [row[shared[kind] :] for row, kind in zip(before, kinds, strict=True)]
         cache, mask = self._run_further(cache, mask[index], rest, fill)
         return cache, torch.cat([mask, after_mask], 1)
@@ -268,7 +276,11 @@ class RequestRows:
             stack.enter_context(Trace(self.anatomy.blocks[self.layer], stop=True))
             self._forward()
         self.start = [
-            t.output.reshape(rows, self.ids.shape[1], -1)[self.first_row, self.at[self.first_row]].float()
+            t.output.reshape(rows, self.ids.shape[1], -1)[
+                self.first_row.to(t.output.device), self.at[self.first_row].to(t.output.device)
+            ]
+            .float()
+            .to(self.device)
             for t in traces
         ]
         self.kept = None if kept is None else kept.returned
@@ -282,10 +294,11 @@ class RequestRows:
             def edit(output: Tensor) -> Tensor:
                 shaped = output.reshape(rows, self.ids.shape[1], -1)
                 if self.whole:
-                    added = place_delta[self.owner].to(shaped.dtype)
-                    row = torch.arange(rows, device=self.device)
-                    return shaped.index_put((row, self.at), added, accumulate=True).view(output.shape)
-                first = shaped[:, :1] + place_delta[self.owner].unsqueeze(1).to(shaped.dtype)
+                    added = place_delta[self.owner].to(shaped)
+                    row = torch.arange(rows, device=shaped.device)
+                    at = self.at.to(shaped.device)
+                    return shaped.index_put((row, at), added, accumulate=True).view(output.shape)
+                first = shaped[:, :1] + place_delta[self.owner].unsqueeze(1).to(shaped)
                 return torch.cat([first, shaped[:, 1:]], 1).view(output.shape)
 
             return edit
@@ -309,7 +322,7 @@ class RequestRows:
         """With a δ a place, each [requests, d_model]: [reads, vocabulary] float32."""
         with self._changed(deltas):
             logits = self._forward().logits
-        return log_softmax(logits[0].float(), -1)
+        return log_softmax(logits[0].float(), -1).to(self.device)
 
     def keep_requests(self, left: Tensor) -> None:
         """Drops the rows of all requests but those at `left` (ascending)."""
@@ -327,9 +340,10 @@ class RequestRows:
         self.mask, self.positions, self.at = self.mask[rows], self.positions[rows], self.at[rows]
         if self.cache is not None:
             self.cache = _copied(self.cache)
-            self.cache.batch_select_indices(rows)  # type: ignore[union-attr]
+            select_rows(self.cache, rows)
         if self.kept is not None:
-            first = first_tensor(self.kept).index_select(self.anatomy.architecture.rows_dimension, rows)
+            whole = first_tensor(self.kept)
+            first = whole.index_select(self.anatomy.architecture.rows_dimension, rows.to(whole.device))
             self.kept = (first, *self.kept[1:]) if isinstance(self.kept, tuple) else first
         self.count = len(left)
         self._find_needed()
@@ -403,11 +417,12 @@ def _only_at(module: nn.Module, needed: Tensor) -> Callable[..., Any]:
 
     def forward(*arguments: Tensor, **named: Any) -> Any:
         shape = arguments[0].shape
-        flat = [a.reshape(-1, a.shape[-1])[needed].unsqueeze(0) for a in arguments]
+        here = needed.to(arguments[0].device)
+        flat = [a.reshape(-1, a.shape[-1])[here].unsqueeze(0) for a in arguments]
         output = own(*flat, **named)
         if not isinstance(output, Tensor):  # a router's logits beside it, say
             return own(*arguments, **named)
         places = output.new_zeros(shape[:-1].numel(), output.shape[-1])
-        return places.index_copy(0, needed, output.squeeze(0)).view(*shape[:-1], -1)
+        return places.index_copy(0, here, output.squeeze(0)).view(*shape[:-1], -1)
 
     return forward

@@ -86,7 +86,7 @@ class TargetConfig(Configuration):
 
 @dataclass(frozen=True)
 class Targets:
-    """Results a request, on the model's device; float32."""
+    """Results a request, on the device of the block where δ is added; float32."""
 
     start: Tensor  # v0 [requests, d_model]
     delta: Tensor  # δ [requests, d_model]
@@ -102,6 +102,11 @@ class Targets:
         return Targets(
             self.start[index], self.delta[index], self.first_probability[index], self.last_probability[index]
         )
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device, float32."""
+        parts = (self.start, self.delta, self.first_probability, self.last_probability)
+        return Targets(*(part.to(device, torch.float32) for part in parts))
 
     @staticmethod
     def concatenate(parts: Sequence[Targets]) -> Targets:
@@ -169,7 +174,7 @@ def optimise_targets(
         if whole:
             widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
         run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after])
-    return Targets.concatenate([found[i] for i in range(len(edits))])
+    return Targets.concatenate([found[i] for i in range(len(edits))]).to(anatomy.device_of(layer))
 
 
 def batch_tokens_of(device: torch.device) -> int:

@@ -92,7 +92,7 @@ class AlphaEditEditor(D4SEditor):
     def priors(self) -> dict[int, Prior]:
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
         return {
-            layer: Prior.identity(d_in, self.method.l2, device=self.anatomy.device)
+            layer: Prior.identity(d_in, self.method.l2, device=self.anatomy.device_of(layer))
             for layer, (_, d_in) in shapes.items()
         }
 

@@ -363,7 +363,7 @@ class MasterEditor(Editor):
     def reset(self) -> None:
         anatomy = self.anatomy
         self.deltas = {
-            layer: torch.zeros(anatomy.shape(layer), dtype=torch.float32, device=anatomy.device)
+            layer: torch.zeros(anatomy.shape(layer), dtype=torch.float32, device=anatomy.device_of(layer))
             for layer in self.weights.layers
         }
 

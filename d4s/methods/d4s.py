@@ -151,7 +151,8 @@ class D4SEditor(LocateEditor):
                 residuals = targets.delta.double() / share
             else:
                 already = self.closed_form.image(keys, layer)
-                residuals = (targets.target.double() - self.state(bare)) / share + already
+                left = (targets.target.double() - self.state(bare)) / share
+                residuals = left.to(already.device) + already
             self._put(Rows(layer, 1.0, tuple(range(len(batch))), residuals, keys))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
                 taken = already[again] if old is None else old / share

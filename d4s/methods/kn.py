@@ -100,12 +100,12 @@ class KNEditor(Editor):
             texts += text_ids(self.tokenizer, edit.paraphrases)
         for layer, neurons in self.shared_neurons(texts, old).items():
             signs = self.neurons(prompt, layer)[neurons].double().sign()
-            change = torch.zeros(self.anatomy.shape(layer), dtype=torch.float64, device=self.anatomy.device)
             weight = self.anatomy.weight(layer).detach().double()
+            change = weight.new_zeros(self.anatomy.shape(layer))
             weight = weight.T if self.anatomy.transposed(layer) else weight
             lengths = signs * weight[:, neurons].norm(dim=0)  # s ‖W[:, i]‖
             for token, sign in ((old, -1.0), (new[0], 1.0)):
-                embedding = self.embeddings[token].detach().double()
+                embedding = self.embeddings[token].detach().double().to(weight.device)
                 change[:, neurons] += sign * (embedding / embedding.norm()).outer(lengths)
             self.weights.write_(layer, self.weights.delta(layer) + change)
 
@@ -113,7 +113,7 @@ class KNEditor(Editor):
         """Layer → neurons kept by the rules above."""
         votes: Counter[tuple[int, int]] = Counter()
         for ids in texts:
-            found = torch.stack([self.attributions(ids, layer, token) for layer in self.weights.layers])
+            found = torch.stack([self.attributions(ids, layer, token).cpu() for layer in self.weights.layers])
             kept = (found > self.method.threshold * found.max()).nonzero().tolist()
             votes.update((self.weights.layers[i], neuron) for i, neuron in kept)
         shared: dict[int, list[int]] = {}

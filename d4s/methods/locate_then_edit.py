@@ -116,7 +116,7 @@ class TargetMethod(Method):
         kept = bench.targets if self.searches_ahead else None
         if kept is not None:
             kept.check(target_identity(anatomy, bench.tokenizer, prefixes, last, places, self.target))
-        targets = searched(kept, first, search, anatomy.device)
+        targets = searched(kept, first, search, anatomy.device_of(last))
         outputs = mlp_outputs(anatomy, bench.tokenizer, first, targets, last, places)
         norm = norm_anchor.mean_norm(norm_anchor.norms(targets, outputs))
         if not math.isfinite(norm):
@@ -183,10 +183,10 @@ class LocateMethod(TargetMethod):
         rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
         squares = []
         for layer in self.layers:
-            prior = prior_of(covariance, layer, 1.0, self.ridge, anatomy.device)
+            prior = prior_of(covariance, layer, 1.0, self.ridge, anatomy.device_of(layer))
             keys = prior.rows(keys_at(anatomy, rows, layer)).T
-            squares.append((keys * prior.solve(keys)).sum(0))
-        return torch.stack(squares, 1).cpu()
+            squares.append((keys * prior.solve(keys)).sum(0).cpu())
+        return torch.stack(squares, 1)
 
 
 def holding_of_sums(size: LayerSize, edits: int, rows: int) -> Holding:
@@ -268,9 +268,9 @@ class LocateEditor(Editor):
         return self.weights.layers[-1]
 
     def second_moments(self) -> dict[int, Tensor]:
-        """C of every edited layer, on the model's device, float64."""
-        covariance = self.bench.covariance(self.weights.layers)
-        return {layer: covariance.mean(layer).to(self.anatomy.device) for layer in self.weights.layers}
+        """C of every edited layer, on its device, float64."""
+        covariance, place = self.bench.covariance(self.weights.layers), self.anatomy.device_of
+        return {layer: covariance.mean(layer).to(place(layer)) for layer in self.weights.layers}
 
     def plain_priors(self, weight: float) -> dict[int, Prior]:
         """λ (C + ridge · mean(diag C) · I) of every edited layer, none of which has experts. weight: λ"""
@@ -280,7 +280,9 @@ class LocateEditor(Editor):
         """`prior_of` every edited layer."""
         method, covariance = self.method, self.bench.covariance(self.weights.layers)
         return {
-            layer: prior_of(covariance, layer, method.prior_weight, method.ridge, self.anatomy.device)
+            layer: prior_of(
+                covariance, layer, method.prior_weight, method.ridge, self.anatomy.device_of(layer)
+            )
             for layer in self.weights.layers
         }
 
@@ -405,7 +407,8 @@ class Ahead:
         Kept is what was found; what the method makes of it comes after.
         """
         editor = self.editor
-        found = searched(editor.bench.targets, edits, editor.search, editor.anatomy.device)
+        place = editor.anatomy.device_of(editor.last)
+        found = searched(editor.bench.targets, edits, editor.search, place)
         return editor.normed(edits, found)
 
 

@@ -85,9 +85,11 @@ class LyapLockEditor(LocateEditor):
 
     def reset(self) -> None:
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
-        zeros = self._priors[self.last].matrix.new_zeros  # float64, on the model's device
-        self.value_sums = {layer: zeros(shape) for layer, shape in shapes.items()}
-        self.key_sums = {layer: zeros(d_in, d_in) for layer, (_, d_in) in shapes.items()}
+        priors = {
+            layer: prior.matrix for layer, prior in self._priors.items()
+        }  # float64, on the layer's device
+        self.value_sums = {layer: priors[layer].new_zeros(shape) for layer, shape in shapes.items()}
+        self.key_sums = {layer: torch.zeros_like(matrix) for layer, matrix in priors.items()}
         self.pressure = dict.fromkeys(shapes, 1.0)  # y
         self.damage_base = dict.fromkeys(shapes, math.nan)  # D_base, once it is known
         self.steps = 0
@@ -99,7 +101,7 @@ class LyapLockEditor(LocateEditor):
         self.steps += 1
         for i, layer in enumerate(layers):
             k = self.keys(rows, layer)
-            r = (targets.target.double() - self.state(bare)) / (len(layers) - i)
+            r = ((targets.target.double() - self.state(bare)) / (len(layers) - i)).to(k.device)
             now = self.weights.delta(layer)
             asked = r + k @ now.T  # v − W0 k
             self.key_sums[layer] += k.T @ k

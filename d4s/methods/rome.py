@@ -93,7 +93,9 @@ class ROMEEditor(LocateEditor):
     def __init__(self, method: ROME, bench: Workbench) -> None:
         super().__init__(method, bench)
         if method.identity_covariance:
-            self._prior = Prior.identity(self.anatomy.shape(self.last)[1], device=self.anatomy.device)
+            self._prior = Prior.identity(
+                self.anatomy.shape(self.last)[1], device=self.anatomy.device_of(self.last)
+            )
         else:
             self._prior = Prior(self.second_moments()[self.last], 1.0, method.ridge)
 

@@ -104,16 +104,18 @@ class Moments:
 class UltraEditEditor(MasterEditor):
     def __init__(self, method: UltraEdit, bench: Workbench) -> None:
         super().__init__(method, bench, method.layers, dict(zip(method.layers, method.modules, strict=False)))
-        widths = {self.anatomy.shape(layer)[1] for layer in method.layers}
+        places = {(self.anatomy.shape(layer)[1], self.anatomy.device_of(layer)) for layer in method.layers}
         self._identities = {
-            d_in: Prior.identity(d_in, dtype=torch.float32, device=self.anatomy.device) for d_in in widths
+            (d_in, device): Prior.identity(d_in, dtype=torch.float32, device=device)
+            for d_in, device in places
         }
 
     def reset(self) -> None:
         super().reset()
         anatomy = self.anatomy
         self.moments = {
-            layer: Moments(sum(anatomy.shape(layer)), anatomy.device) for layer in self.weights.layers
+            layer: Moments(sum(anatomy.shape(layer)), anatomy.device_of(layer))
+            for layer in self.weights.layers
         }
 
     def apply(self, batch: Sequence[Edit]) -> Step:
@@ -124,7 +126,7 @@ class UltraEditEditor(MasterEditor):
             moments.add_(both)
             h_hat, g_hat = moments.normalised(both).split([h.shape[1], g.shape[1]], 1)
             v = -self.method.learning_rate * h_hat.square().sum(1, keepdim=True) * g_hat
-            delta += solve(v, h, self._identities[h.shape[1]])
+            delta += solve(v, h, self._identities[h.shape[1], h.device])
         self.write()
         return Step(probabilities(losses), (float("nan"),) * len(batch))
 
@@ -153,7 +155,8 @@ class UltraEditEditor(MasterEditor):
                 found = torch.autograd.grad(losses.sum(), [outputs[layer] for layer in layers])
                 for layer, gradient in zip(layers, found, strict=True):
                     for kept, values in ((inputs, traces[layer].input), (gradients, gradient)):
-                        at_tokens = values.detach().reshape(*rows.ids.shape, -1)[rows.row, rows.read]
+                        places = (rows.row.to(values.device), rows.read.to(values.device))
+                        at_tokens = values.detach().reshape(*rows.ids.shape, -1)[places]
                         kept[layer].append(at_tokens.float())
 
             losses = losses_in_batches(self.anatomy, self.tokenizer, batch, use)

@@ -176,12 +176,22 @@ def check_bare(model: object) -> None:
             )
 
 
-def check_on_a_device(model: CausalLM) -> None:
-    """Raises ModelError if the model is spread over several devices, or its weights are on none."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+def check_on_devices(model: CausalLM) -> None:
+    """Raises ModelError if some weights are on no device, or on several without hooks that move what runs through."""
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    for device, name in devices.items():
+        if device.type == "meta":
+            raise ModelError(
+                f"{name} lies on meta, as weights do that are left out or offloaded to the CPU or to disk between "
+                "calls, where no edit could be written; load the model whole: on more devices (device_map='auto' "
+                "without 'cpu' and 'disk' in it), in dtype=torch.bfloat16, or on the CPU (device='cpu')"
+            )
+    if len(devices) > 1 and not hasattr(model, "_hf_hook"):
         raise ModelError(
-            f"the model lies on {', '.join(sorted(map(str, devices)))}; load it on one device, without device_map"
+            f"the model lies on {', '.join(sorted(map(str, devices)))}, and nothing moves what runs through it from "
+            "one to the other; load it with device_map='auto' (accelerate), or on one device"
         )
 
 
@@ -380,8 +390,8 @@ class Anatomy:
         return self.weight(layer).device
 
     def check_placement(self) -> None:
-        """Raises ModelError if the model is spread over several devices, or its weights are on none."""
-        check_on_a_device(self.model)
+        """Raises ModelError as `check_on_devices`."""
+        check_on_devices(self.model)
 
     def check_finite(self, layers: tuple[int, ...]) -> None:
         """Raises ModelError if an edited weight holds NaN or infinity: no edit could mend that."""

@@ -173,7 +173,7 @@ class WrappedLayer:
         d_out, d_in = self.module.weight.shape
         if self.anatomy.transposed(self.layer):
             d_in, d_out = d_out, d_in
-        self.codebook = Codebook(d_in, d_out, self.wrapping.epsilon, self.anatomy.device)
+        self.codebook = Codebook(d_in, d_out, self.wrapping.epsilon, self.module.weight.device)
 
     def attach(self) -> None:
         """From now on the codebook answers. Raises ModelError where the model has another one."""

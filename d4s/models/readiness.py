@@ -9,7 +9,7 @@ import torch
 
 from d4s.edits import Edit
 from d4s.errors import ModelError
-from d4s.models.architectures import check_bare, check_on_a_device
+from d4s.models.architectures import check_bare, check_on_devices
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating
 from d4s.models.prompts import pad_id, text_ids
@@ -25,12 +25,12 @@ def check_ready(model: CausalLM, tokenizer: Any, edits: Sequence[Edit] = ()) -> 
 
 
 def check_askable(model: CausalLM, tokenizer: Any, edits: Sequence[Edit] = ()) -> None:
-    """Raises ModelError unless the model is a bare one, on one device, with an embedding for each token of the edits.
+    """Raises ModelError unless the model is a bare one, on devices, with an embedding for each token of the edits.
 
     What it says may be NaN: editing can bring a model to that, and its figures then say so.
     """
     check_bare(model)
-    check_on_a_device(model)
+    check_on_devices(model)
     check_vocabulary(model, tokenizer, edits)
 
 

@@ -98,8 +98,9 @@ class Run:
         try:
             with result.editor.weights.all_or_nothing():
                 step = result.editor.edit(batch)
-                if result.editor.anatomy.device.type == "cuda":
-                    torch.cuda.synchronize()
+                for device in {weight.device for weight in result.editor.weights.base.values()}:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
                 made = before + len(batch)
                 rows: list[dict[str, Any]] = [{"id": edit.id, "step": made} for edit in batch]
                 if step.first_probability:

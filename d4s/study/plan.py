@@ -334,8 +334,8 @@ def _of_texts(anatomy: Anatomy, method: Method, place: str, edits: int, schedule
         if method.searches_ahead:
             parts.append(Part("cpu", "kept targets", edits * (2 * width + 2) * 4))
     tokens = min(tokens_together(device), edits * (EDITED + NEIGHBORS) * (PROMPT + 2 * TARGET))
-    heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1))
-    head = int(getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1))
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    head: Any = getattr(config, "head_dim", None) or width // getattr(config, "num_attention_heads", 1)
     cache = 2 * len(anatomy) * heads * head * size
     logits = 2 * TARGET * config.vocab_size * (size + 4) // (PROMPT + 2 * TARGET)
     parts.append(Part(place, "an evaluation", tokens * (cache + logits + 8 * width * size), certain=False))
