@@ -26,7 +26,7 @@ How little of the model has to run for that: `d4s.locate.request_rows`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -44,6 +44,7 @@ from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
 from d4s.models.prompts import end_of_text, pad_id
+from d4s.models.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,14 @@ def optimise_targets(
         begin = None
         if config.bare_looks and prefixes:
             shorter = rows_of([bare(request) for request in batch])
-            begin = _optimise(shorter, config, config.bare_looks)[1]
-        targets = _optimise(rows_of(batch), config, begin=begin)[0]
+            try:
+                begin = _optimise(shorter, config, config.bare_looks)[1]
+            except _OverflowError as overflow:
+                raise ModelError(f"edit {edits[order[chosen[overflow.request]]].id}: {overflow}") from None
+        try:
+            targets = _optimise(rows_of(batch), config, begin=begin)[0]
+        except _OverflowError as overflow:
+            raise ModelError(f"edit {edits[order[chosen[overflow.request]]].id}: {overflow}") from None
         found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
 
     with frozen(anatomy.model):
@@ -196,6 +203,45 @@ def frozen(model: CausalLM) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class _OverflowError(Exception):
+    """A forward or backward pass in float16 went beyond its range. request: the first one that it happened to"""
+
+    def __init__(self, message: str, request: int) -> None:
+        super().__init__(message)
+        self.request = request
+
+
+def _overflow(
+    rows: RequestRows, failing: Sequence[Tensor], request: int, config: TargetConfig
+) -> _OverflowError:
+    """The error, with the first block whose output is not finite. failing: δ of each place, where it happened"""
+    cure = (
+        "load the model in bfloat16 (--dtype bfloat16) or float32, or take a smaller clamp "
+        f"(clamp={config.clamp:g} now)"
+    )
+    if not all(bool(torch.isfinite(delta).all()) for delta in failing):
+        return _OverflowError(
+            f"the search of its target overflowed float16, which ends at 65504, in the backward pass; {cure}",
+            request,
+        )
+    blocks = rows.anatomy.blocks
+    first = None
+    with ExitStack() as stack, torch.no_grad():
+        traces = [stack.enter_context(Trace(block)) for block in blocks]
+        rows.log_probabilities(failing)
+    for number, trace in enumerate(traces):
+        if hasattr(trace, "output") and not torch.isfinite(trace.output).all():
+            first = number
+            break
+    where = "behind the last block" if first is None else f"in {rows.anatomy.architecture.blocks}.{first}"
+    length = float(failing[0][request].norm())
+    return _OverflowError(
+        f"the search of its target overflowed float16, which ends at 65504, {where}, with δ of length {length:.3g}; "
+        f"{cure}",
+        request,
+    )
+
+
 def _optimise(
     rows: RequestRows,
     config: TargetConfig,
@@ -224,10 +270,14 @@ def _optimise(
     least = torch.full_like(first, torch.inf)  # loss of the look that counts, where the best does
     reference: Tensor | None = None
     pause = 1 if config.stop_nll is not None and device.type == "cpu" else 4  # looks
+    # float16 overflows where others have room: the first δ with which it did is kept, and told at the end.
+    narrow = next(rows.model.parameters()).dtype == torch.float16
+    overflowed = torch.zeros(count, dtype=torch.bool, device=device)
+    failing = [torch.zeros_like(s) for s in start]
 
     # Probabilities that are kept, and what KL compares with, are δ = 0's in float32.
     apart = config.search_precision != "float32"
-    everything = copy(rows) if apart else rows  # the copy keeps what `rows` will lose
+    everything = copy(rows) if apart or narrow else rows  # the copy keeps what `rows` will lose
     if begin is not None or apart:
         with torch.no_grad():
             log_p = rows.log_probabilities(deltas)
@@ -247,6 +297,12 @@ def _optimise(
                 nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
                 loss = nll_factor * nll + weighted_kl + decay
             gradients = torch.autograd.grad(loss.sum(), deltas) if goes_on else ()
+        if narrow:
+            lost = ~torch.isfinite(loss.detach()) & ~done
+            overflowed[alive] |= lost
+            for total, delta in zip(failing, deltas, strict=True):
+                total[alive] = torch.where(lost.unsqueeze(1), delta.detach(), total[alive])
+            done = done | lost
         settled = _settled(rows, log_p)
         probability = torch.exp(-mean_nll(rows, log_p.detach(), rows.own_weight))
         if look == 0 and begin is None and not apart:
@@ -286,6 +342,8 @@ def _optimise(
                 looks_as_argmax, nll_factor = looks_as_argmax[left], nll_factor[left]
                 reference, alive, done, least = reference[left], alive[left], done[left], least[left]
                 rows.keep_requests(left)
+    if narrow and bool(overflowed.any()):
+        raise _overflow(everything, failing, int(overflowed.nonzero()[0]), config)
     if apart:
         with torch.no_grad():
             last = torch.exp(
