@@ -3,7 +3,7 @@
 python -m benchmarks.scale --edits 100000 --d-in 512 --out scale
 
 Simulated: keys of a decaying spectrum through `ClosedForm`, one a step, residuals of length 1. Told at each power of
-two steps: seconds a step since the last one, bytes of the state, ‖Δ‖, and its bound ‖R‖ / (2 √λ_min(λC)), which grows
+two steps: processor seconds a step since the last one, bytes of the state, ‖Δ‖, and its bound ‖R‖ / (2 √λ_min(λC)), which grows
 like √t. Reckoned: bytes by the code's own arithmetic, seconds by rates. Those of this machine are measured (a copy,
 float64 and float32 products); those of an H100 are half of its data sheet's, and nothing of them has been measured.
 OUT gets edits.csv, rates.csv and costs.csv. Cost on two cores: 1 to 2 minutes.
@@ -77,10 +77,10 @@ def simulated(edits: int, d_in: int, d_out: int, seed: int) -> list[dict[str, fl
         keys, residuals = draw(DELAYED_ROWS, d_in) * scale, draw(DELAYED_ROWS, d_out)
         residuals /= residuals.norm(dim=1, keepdim=True)
         for i in range(min(DELAYED_ROWS, edits - made)):
-            began = time.perf_counter()
+            began = time.process_time()
             closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
             delta = closed.delta(0)
-            spent += time.perf_counter() - began
+            spent += time.process_time() - began
             square += float(residuals[i].square().sum())
             made += 1
             if made >= DELAYED_ROWS and (made & (made - 1) == 0 or made == edits):
