@@ -3,9 +3,9 @@
 python -m benchmarks.scale --edits 100000 --d-in 512 --out scale
 
 Simulated: keys of a decaying spectrum through `ClosedForm`, one a step, residuals of length 1. Told at each power of
-two steps: processor seconds a step since the last one, bytes of the state, ‖Δ‖, and its bound ‖R‖ / (2 √λ_min(λC)), which grows
-like √t. Reckoned: bytes by the code's own arithmetic, seconds by rates. Those of this machine are measured (a copy,
-float64 and float32 products); those of an H100 are half of its data sheet's, and nothing of them has been measured.
+two steps: processor seconds a step since the last one, bytes of the state, ‖Δ‖, and its bound ‖R‖ / (2 √λ_min(λC)),
+which grows like √t. Reckoned: bytes by the code's own arithmetic, seconds by rates. Those of this machine are measured
+(a copy, float64 and float32 products); an H100's are half of its data sheet's, and nothing of them has been measured.
 OUT gets edits.csv, rates.csv and costs.csv. Cost on two cores: 1 to 2 minutes.
 """
 
