@@ -1,7 +1,6 @@
 """`python -m d4s`: the command `d4s`."""
 
-import sys
-
 from d4s.cli import main
+from d4s.ranks import exit_with
 
-sys.exit(main())
+exit_with(main())

@@ -64,6 +64,10 @@ class EditingStopped(EditingInterrupted, KeyboardInterrupt):
     """By Ctrl-C, or a signal that ends the program."""
 
 
+class RankEnded(BaseException):
+    """Another process of the run has failed or was ended, so that this one cannot go on."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Text for a failed look-up: what was asked for, the nearest known name, and all of them."""
     known = sorted(known)

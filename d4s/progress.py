@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d4s.ranks import here
+
 _SECONDS = 30  # between two lines of a log; what takes less writes none
 
 
@@ -22,7 +24,8 @@ class _Lines:
 
 
 def progress_bar(total: int, unit: str, title: str, *, shown: bool = True, **options: Any) -> tqdm[Any]:
-    """A tqdm bar over `total` units; options: further ones of tqdm."""
+    """A tqdm bar over `total` units, of several processes in the first; options: further ones of tqdm."""
+    shown = shown and here().is_first
     if shown and not sys.stderr.isatty():
         options |= dict(file=_Lines(), delay=_SECONDS, mininterval=_SECONDS, maxinterval=_SECONDS, ncols=100)
     return tqdm(total=total, unit=unit, desc=title, disable=not shown, **options)
@@ -30,6 +33,6 @@ def progress_bar(total: int, unit: str, title: str, *, shown: bool = True, **opt
 
 def stage(text: str, *, shown: bool = True) -> None:
     """What begins now, as a line of a log, which is then not silent until its first bar; on a terminal bars say it."""
-    if shown and not sys.stderr.isatty():
+    if shown and here().is_first and not sys.stderr.isatty():
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "d4s"
 
 # The path of an edit, from the ground up: a room imports only rooms that stand before it. A new room is put where it
 # belongs.
-GROUND = ("version", "errors", "files", "tensor_files", "interrupts", "progress", "configuration")
+GROUND = ("version", "errors", "files", "tensor_files", "interrupts", "ranks", "progress", "configuration")
 ROOMS = (
     *GROUND,
     *("ops", "figures", "edits", "models", "locate", "change", "measure", "methods"),

@@ -12,6 +12,7 @@ from typing import Any
 from d4s.errors import ConfigError
 from d4s.files import check_folder, check_place
 from d4s.models.causal_lm import CausalLM
+from d4s.ranks import here
 
 # Types: what argparse makes of the text of an argument.
 
@@ -77,8 +78,12 @@ def names(text: str) -> list[str]:
 # Options: what a verb adds to its own, in the order in which its help lists them.
 
 
-def add_model(verb: ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help="folder, hub name, .gguf file, 'embedded' or 'smollm2'")
+def add_model(verb: ArgumentParser, *, optional: bool = False) -> None:
+    """optional: whether MODEL may be left out"""
+    may_lack: dict[str, Any] = {"nargs": "?"} if optional else {}
+    verb.add_argument(
+        "model", metavar="MODEL", help="folder, hub name, .gguf file, 'embedded' or 'smollm2'", **may_lack
+    )
     verb.add_argument("--device", help="cpu, cuda, cuda:1 …; default: cuda where there is one")
     verb.add_argument(
         "--device-map",
@@ -200,6 +205,10 @@ def loaded_model(options: Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) of MODEL."""
     from d4s.models.loading import load_model
 
+    if here().count > 1 and options.device not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {options.device}: of several processes each takes a GPU of its own; name cuda, cpu or none"
+        )
     hide_loading_bars()
     try:
         return load_model(
@@ -305,7 +314,10 @@ def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
 
 
 def watching(options: Namespace) -> list[Any]:
-    """Who watches a sequence: the live view where a terminal and rich are there, and --tensorboard."""
+    """Who watches a sequence, in the first process: the live view where a terminal and rich are there, and
+    --tensorboard."""
+    if not here().is_first:
+        return []
     from d4s.report.live import Live, is_there
     from d4s.report.tensorboard import TensorBoard
 

@@ -29,8 +29,10 @@ from d4s.cli.arguments import (
 from d4s.cli.printing import print_json, print_notes
 from d4s.errors import ConfigError
 from d4s.files import check_folder
+from d4s.ranks import here
 
 HELP = "the same edits with several methods"
+SHARED = True
 
 
 def add(verb: ArgumentParser) -> None:
@@ -60,7 +62,7 @@ def run(options: Namespace) -> None:
     from d4s.sequence.compare import compare
     from d4s.study.front import front
 
-    check_folder(options.out)
+    here().on_first(lambda: check_folder(options.out))
     watchers = watching(options)
     methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
@@ -93,7 +95,7 @@ def run(options: Namespace) -> None:
         stop_on_collapse=options.stop_on_collapse,
         observers=watchers,
     )
-    found.save(options.out)
+    here().on_first(lambda: found.save(options.out))
     if options.json:
         print_json(found.to_dict())
     else:

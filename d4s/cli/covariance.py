@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from d4s.cli.arguments import add_model, check_file, count, loaded_model, whole_numbers
+from d4s.cli.arguments import add_model, check_file, count, loaded_model, refuse, whole_numbers
 from d4s.cli.printing import print_json
+from d4s.errors import ConfigError, CovarianceError
+from d4s.ranks import here
 
-HELP = "key statistics of a model over a corpus, all layers in one pass"
+if TYPE_CHECKING:
+    from d4s.locate.covariance import Covariance
+
+HELP = "key statistics of a model over a corpus, all layers in one pass; or those of several files added up"
+SHARED = True
 
 
 def add(verb: ArgumentParser) -> None:
-    add_model(verb)
+    add_model(verb, optional=True)
     verb.add_argument(
         "corpus", metavar="CORPUS", nargs="?", help="text file; default: sampled from the model"
     )
     verb.add_argument("--out", type=Path, required=True, help="safetensors file")
     verb.add_argument("--layers", type=whole_numbers, help="as 4,5,6; default: all")
     verb.add_argument("--tokens", type=count, help="key vectors; default: 10 · d_in")
+    verb.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="instead of MODEL and CORPUS: statistics of one model, taken apart on texts that differ",
+    )
 
 
 def run(options: Namespace) -> None:
-    from d4s.locate.covariance import estimate_covariance
-    from d4s.models.readiness import check_ready
-
-    check_file(options.out)
-    model, tokenizer = loaded_model(options)
-    check_ready(model, tokenizer)
-    found = estimate_covariance(
-        model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
-    )
-    found.save(options.out)
+    here().on_first(lambda: check_file(options.out))
+    found = _estimated(options) if options.merge is None else _merged(options)
+    here().on_first(lambda: found.save(options.out))
     facts = {
         "file": str(options.out),
         "layers": list(found.layers),
@@ -42,3 +49,35 @@ def run(options: Namespace) -> None:
         print_json(facts)
     else:
         print(f"{options.out}: layers {facts['layers']}, {found.count} key vectors a layer")
+
+
+def _estimated(options: Namespace) -> Covariance:
+    from d4s.locate.covariance import estimate_covariance
+    from d4s.models.readiness import check_ready
+
+    if options.model is None:
+        raise ConfigError("MODEL lacks; without it --merge FILE FILE adds up statistics that are there")
+    model, tokenizer = loaded_model(options)
+    check_ready(model, tokenizer)
+    return estimate_covariance(
+        model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
+    )
+
+
+def _merged(options: Namespace) -> Covariance:
+    """The sum of --merge. CovarianceError, naming the file and what differs, for one of another model or layers."""
+    from d4s.locate.covariance import Covariance
+
+    if options.model is not None:
+        raise ConfigError(f"--merge takes files alone, and {options.model} is named beside it as MODEL")
+    refuse(options, ("layers", "tokens", "device"), "--merge")
+    if len(options.merge) < 2:
+        raise ConfigError(f"--merge {options.merge[0]}: name two files or more")
+    first, *others = options.merge
+    found = Covariance.load(first)
+    for path in others:
+        try:
+            found = found.merge(Covariance.load(path))
+        except CovarianceError as error:
+            raise CovarianceError(f"{path}, beside {first}: {error}") from None
+    return found

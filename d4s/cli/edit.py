@@ -34,6 +34,7 @@ from d4s.errors import D4SError, EditingFailed, EditingInterrupted
 from d4s.files import check_folder, whole, write_table
 from d4s.interrupts import deferred
 from d4s.models.causal_lm import CausalLM
+from d4s.ranks import here
 
 CHANGES = "weights.safetensors"  # in --out, until the model itself is there
 HELP = (
@@ -41,6 +42,7 @@ HELP = (
     "the model could not be saved (a full disk), the same "
     f"command again only saves it, from {CHANGES} in --out"
 )
+SHARED = True
 
 
 def add(verb: ArgumentParser) -> None:
@@ -74,23 +76,27 @@ def run(options: Namespace) -> None:
     from d4s.sequence.run import edit_sequence
     from d4s.sequence.saving import bytes_of
 
-    if _is_unsaved(options.out):
-        _save_again(options)
+    ranks = here()
+    if ranks.from_first(lambda: _is_unsaved(options.out)):
+        ranks.on_first(lambda: _save_again(options))
         return
-    out = options.out if _goes_on(options.out) else empty_folder(options.out)
+    out = ranks.from_first(lambda: options.out if _goes_on(options.out) else empty_folder(options.out))
     edits, (method, config) = loaded_edits(options), configured(options, options.method)
     watchers = watching(options)
     model, tokenizer = loaded_model(options)
     if not isinstance(config, Preset):
         _say_by_rule(options, model, method)
-    check_folder(out, room=int(1.1 * bytes_of(model)))  # the model, and what changed in it
+    # The model, and what changed in it.
+    ranks.on_first(lambda: check_folder(out, room=int(1.1 * bytes_of(model))))
     check_room(
         model,
         {method: config},
         len(edits),
         batch_size=options.batch_size,
         keep_vectors=options.keep_vectors == "yes",
-        out=None if _goes_on(out) else out,  # what is on the disk already takes no more room
+        out=ranks.from_first(
+            lambda: None if _goes_on(out) else out
+        ),  # what is on the disk takes no more room
     )
     needs = getattr(METHODS.get(method), "needs", ())
     covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
@@ -116,7 +122,7 @@ def run(options: Namespace) -> None:
         )
     except EditingInterrupted as error:
         made: Result = error.result
-        if not made.edits_table:
+        if not made.edits_table or not ranks.is_first:
             raise
         before = f"{len(made.edits_table)} edits were made before; they are in {out}; the same command goes on there"
         _save(made, unedited, out)
@@ -124,7 +130,7 @@ def run(options: Namespace) -> None:
             raise D4SError(f"{error}. {before}") from error
         print(f"d4s: {before}", file=sys.stderr)
         raise
-    _save(result, unedited, out)
+    ranks.on_first(lambda: _save(result, unedited, out))
     if options.json:
         print_json(result.history[-1])
     else:

@@ -8,8 +8,10 @@ from typing import Any
 
 from d4s.cli.arguments import add_edits, add_model, add_scores, loaded_edits, loaded_model, task_scores
 from d4s.cli.printing import print_json
+from d4s.ranks import here
 
 HELP = "score a model on edits"
+SHARED = True
 
 
 def add(verb: ArgumentParser) -> None:
@@ -46,7 +48,7 @@ def run(options: Namespace) -> None:
         seed=options.seed,
         progress=True,
     )
-    tasks = measure() if measure is not None else {}
+    tasks = here().from_first(measure) if measure is not None else {}
     if options.json:
         print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
     else:

@@ -35,6 +35,7 @@ class Verb(Protocol):
     """What the file of a verb holds. It imports what is slow to load (models, methods, figures) only where it runs."""
 
     HELP: str  # a line of `d4s --help`, and the beginning of the verb's own
+    # SHARED = True: of processes that torchrun starts all run it together; of any other verb the first runs it alone
 
     def add(self, verb: ArgumentParser) -> None:
         """Its arguments, beside --json and --seed, which every verb has."""

@@ -16,10 +16,12 @@ from d4s.cli.arguments import (
     loaded_model,
 )
 from d4s.cli.printing import print_json
+from d4s.ranks import here
 
 HELP = (
     "search the targets of edits on the unedited model, for edit and compare --targets; repeated, it goes on"
 )
+SHARED = True
 
 
 def add(verb: ArgumentParser) -> None:
@@ -33,7 +35,7 @@ def add(verb: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from d4s.sequence.target_search import search_targets
 
-    check_file(options.out)
+    here().on_first(lambda: check_file(options.out))
     edits, (method, config) = loaded_edits(options), configured(options, None)
     model, tokenizer = loaded_model(options)
     kept = search_targets(

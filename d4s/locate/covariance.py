@@ -22,6 +22,7 @@ from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.models.readiness import check_askable
 from d4s.models.trace import Trace, stopping
 from d4s.progress import progress_bar
+from d4s.ranks import here, split
 from d4s.tensor_files import load_tensors, save_tensors
 
 logger = logging.getLogger("d4s.locate.covariance")
@@ -138,10 +139,21 @@ class Covariance:
             )
 
     def merge(self, other: Covariance) -> Covariance:
-        """Statistics over both corpora."""
-        alike = self.layers == other.layers and self.routed.keys() == other.routed.keys()
-        if not alike or self.fingerprint != other.fingerprint:
-            raise CovarianceError("only statistics of the same layers of the same model add up")
+        """Statistics over both corpora. CovarianceError, naming what differs, unless they are of one model's layers."""
+        said = {
+            "layers": lambda one: list(one.layers),
+            "layers with experts": lambda one: sorted(one.routed),
+            "shapes": lambda one: {layer: list(one.moments[layer].shape) for layer in one.layers},
+            "model": lambda one: (
+                f"weights {one.fingerprint[:12]}" if one.fingerprint else "of unknown weights"
+            ),
+        }
+        for name, of in said.items():
+            if of(self) != of(other):
+                raise CovarianceError(
+                    "only statistics of the same layers of the same model add up: "
+                    f"{name} {of(self)} and {of(other)}"
+                )
         return Covariance(
             {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
             self.count + other.count,
@@ -312,6 +324,9 @@ def estimate_covariance(
     dtype: of the sums, float32 | float64; one [d_in, d_in] a layer in memory.
     on_batch: called with the number of key vectors after each batch.
 
+    Of several processes (`d4s.ranks`) the first reads the corpus, each takes its part of the batches, and the sums are
+    added in float64; `on_batch` is told of the process's own.
+
     Every token of a text counts, padding does not. Texts longer than 128 tokens are cut into pieces, each of which
     starts as the tokenizer starts a text: a model's first positions are like no others, and what stands there without
     the start token is no key that it ever sees.
@@ -323,11 +338,11 @@ def estimate_covariance(
     anatomy.check_layers(chosen)
     if tokens is not None and tokens < 1:
         raise CovarianceError(f"tokens={tokens}, must be 1 or more, or None for 10 · d_in")
+    ranks = here()
     wanted = tokens if tokens is not None else max(_enough(anatomy, i) for i in chosen)
     check_askable(model, tokenizer)
     device, longest = anatomy.device, _longest(model)  # where ids go in
     known = getattr(model.get_input_embeddings(), "num_embeddings", 1 << 62)
-    print_digest = hashlib.sha256()
 
     def pieces() -> Iterator[list[int]]:
         if corpus is None:
@@ -346,6 +361,16 @@ def estimate_covariance(
             for at in range(0, len(body), step):
                 yield start + body[at : at + step]
 
+    def read() -> list[list[int]]:
+        rows: list[list[int]] = []
+        left = wanted
+        for ids in pieces():
+            rows.append(list(ids[:left]))
+            left -= len(rows[-1])
+            if left == 0:
+                break
+        return rows
+
     moments = {
         i: torch.zeros(
             *_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=anatomy.device_of(i)
@@ -356,31 +381,32 @@ def estimate_covariance(
     training = model.training
     model.eval()
     try:
-        rows: list[list[int]] = []
-        total = 0
-        for ids in pieces():
-            rows.append(list(ids[: wanted - total]))
-            total += len(rows[-1])
-            print_digest.update(repr(rows[-1]).encode())
-            if total == wanted:
-                break
-        rows.sort(key=len)  # little padding
-        with progress_bar(total, "key", "key covariance", shown=progress, unit_scale=True) as bar:
-            at = 0
-            while at < len(rows):
-                stop = at + 1
-                while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
-                    stop += 1
-                batch, mask = (t.to(device) for t in padded(rows[at:stop], pad_id(tokenizer)))
-                counted = _add_batch(anatomy, moments, routed, batch, mask)
-                bar.update(counted)
-                if at == 0:
-                    _check_finite(moments, next(model.parameters()).dtype)
-                if on_batch is not None:
-                    on_batch(counted)
-                at = stop
+        rows = ranks.from_first(read)
+        total, digest = sum(map(len, rows)), hashlib.sha256("".join(map(repr, rows)).encode())
+        batches = _batches(rows, batch_tokens)
+        own = split([len(batch) * len(batch[-1]) for batch in batches], ranks.count)[ranks.rank]
+        mine = sum(len(row) for i in own for row in batches[i])
+
+        def add() -> None:
+            with progress_bar(mine, "key", "key covariance", shown=progress, unit_scale=True) as bar:
+                for i in own:
+                    ranks.look()
+                    batch, mask = (t.to(device) for t in padded(batches[i], pad_id(tokenizer)))
+                    counted = _add_batch(anatomy, moments, routed, batch, mask)
+                    bar.update(counted)
+                    if i == own[0]:
+                        _check_finite(moments, next(model.parameters()).dtype)
+                    if on_batch is not None:
+                        on_batch(counted)
+
+        ranks.gather("key covariance", add)
     finally:
         model.train(training)
+    if ranks.count > 1:
+        for moment in moments.values():
+            moment.copy_(ranks.sum_(moment.double()))
+        for counts in routed.values():
+            counts.copy_(ranks.sum_(counts.double()))
     for layer, moment in moments.items():
         for one in moment if layer in routed else (moment,):
             ops.symmetrize_(one)
@@ -389,8 +415,21 @@ def estimate_covariance(
         total,
         routed=routed,
         fingerprint=fingerprint_of(model, exact=False),
-        corpus=print_digest.hexdigest(),
+        corpus=digest.hexdigest(),
     )
+
+
+def _batches(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
+    """Rows that go through the model together, of similar length: little padding."""
+    rows = sorted(rows, key=len)
+    found, at = [], 0
+    while at < len(rows):
+        stop = at + 1
+        while stop < len(rows) and (stop + 1 - at) * len(rows[stop]) <= batch_tokens:
+            stop += 1
+        found.append(rows[at:stop])
+        at = stop
+    return found
 
 
 def _stacked(anatomy: Anatomy, layer: int) -> tuple[int, ...]:
@@ -466,17 +505,26 @@ def cached_covariance(
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.environ.get("D4S_CACHE") or os.path.join(caches, "d4s")
     weights = fingerprint_of(model, exact=False)
+    ranks = here()
     identity = f"{FORMAT} {weights} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     homeless = root.startswith("~")  # what expanduser leaves where nobody's home is known
-    if not homeless and path.exists():
-        try:
-            return Covariance.load(path)
-        except CovarianceError as error:
-            logger.warning("%s; it is made again", error)
+
+    def kept() -> Covariance | None:
+        if not homeless and path.exists():
+            try:
+                return Covariance.load(path)
+            except CovarianceError as error:
+                logger.warning("%s; it is made again", error)
+        return None
+
+    if (known := ranks.from_first(kept)) is not None:
+        return known
     found = estimate_covariance(
         model, tokenizer, None, layers=layers, architecture=architecture, seed=seed, progress=progress
     )
+    if not ranks.is_first:
+        return found
     if homeless:
         logger.warning(
             "there is no home folder: the key statistics are not kept; D4S_CACHE names a place for them"

@@ -113,6 +113,12 @@ class KeptTargets:
             if new:
                 self._parts.append(targets[new])
 
+    def copy(self) -> KeptTargets:
+        """As many, by themselves."""
+        other = KeptTargets(self.identity)
+        other._rows, other._parts = dict(self._rows), list(self._parts)
+        return other
+
     def since(self, part: int) -> Iterator[KeptTargets]:
         """What was added at each time from the `part`-th on, each by itself."""
         for rows, targets in list(self._by_part())[part:]:

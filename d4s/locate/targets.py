@@ -31,7 +31,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from d4s.configuration import Above, AtLeast, Configuration
@@ -45,6 +47,7 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
 from d4s.models.prompts import end_of_text, pad_id
 from d4s.models.trace import Trace
+from d4s.ranks import here
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def optimise_targets(
         attention's output projection; start and delta are those of the first place.
     batch_tokens: tokens from the subject's last on that go through the model together; None: by device.
 
-    A request's result does not depend on the others in its batch, up to float32 rounding.
+    A request's result does not depend on the others in its batch, up to float32 rounding. Of several processes
+    (`d4s.ranks`) each searches its part of them, by the tokens of their rows, and all have the same bits of each.
     """
     if batch_tokens is None:
         batch_tokens = batch_tokens_of(anatomy.device_of(layer))
@@ -151,8 +155,46 @@ def optimise_targets(
                 f"edit {edit.id}: prompt and target behind the longest context are {length} tokens long, and the model "
                 f"has {most} positions; shorten the prompt, or set contexts=0"
             )
+    ranks = here()
+    ids = [edit.id for edit in edits]
+    if ranks.count == 1:
+        return _search(anatomy, tokenizer, ids, requests, layer, config, places, batch_tokens)
+
+    def rows_of_figures(own: Sequence[int]) -> list[NDArray[Any]]:
+        names, part = [ids[i] for i in own], [requests[i] for i in own]
+        return list(_packed(_search(anatomy, tokenizer, names, part, layer, config, places, batch_tokens)))
+
+    costs = [len(one.after) * (width_of(one.before) + width_of(one.after)) for one in requests]
+    return _unpacked(ranks.share("targets", costs, rows_of_figures), anatomy.device_of(layer))
+
+
+def _packed(targets: Targets) -> NDArray[Any]:
+    """A row a request: v0, δ and both probabilities. [requests, 2 d_model + 2] float32"""
+    ends = (targets.first_probability.unsqueeze(1), targets.last_probability.unsqueeze(1))
+    return torch.cat([targets.start, targets.delta, *ends], 1).cpu().numpy()
+
+
+def _unpacked(rows: Sequence[NDArray[Any]], device: torch.device) -> Targets:
+    """What `_packed` made rows of."""
+    whole = torch.from_numpy(numpy.stack(rows)).to(device)
+    start, delta = (part.contiguous() for part in whole[:, :-2].chunk(2, dim=1))
+    return Targets(start, delta, whole[:, -2].contiguous(), whole[:, -1].contiguous())
+
+
+def _search(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    ids: Sequence[str],
+    requests: Sequence[Request],
+    layer: int,
+    config: TargetConfig,
+    places: tuple[Place, ...],
+    batch_tokens: int,
+) -> Targets:
+    """Of these requests, by this process. ids: their edits', for what is said of one"""
+    prefixed = any(len(request.before) > 2 for request in requests)
     # Requests of similar length go together, before the subject's last token too: little padding.
-    order = sorted(range(len(edits)), key=lambda i: -width_of(requests[i].before))
+    order = sorted(range(len(requests)), key=lambda i: -width_of(requests[i].before))
     found: dict[int, Targets] = {}
 
     def run(chosen: list[int]) -> None:
@@ -162,16 +204,16 @@ def optimise_targets(
             return RequestRows(anatomy, pad_id(tokenizer), parts, layer, places, whole=whole)
 
         begin = None
-        if config.bare_looks and prefixes:
+        if config.bare_looks and prefixed:
             shorter = rows_of([bare(request) for request in batch])
             try:
                 begin = _optimise(shorter, config, config.bare_looks)[1]
             except _OverflowError as overflow:
-                raise ModelError(f"edit {edits[order[chosen[overflow.request]]].id}: {overflow}") from None
+                raise ModelError(f"edit {ids[order[chosen[overflow.request]]]}: {overflow}") from None
         try:
             targets = _optimise(rows_of(batch), config, begin=begin)[0]
         except _OverflowError as overflow:
-            raise ModelError(f"edit {edits[order[chosen[overflow.request]]].id}: {overflow}") from None
+            raise ModelError(f"edit {ids[order[chosen[overflow.request]]]}: {overflow}") from None
         found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
 
     with frozen(anatomy.model):
@@ -181,7 +223,7 @@ def optimise_targets(
         if whole:
             widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
         run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after])
-    return Targets.concatenate([found[i] for i in range(len(edits))]).to(anatomy.device_of(layer))
+    return Targets.concatenate([found[i] for i in range(len(requests))]).to(anatomy.device_of(layer))
 
 
 def batch_tokens_of(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from d4s.locate.targets import TargetConfig, frozen
 from d4s.models.architectures import Anatomy, Architecture, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import generate_contexts, prompt_and_target_ids
+from d4s.ranks import here
 
 
 class Workbench:
@@ -55,8 +56,10 @@ class Workbench:
         if per_seed == 0:
             return ()
         if wanted not in self._contexts:
-            self._contexts[wanted] = generate_contexts(
-                self.model, self.tokenizer, per_seed=per_seed, length=length, seed=self.seed
+            self._contexts[wanted] = here().from_first(
+                lambda: generate_contexts(
+                    self.model, self.tokenizer, per_seed=per_seed, length=length, seed=self.seed
+                )
             )
         return self._contexts[wanted]
 

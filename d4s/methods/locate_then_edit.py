@@ -363,7 +363,7 @@ class Ahead:
             )
 
     def announce(self, edits: Sequence[Edit]) -> None:
-        self._coming = list(edits)
+        self._coming, self._ready = list(edits), {}
         self._at = {edit.id: place for place, edit in enumerate(edits)}
 
     def take(self, batch: Sequence[Edit]) -> tuple[Targets, Tensor]:

@@ -25,6 +25,7 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import padded
 from d4s.models.trace import head_reads
 from d4s.progress import progress_bar
+from d4s.ranks import here
 
 logger = logging.getLogger("d4s.models.forward")
 
@@ -254,6 +255,7 @@ def run_in_batches(
     at = 0
     with progress_bar(len(order), "row", progress or "", shown=progress is not None, leave=False) as bar:
         while at < len(order):
+            here().look()
             stop, rows = at + 1, count[order[at]]
             while stop < len(order) and (rows + count[order[stop]]) * widths[order[at]] <= batch_tokens:
                 rows += count[order[stop]]

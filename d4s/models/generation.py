@@ -19,6 +19,7 @@ from d4s.errors import ConfigError
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating, most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, text_ids
+from d4s.ranks import here
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def generate(
     stop_at_line: the text ends before the first line break that follows something
     stop_at_end: it ends at an end-of-text token; otherwise none is ever written
     enough: (prompt, text so far) → whether what follows does not matter: the text is then left there, not ended
+
+    Of several processes (`d4s.ranks`) each writes after its part of the prompts, and all have what was written.
     """
     if max_new_tokens < 1 or top_k < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} and top_k={top_k} must be 1 or more")
@@ -111,14 +114,18 @@ def generate(
             raise
         written.update({distinct[i]: one for i, one in finished.items()})
 
-    with evaluating(model):
+    widths, label = [len(row) + max_new_tokens for row in ids], "generating" if progress else None
+
+    def write(own: Sequence[int]) -> list[Written]:
+        budget = most_tokens(model, batch_tokens)
         run_in_batches(
-            [len(row) + max_new_tokens for row in ids],
-            run,
-            most_tokens(model, batch_tokens),
-            progress="generating" if progress else None,
+            [widths[i] for i in own], lambda chosen: run([own[i] for i in chosen]), budget, progress=label
         )
-    return [written[prompt] for prompt in prompts]
+        return [written[distinct[i]] for i in own]
+
+    with evaluating(model):
+        found = dict(zip(distinct, here().share("texts", widths, write), strict=True))
+    return [found[prompt] for prompt in prompts]
 
 
 def generate_greedy(

@@ -19,6 +19,7 @@ from d4s.errors import ConfigError, TokenizerError
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import Forward, evaluating, most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, prompt_and_target_ids, start_ids, text_ids
+from d4s.ranks import here
 
 Ids = tuple[int, ...]
 
@@ -61,6 +62,11 @@ class _Question:
         """Targets whose later tokens need more than the prompt's own pass."""
         return [target for target in self.targets if len(target) > 1]
 
+    @property
+    def tokens(self) -> int:
+        """What it costs to answer, about."""
+        return len(self.prompt) + sum(len(target) for target in self.targets)
+
     def one_by_one(self) -> list[_Question]:
         return [_Question(self.prompt, (target,), self.scores) for target in self.targets]
 
@@ -79,7 +85,8 @@ def score(
 
     Equal prompts run once, similar lengths together, and the head sees only the positions that are read. A
     prompt with several targets of more than one token runs once and its cache goes on with each of them; all
-    others need a single pass. A result does not depend on what else is asked (to rounding; float32: 1e-5).
+    others need a single pass. A result does not depend on what else is asked (to rounding; float32: 1e-5). Of several
+    processes (`d4s.ranks`) each asks its part of the prompts, and all have the scores.
 
     batch_tokens: tokens that go through the model together; None: by device
     Raises TokenizerError for a prompt or target without tokens, ModelError for a row that is too long.
@@ -96,30 +103,43 @@ def score(
     forward = Forward(model, pad_id(tokenizer))
     budget = most_tokens(model, batch_tokens)
     label = "scoring" if progress else None
+    all_of_them = list(asked.values())
+
+    def answers(chosen: Sequence[int]) -> list[dict[Ids, Score]]:
+        own = [all_of_them[i] for i in chosen]
+        _answer(forward, own, budget, label)
+        return [question.scores for question in own]
 
     with evaluating(model):
-        several = [q for q in asked.values() if len(q.long) > 1]
-        single = [q for q in asked.values() if len(q.long) <= 1]
-        if several and not forward.cached_way:
-            single += chain.from_iterable(q.one_by_one() for q in several)
-            several = []
-        run_in_batches(
-            [len(q.prompt) for q in several],
-            lambda chosen: _cached(forward, [several[i] for i in chosen]),
-            budget,
-            copies=[1 + len(q.long) for q in several],
-            progress=label,
-        )
-        run_in_batches(
-            [len(q.prompt) + max(len(target) for target in q.targets) - 1 for q in single],
-            lambda chosen: _one_pass(forward, [single[i] for i in chosen]),
-            budget,
-            progress=label,
-        )
+        found = here().share("scores", [question.tokens for question in all_of_them], answers)
+    for question, scores in zip(all_of_them, found, strict=True):
+        question.scores = scores
     return [
         [asked[prompt].scores[ids_of[prompt][1][target]] for target in targets]
         for prompt, targets in questions
     ]
+
+
+def _answer(forward: Forward, questions: Sequence[_Question], budget: int, label: str | None) -> None:
+    """budget: tokens that go through the model together; label: what a progress bar says"""
+    several = [q for q in questions if len(q.long) > 1]
+    single = [q for q in questions if len(q.long) <= 1]
+    if several and not forward.cached_way:
+        single += chain.from_iterable(q.one_by_one() for q in several)
+        several = []
+    run_in_batches(
+        [len(q.prompt) for q in several],
+        lambda chosen: _cached(forward, [several[i] for i in chosen]),
+        budget,
+        copies=[1 + len(q.long) for q in several],
+        progress=label,
+    )
+    run_in_batches(
+        [len(q.prompt) + max(len(target) for target in q.targets) - 1 for q in single],
+        lambda chosen: _one_pass(forward, [single[i] for i in chosen]),
+        budget,
+        progress=label,
+    )
 
 
 def _tokenised(
@@ -245,17 +265,23 @@ def perplexity(
             begin = scored - overlap - 1 if scored - overlap - 1 > len(start) else 0
     if not rows:
         raise ConfigError("perplexity needs a text of two tokens or more")
-    nll = [math.nan] * len(rows)
-
-    def run(chosen: list[int]) -> None:
-        logits = forward.whole([rows[i] for i in chosen], [reads[i] for i in chosen])
-        readings = _read(logits, range(len(logits)), [token for i in chosen for token in tokens[i]])
-        for i in chosen:
-            nll[i] = math.fsum(next(readings)[0] for _ in tokens[i])
-
     # Every position is read here: a quarter of the tokens makes up for the room that their logits take.
     budget = max(1, most_tokens(model, batch_tokens) // 4)
+    label = "perplexity" if progress else None
+
+    def sums(own: Sequence[int]) -> list[float]:
+        nll: dict[int, float] = {}
+
+        def run(chosen: list[int]) -> None:
+            part = [own[i] for i in chosen]
+            logits = forward.whole([rows[i] for i in part], [reads[i] for i in part])
+            readings = _read(logits, range(len(logits)), [token for i in part for token in tokens[i]])
+            nll.update((i, math.fsum(next(readings)[0] for _ in tokens[i])) for i in part)
+
+        run_in_batches([len(rows[i]) for i in own], run, budget, progress=label)
+        return [nll[i] for i in own]
+
     with evaluating(model):
-        run_in_batches([len(row) for row in rows], run, budget, progress="perplexity" if progress else None)
+        nll = here().share("perplexity", [len(row) for row in rows], sums)
     mean = math.fsum(nll) / sum(map(len, tokens))
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf

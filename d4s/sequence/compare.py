@@ -28,6 +28,7 @@ from d4s.methods.preset import without_probes
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
+from d4s.ranks import here
 from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.journaling import Journaling
 from d4s.sequence.observers import Observer
@@ -35,6 +36,7 @@ from d4s.sequence.record import Record
 from d4s.sequence.run import run
 from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.target_search import check_targets
+from d4s.sequence.together import FirstsJournal, journaling
 
 Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | Preset | None]
 
@@ -173,12 +175,14 @@ def compare(
                 error.result.restore()
                 if not isinstance(error, EditingFailed) or not isinstance(error.__cause__, D4SError):
                     raise
+                if not here().all_know(error):  # this process alone would go on
+                    raise
                 unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
                 if not error.result.edits_table:
                     errors.append(error)
                 results[label][seed] = error.result.record()
             except D4SError as error:
-                if journal is not None and journal.is_anothers:
+                if (journal is not None and journal.is_anothers) or not here().all_know(error):
                     raise
                 unfinished.add((label, seed))
                 errors.append(error)
@@ -188,8 +192,7 @@ def compare(
                 result.restore()
                 del result  # and with it the copy of the weights
                 if kept is not None:
-                    results[label][seed].save(record_place(kept.folder, label, seed))
-                    kept.drop_journal(label, seed)
+                    kept.keep(label, seed, results[label][seed])
             if weights_digest(model) != before:
                 raise ModelError(f"{label} did not give back the weights it began with; load the model again")
     if len(errors) == len(configured) * len(seeds):
@@ -235,7 +238,10 @@ class _Kept:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        path = folder / "settings.json"
+        here().on_first(lambda: self._check(settings))
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        folder, path = self.folder, self.folder / "settings.json"
         wanted = json.loads(json.dumps(settings))
         if not path.exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -258,27 +264,35 @@ class _Kept:
     def targets(self, method: Method, seed: int) -> Iterator[KeptTargets]:
         """Those that the folder has for the method; what is found is kept, also by a sequence that breaks off."""
         place = _targets_place(self.folder, method, seed)
-        found = KeptTargets.load(place) if place.exists() else KeptTargets()
+        found = here().from_first(lambda: KeptTargets.load(place) if place.exists() else KeptTargets())
         known = len(found)
         try:
             yield found
         finally:
-            if len(found) > known:
+            if len(found) > known and here().is_first:
                 found.save(place)
 
-    def journal(self, label: str, seed: int) -> Journaling:
+    def journal(self, label: str, seed: int) -> Journaling | FirstsJournal:
         """Of a sequence that is under way, which goes on in it. ConfigError if another process makes this one."""
-        return Journaling(self._journal_place(label, seed), keep_vectors=False)
+        return journaling(self._journal_place(label, seed), keep_vectors=False)
 
-    def drop_journal(self, label: str, seed: int) -> None:
-        """The sequence has ended, and its record says what is asked of it."""
-        shutil.rmtree(self._journal_place(label, seed), ignore_errors=True)
+    def keep(self, label: str, seed: int, record: Record) -> None:
+        """The record of a sequence that has ended, which says what is asked of it: its journal goes."""
+
+        def write() -> None:
+            record.save(record_place(self.folder, label, seed))
+            shutil.rmtree(self._journal_place(label, seed), ignore_errors=True)
+
+        here().on_first(write)
 
     def _journal_place(self, label: str, seed: int) -> Path:
         return self.folder / "journals" / record_place(self.folder, label, seed).stem
 
     def record(self, label: str, seed: int, method: Method) -> Record | None:
         """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""
+        return here().from_first(lambda: self._record(label, seed, method))
+
+    def _record(self, label: str, seed: int, method: Method) -> Record | None:
         path = record_place(self.folder, label, seed)
         if not path.exists():
             return None

@@ -21,10 +21,12 @@ from d4s.models.forward import evaluating
 from d4s.models.prompts import subject_row
 from d4s.models.readiness import check_ready
 from d4s.progress import stage
+from d4s.ranks import here
 from d4s.sequence.journaling import Journaling
-from d4s.sequence.observers import Bar, Observer, Observers
+from d4s.sequence.observers import Bar, Observer
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Measure, Schedule
+from d4s.sequence.together import FirstsJournal, journaling, watched_by
 from d4s.sequence.under_way import Run
 
 
@@ -84,6 +86,9 @@ def edit_sequence(
     keep_vectors: whether the journal keeps keys and residuals, without which no single edit can be taken back
     observers: told of each step and point while it happens (`d4s.Observer`)
 
+    Of several processes (`d4s.ranks`) all give the same arguments and have the same result. Targets and answers each
+    searches in part; the journal, the observers and `measure` are the first's alone.
+
     Raises a D4SError before anything is changed if an edit, the model, the statistics or an argument is not
     right. A step that fails leaves the weights as the step before it left them. What breaks a sequence off that has
     begun is raised as EditingFailed or, by Ctrl-C or a signal, EditingStopped: both are EditingInterrupted, with the
@@ -114,7 +119,7 @@ def edit_sequence(
         progress=progress,
     )
     configured = method_for(method, bench.anatomy, config)
-    kept = None if journal is None else Journaling(journal, keep_vectors=keep_vectors)
+    kept = None if journal is None else journaling(journal, keep_vectors=keep_vectors)
     return run(
         bench,
         edits,
@@ -135,7 +140,7 @@ def run(
     schedule: Schedule,
     *,
     baseline: Baseline | None = None,
-    journal: Journaling | None = None,
+    journal: Journaling | FirstsJournal | None = None,
     observers: Sequence[Observer] = (),
     notes: tuple[str, ...] = (),
 ) -> Result:
@@ -144,19 +149,27 @@ def run(
     notes: what has to be said of the figures
     """
     edits = tuple(edits)
-    try:
+    begun: list[Run] = []
+
+    def begin() -> None:
         _check(bench, edits, method, schedule)
         with evaluating(bench.model):
-            under_way = _begun(bench, edits, method, schedule, baseline, journal)
+            begun.append(_begun(bench, edits, method, schedule, baseline, journal))
+
+    try:
+        here().agree("beginning", begin)
     except BaseException:
+        if begun:  # here, and not everywhere
+            begun[0].result.editor.restore()
         if journal is not None:
             journal.close()
         raise
+    (under_way,) = begun
     result = under_way.result
     result.notes = notes
     with evaluating(bench.model):
         bar = Bar(shown=bench.progress and not any(one.draws for one in observers))
-        told = Observers([bar, *([] if journal is None else [journal]), *observers])
+        told = watched_by(journal, [bar], observers)
         try:
             told.began(result)
             under_way.steps(told)
@@ -176,7 +189,7 @@ def _begun(
     method: Method,
     schedule: Schedule,
     baseline: Baseline | None,
-    journal: Journaling | None,
+    journal: Journaling | FirstsJournal | None,
 ) -> Run:
     """The sequence with its unedited model scored, or as far as its journal goes."""
     model, shown = bench.model, bench.progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.readiness import check_ready
 from d4s.progress import progress_bar
+from d4s.ranks import here
 
 
 class _Search(LocateEditor):
@@ -54,7 +56,10 @@ def search_targets(
     check_sequence(edits)
     check_ready(model, tokenizer, edits)
     place = None if out is None else Path(out)
-    kept = KeptTargets.load(place) if place is not None and place.exists() else KeptTargets()
+    ranks = here()
+    kept = ranks.from_first(
+        lambda: KeptTargets.load(place) if place is not None and place.exists() else KeptTargets()
+    )
     bench = Workbench(model, tokenizer, targets=kept, architecture=architecture, seed=seed)
     configured = method_for(method, bench.anatomy, config)
     if not isinstance(configured, TargetMethod) or not configured.searches_ahead:
@@ -70,7 +75,7 @@ def search_targets(
             # Each time as much again: what is written stays within a few times the file.
             last = at + EDITS_AHEAD >= len(edits)
             if place is not None and len(kept) > saved and (last or len(kept) >= saved + max(64, saved // 4)):
-                kept.save(place)
+                ranks.on_first(partial(kept.save, place))
                 saved = len(kept)
             bar.update(len(window))
     return kept

@@ -14,6 +14,8 @@ from d4s.interrupts import deferred
 from d4s.measure.columns import THREE, measured_columns
 from d4s.measure.metrics import Evaluation, evaluate
 from d4s.measure.routing import routing_change
+from d4s.methods import Editor, Step
+from d4s.ranks import here
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
@@ -97,7 +99,7 @@ class Run:
         before, step = len(result.edits_table), None
         try:
             with result.editor.weights.all_or_nothing():
-                step = result.editor.edit(batch)
+                step = made_alike(result.editor, batch)
                 for device in {weight.device for weight in result.editor.weights.base.values()}:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
@@ -188,7 +190,37 @@ class Run:
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
         if (measure := self.schedule.measure) is not None:
-            row |= (given := measure())
+            row |= (given := here().from_first(measure))
             result.columns |= measured_columns(given, measure)
         result.history.append(row)
         result.evaluations.append(evaluation)
+
+
+def made_alike(editor: Editor, batch: Sequence[Edit]) -> Step:
+    """A step: in all processes or, where it fails in one, in none; then all hold the same weights, bit for bit."""
+    ranks = here()
+    if ranks.count == 1:
+        return editor.edit(batch)
+    made: list[Step] = []
+
+    def edit() -> str:
+        made.append(editor.edit(batch))
+        return repr((editor.weights.norms().tolist(), made[0]))
+
+    try:
+        found = ranks.gather("step", edit)
+        if len(set(found)) > 1:
+            step, state = ranks.from_first(lambda: (made[0], snapshot_on_cpu(editor)))
+            if not ranks.is_first:
+                editor.resume_(state)
+            return step
+    except BaseException:
+        if made:  # here, and not everywhere: the caller takes it back
+            editor.tear()
+        raise
+    return made[0]
+
+
+def snapshot_on_cpu(editor: Editor) -> dict[str, Any]:
+    """`Editor.snapshot`, which another process can take."""
+    return {name: tensor.cpu() for name, tensor in editor.snapshot().items()}

@@ -1,0 +1,168 @@
+"""Several processes at one work: what each has is what one alone would have, and none waits for one that has gone."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+import pytest
+import torch
+from support.sequences import EDITS, FAST, STRONG, ready, sequence, state, without_times
+from support.several import in_each
+from support.tiny import TEXTS, tiny_model, tiny_tokenizer
+
+from d4s.errors import CovarianceError, ModelError
+from d4s.locate.covariance import Covariance, estimate_covariance
+from d4s.measure.metrics import evaluate
+from d4s.models.scoring import perplexity
+from d4s.ranks import Ranks, alone, here, split
+
+
+def test_parts_cost_alike_and_are_the_same_everywhere(draw):
+    for _ in range(50):
+        costs = [draw.randint(1, 30) for _ in range(draw.randint(0, 12))]
+        count = draw.randint(1, 5)
+        parts = split(costs, count)
+        assert sorted(i for part in parts for i in part) == list(range(len(costs)))
+        assert all(part == sorted(part) for part in parts) and len(parts) == count
+        loads = [sum(costs[i] for i in part) for part in parts]
+        # The part that got the last thing had no more than the mean before it.
+        assert max(loads) <= sum(costs) / count + max(costs, default=0)
+    assert split([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]] or sum([5, 3]) <= 10
+
+
+def test_one_process_alone_shares_with_nobody():
+    ranks = here()
+    assert type(ranks) is Ranks and (ranks.rank, ranks.count, ranks.is_first) == (0, 1, True)
+    assert ranks.share("x", [1, 2], lambda own: [10 * i for i in own]) == [0, 10]
+    assert ranks.gather("x", lambda: "a") == ["a"] and ranks.from_first(lambda: 3) == 3
+    tensor = torch.ones(2)
+    assert ranks.sum_(tensor) is tensor
+
+
+def _meetings():
+    """What every process finds, with a different part of the work in each."""
+    ranks, found = here(), {}
+    found["gathered"] = ranks.gather("g", lambda: ranks.rank)
+    found["shared"] = ranks.share("s", [3, 1, 2, 9], lambda own: [(ranks.rank, i) for i in own])
+    found["empty"] = ranks.share("e", [], lambda own: 1 / 0)
+    found["few"] = ranks.share("f", [1], lambda own: [i + 7 for i in own])
+    found["first"] = ranks.from_first(lambda: (ranks.rank, here().count))
+    generator = torch.Generator().manual_seed(ranks.rank)
+    found["sum"] = ranks.sum_(torch.randn(3, 3, dtype=torch.float64, generator=generator)).tolist()
+    with alone():
+        found["alone"] = here().gather("a", lambda: ranks.rank)
+    told = []
+
+    def fails():
+        if ranks.rank == ranks.count - 1:
+            raise ModelError("no room")
+        time.sleep(0.1)
+
+    for way in (lambda: ranks.agree("w", fails), lambda: ranks.gather("w", lambda: ranks.agree("w", fails))):
+        try:
+            way()
+        except ModelError as error:
+            told.append((str(error), ranks.all_know(error), ranks.all_know(ModelError("other"))))
+    try:
+        ranks.agree("late", lambda: ranks.share("part", [1] * 4, lambda own: fails() or [0] * len(own)))
+    except ModelError as error:
+        told.append(str(error))
+    found["told"] = told
+    found["after"] = ranks.gather("g", lambda: ranks.rank)
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_meet_and_have_the_same(count):
+    found = in_each(count, _meetings)
+    parts = split([3, 1, 2, 9], count)
+    truth = torch.zeros(3, 3, dtype=torch.float64)
+    for rank in range(count):
+        truth += torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    for rank, one in enumerate(found):
+        assert one["gathered"] == one["after"] == list(range(count))
+        assert one["shared"] == [(next(r for r in range(count) if i in parts[r]), i) for i in range(4)]
+        assert one["empty"] == [] and one["few"] == [7]
+        assert one["first"] == (0, 1) and one["alone"] == [rank]
+        assert one["sum"] == truth.tolist()
+        assert one["told"] == [("no room", True, False)] * 2 + ["no room"]
+
+
+def _sharing(seed, texts, folder):
+    """Statistics, a sequence and its figures, as `test_several_do_what_one_does` compares them."""
+    tokenizer = tiny_tokenizer()
+    model, _ = ready(seed)
+    covariance = estimate_covariance(
+        model, tokenizer, texts, tokens=10_000, dtype=torch.float64, batch_tokens=60, progress=False
+    )
+    text = perplexity(model, tokenizer, TEXTS, window=16)
+    seen = []
+    result = sequence(
+        model,
+        covariance,
+        config=FAST,
+        batch_size=2,
+        evaluate_every=4,
+        measure=lambda: seen.append(1) or {"own": float(here().count)},
+        journal=folder / "j",
+    )
+    changed = state(model)
+    result.restore()
+    # Targets on the weights as they are, a batch of fewer edits than processes, and answers that are written.
+    memit = sequence(model, covariance, EDITS[:1], method="memit", config=FAST, original=False)
+    figures = evaluate(model, tokenizer, EDITS[:3], baseline=result.baseline, generate=True, fluency=True)
+    return {
+        "moments": covariance.moments,
+        "count": covariance.count,
+        "corpus": covariance.corpus,
+        "perplexity": text,
+        "weights": [changed, state(model)],
+        "history": without_times(result.history),
+        "table": result.edits_table,
+        "figures": [without_times(memit.history), figures.rows],
+        "measured": len(seen),
+        "journal": sorted(path.name for path in (folder / "j").iterdir()),
+    }
+
+
+def alike(one, other, relative=1e-3) -> bool:
+    """Whether figures differ by what rounding in other batches may do to them."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, float):
+        return math.isclose(one, other, rel_tol=relative, abs_tol=1e-3) or (one != one and other != other)
+    return one == other
+
+
+def test_several_do_what_one_does(seed, tmp_path):
+    texts = [*TEXTS, "Lyon", "Paris is"] * 2
+    one = _sharing(seed, texts, tmp_path / "1")
+    for count, given in (
+        (2, texts),
+        (3, texts[:2]),
+    ):  # in batches of 60 tokens two texts leave one with nothing
+        truth = one if given is texts else _sharing(seed, given, tmp_path / "few")
+        found = in_each(count, _sharing, seed, given, tmp_path / str(count))
+        assert all(isinstance(each, dict) for each in found), found
+        for each in found:
+            assert (each["count"], each["corpus"]) == (truth["count"], truth["corpus"])
+            for layer, moment in truth["moments"].items():
+                error = (each["moments"][layer] - moment).norm() / moment.norm()
+                assert error < 1e-12
+                assert torch.equal(each["moments"][layer], found[0]["moments"][layer])
+            for own, first, right in zip(each["weights"], found[0]["weights"], truth["weights"], strict=True):
+                for name, weight in right.items():
+                    assert torch.equal(own[name], first[name]), "other bits in another process"
+                    assert (own[name] - weight).norm() <= 1e-3 * weight.norm()
+            assert math.isclose(each["perplexity"], truth["perplexity"], rel_tol=1e-5)
+            assert alike(each["table"], truth["table"])
+            assert each["figures"] == found[0]["figures"] and each["history"] == found[0]["history"]
+        assert [each["measured"] > 0 for each in found] == [True] + [False] * (count - 1)
+        assert found[0]["journal"] == truth["journal"]
+        for row, right in zip(found[0]["history"], truth["history"], strict=True):
+            assert row.keys() == right.keys() and row["own"] == 1.0
+            assert all(alike(row[name], right[name]) for name in row if "nll" in name or "norm" in name)
