@@ -250,7 +250,8 @@ class _Several(Ranks):
     def _has(self, key: str) -> bool:
         try:
             return self._store is not None and bool(self._store.check([key]))
-        except (RuntimeError, ConnectionError):  # its keeper has gone
+        except (RuntimeError, ConnectionError):  # its keeper, the first process, has gone
+            self._store = None
             return False
 
     def _set(self, key: str, text: str = "") -> None:

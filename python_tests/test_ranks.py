@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import signal
 import time
 
 import pytest
 import torch
-from support.sequences import EDITS, FAST, STRONG, ready, sequence, state, without_times
+from support.sequences import EDITS, FAST, ready, sequence, state, without_times
 from support.several import in_each
-from support.tiny import TEXTS, tiny_model, tiny_tokenizer
+from support.tiny import TEXTS, tiny_tokenizer
 
-from d4s.errors import CovarianceError, ModelError
-from d4s.locate.covariance import Covariance, estimate_covariance
+from d4s.errors import ModelError
+from d4s.locate import targets
+from d4s.locate.covariance import estimate_covariance
 from d4s.measure.metrics import evaluate
+from d4s.methods.d4s import D4SEditor
+from d4s.methods.memit import MEMITEditor
 from d4s.models.scoring import perplexity
 from d4s.ranks import Ranks, alone, here, split
 
@@ -94,6 +99,20 @@ def _sharing(seed, texts, folder):
     """Statistics, a sequence and its figures, as `test_several_do_what_one_does` compares them."""
     tokenizer = tiny_tokenizer()
     model, _ = ready(seed)
+    searched = []
+    search = targets._search
+
+    def counting(anatomy, tokenizer, requests, *rest):
+        searched.append(len(requests))
+        return search(anatomy, tokenizer, requests, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_search", counting)
+        found = _shared_work(seed, texts, folder, model, tokenizer)
+    return found | {"searched": searched[0]}
+
+
+def _shared_work(seed, texts, folder, model, tokenizer):
     covariance = estimate_covariance(
         model, tokenizer, texts, tokens=10_000, dtype=torch.float64, batch_tokens=60, progress=False
     )
@@ -161,8 +180,78 @@ def test_several_do_what_one_does(seed, tmp_path):
             assert math.isclose(each["perplexity"], truth["perplexity"], rel_tol=1e-5)
             assert alike(each["table"], truth["table"])
             assert each["figures"] == found[0]["figures"] and each["history"] == found[0]["history"]
+        assert sum(each["searched"] for each in found) == len(EDITS)
+        assert min(each["searched"] for each in found) >= 2
         assert [each["measured"] > 0 for each in found] == [True] + [False] * (count - 1)
         assert found[0]["journal"] == truth["journal"]
         for row, right in zip(found[0]["history"], truth["history"], strict=True):
             assert row.keys() == right.keys() and row["own"] == 1.0
             assert all(alike(row[name], right[name]) for name in row if "nll" in name or "norm" in name)
+
+
+def _breaking(seed, folder, method, breaks):
+    """A sequence of four steps, in the third of which each process does what `breaks` has for its rank."""
+    model, covariance = ready(seed)
+    rank, steps = here().rank, []
+    plain = MEMITEditor.apply if method == "memit" else D4SEditor.apply
+
+    def apply(self, batch):
+        steps.append(batch)
+        if len(steps) == 3:
+            if breaks.get(rank) == "dies":
+                os._exit(9)
+            if breaks.get(rank) == "fails":
+                raise ModelError("no room")
+            if breaks.get(rank) == "is ended":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MEMITEditor if method == "memit" else D4SEditor, "apply", apply)
+        result = sequence(model, covariance, method=method, config=FAST, batch_size=2, journal=folder)
+    return state(model), result.edits_table, without_times(result.history)
+
+
+# What ends the processes, and what those that are left say.
+ENDS = {
+    "one fails": ("d4s", {1: "fails"}, "EditingFailed: edit 5: no room"),
+    "one dies": ("d4s", {1: "dies"}, "EditingFailed: after edit 4: another process of this run was ended"),
+    "all die": ("memit", {0: "dies", 1: "dies"}, None),
+    "all are ended": (
+        "d4s",
+        {0: "is ended", 1: "is ended"},
+        "EditingStopped: after edit 6: ended by SIGTERM",
+    ),
+    "one is ended": (
+        "memit",
+        {1: "is ended"},
+        "EditingFailed: after edit 6: rank 1 of 2 has failed: after edit 6",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ENDS)
+def test_where_one_ends_all_do_and_any_number_goes_on(way, seed, tmp_path):
+    method, breaks, says = ENDS[way]
+    began = time.monotonic()
+    left = in_each(2, _breaking, seed, tmp_path / "two", method, breaks, within=30)
+    assert time.monotonic() - began < 30
+    for rank, one in enumerate(left):
+        if breaks.get(rank) == "dies":
+            assert one is None
+        elif rank == 0:
+            assert one.startswith(says)
+    if way == "one fails":
+        assert left[0].split("(")[0] == left[1].split("(")[0]
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    truth = _breaking(seed, tmp_path / "one", method, {})
+    on_one = _breaking(seed, tmp_path / "two", method, {})
+    on_three = in_each(3, _breaking, seed, tmp_path / "three", method, {})
+    assert all(isinstance(one, tuple) for one in on_three), on_three
+    for weights, table, history in (on_one, *on_three):
+        assert [row["id"] for row in table] == [edit.id for edit in EDITS]
+        assert len(history) == len(truth[2]) == 2 and alike(table, truth[1])
+        for name, weight in truth[0].items():
+            assert (weights[name] - weight).norm() <= 1e-3 * weight.norm()
+            if weights is not on_one[0]:
+                assert torch.equal(weights[name], on_three[0][0][name])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import multiprocessing
 
-from d4s.ranks import here, joined
+from d4s.ranks import joined
 
 # A fork has all modules already. Where CUDA has been started it can have none.
 HOW = "spawn" if torch.cuda.is_available() else "fork"
@@ -27,36 +31,32 @@ def in_each(count: int, work: Callable[..., Any], *arguments: Any, within: float
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = context.SimpleQueue()
-    started = [
-        context.Process(target=_one, args=(rank, count, port, results, work, arguments))
-        for rank in range(count)
-    ]
-    for one in started:
-        one.start()
-    try:
+    with TemporaryDirectory() as folder:
+        given = (count, port, folder, work, arguments)
+        started = [context.Process(target=_one, args=(rank, *given)) for rank in range(count)]
         for one in started:
-            one.join(within)
-            assert one.exitcode is not None, f"a process of {count} hangs"
-    finally:
-        for one in started:
-            one.kill()
-    found: dict[int, Any] = {}
-    while not results.empty():
-        rank, value = results.get()
-        found[rank] = value
-    return [found.get(rank) for rank in range(count)]
+            one.start()
+        until = time.monotonic() + within
+        try:
+            for one in started:
+                one.join(max(0.0, until - time.monotonic()))
+                assert one.exitcode is not None, f"a process of {count} has not ended within {within} s"
+        finally:
+            for one in started:
+                one.kill()
+        places = [Path(folder) / str(rank) for rank in range(count)]
+        return [pickle.loads(place.read_bytes()) if place.exists() else None for place in places]
 
 
-def _one(rank: int, count: int, port: int, results: Any, work: Callable[..., Any], arguments: Any) -> None:
+def _one(rank: int, count: int, port: int, folder: str, work: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         with joined():
-            assert here().count == count
-            results.put((rank, work(*arguments)))
+            value = work(*arguments)
     except BaseException as error:
         traceback.print_exc()
-        results.put((rank, f"{type(error).__name__}: {error}"))
+        value = f"{type(error).__name__}: {error}"
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(value))
     os._exit(0)
