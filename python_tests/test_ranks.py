@@ -14,14 +14,15 @@ from support.sequences import EDITS, FAST, ready, sequence, state, without_times
 from support.several import in_each
 from support.tiny import TEXTS, tiny_tokenizer
 
-from d4s.errors import ModelError
+from d4s.change.closed_form import ClosedForm
+from d4s.errors import ConfigError, ModelError
 from d4s.locate import targets
 from d4s.locate.covariance import estimate_covariance
 from d4s.measure.metrics import evaluate
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.models.scoring import perplexity
-from d4s.ranks import Ranks, alone, here, split
+from d4s.ranks import Ranks, alone, here, joined, split
 
 
 def test_parts_cost_alike_and_are_the_same_everywhere(draw):
@@ -44,6 +45,65 @@ def test_one_process_alone_shares_with_nobody():
     assert ranks.gather("x", lambda: "a") == ["a"] and ranks.from_first(lambda: 3) == 3
     tensor = torch.ones(2)
     assert ranks.sum_(tensor) is tensor
+
+
+@pytest.mark.parametrize("set_", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}])
+def test_what_no_launcher_has_started_is_one_process(set_, monkeypatch):
+    """As in a job of a cluster that sets some of the names for others."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    with joined() as ranks:
+        assert ranks.count == 1 and ranks is here()
+
+
+def test_a_torch_that_cannot_says_so_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    with joined() as ranks:
+        assert ranks.count == 1
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="start one process"), joined():
+        pass
+
+
+def _apart():
+    """Two who do not do the same."""
+    ranks = here()
+    return ranks.gather("left" if ranks.rank else "right", lambda: None)
+
+
+def test_processes_that_have_come_apart_end():
+    for one in in_each(2, _apart, within=30):
+        assert one.startswith(
+            "RankEnded: the processes of this run have come apart: rank 1 is not where rank 0"
+        )
+
+
+def _other_bits(seed):
+    """The second process writes weights that differ in the last place, as another kind of machine may."""
+    model, covariance = ready(seed)
+    solve = ClosedForm.delta
+
+    def delta(self, layer):
+        return solve(self, layer) * (1 + 1e-6 * here().rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClosedForm, "delta", delta)
+        sequence(model, covariance, EDITS[:3], original=False)
+    return state(model)
+
+
+def test_where_bits_differ_the_firsts_go(seed):
+    model, covariance = ready(seed)
+    sequence(model, covariance, EDITS[:3], original=False)
+    first, second = in_each(2, _other_bits, seed)
+    truth = state(model)
+    for name in truth:
+        assert torch.equal(first[name], second[name])
+        assert (first[name] - truth[name]).norm() <= 1e-3 * truth[name].norm()
 
 
 def _meetings():

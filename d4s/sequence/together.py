@@ -24,7 +24,7 @@ from d4s.sequence.journaling import Journaling
 from d4s.sequence.observers import Observer, Observers
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
-from d4s.sequence.under_way import Run, snapshot_on_cpu
+from d4s.sequence.under_way import EditorState, Run
 
 
 class FirstsJournal:
@@ -104,7 +104,7 @@ class FirstsJournal:
             self._first.restore(under_way)
             made = bool(result.edits_table)
             return {
-                "state": snapshot_on_cpu(result.editor) if made else None,
+                "state": EditorState.of(result.editor) if made else None,
                 "targets": None if bench.targets is None else bench.targets.copy(),
                 "result": (result.edits_table, result.history, result.evaluations, result.columns),
                 "run": (under_way.edit_seconds, under_way.right_after, under_way.rows_before),
@@ -114,7 +114,7 @@ class FirstsJournal:
         told = ranks.from_first(restored)
         if not ranks.is_first:
             if told["state"] is not None:
-                result.editor.resume_(told["state"])
+                told["state"].put_into(result.editor)
             bench.targets = told["targets"]
             result.edits_table, result.history, result.evaluations, result.columns = told["result"]
             under_way.edit_seconds, under_way.right_after, under_way.rows_before = told["run"]

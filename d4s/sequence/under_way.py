@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d4s.edits import Edit
 from d4s.errors import D4SError
@@ -210,9 +212,9 @@ def made_alike(editor: Editor, batch: Sequence[Edit]) -> Step:
     try:
         found = ranks.gather("step", edit)
         if len(set(found)) > 1:
-            step, state = ranks.from_first(lambda: (made[0], snapshot_on_cpu(editor)))
+            step, state = ranks.from_first(lambda: (made[0], EditorState.of(editor)))
             if not ranks.is_first:
-                editor.resume_(state)
+                state.put_into(editor)
             return step
     except BaseException:
         if made:  # here, and not everywhere: the caller takes it back
@@ -221,6 +223,24 @@ def made_alike(editor: Editor, batch: Sequence[Edit]) -> Step:
     return made[0]
 
 
-def snapshot_on_cpu(editor: Editor) -> dict[str, Any]:
-    """`Editor.snapshot`, which another process can take."""
-    return {name: tensor.cpu() for name, tensor in editor.snapshot().items()}
+@dataclass(frozen=True)
+class EditorState:
+    """All of an editor that another process needs to have the same bits; on the CPU.
+
+    weights: beside the snapshot, from which another kind of machine might write others
+    """
+
+    snapshot: dict[str, Tensor]
+    weights: dict[int, Tensor]
+    norms: Tensor
+
+    @classmethod
+    def of(cls, editor: Editor) -> EditorState:
+        snapshot = {name: tensor.cpu() for name, tensor in editor.snapshot().items()}
+        weights = {layer: weight.cpu() for layer, weight in editor.weights.current().items()}
+        return cls(snapshot, weights, editor.weights.norms())
+
+    def put_into(self, editor: Editor) -> None:
+        editor.resume_(self.snapshot)
+        editor.weights.load_(self.weights)
+        editor.weights.set_norms(self.norms)

@@ -8,10 +8,11 @@ import os
 import pytest
 import torch
 from support.command import FAST, done, failed
-from support.tiny import tiny_model, tiny_tokenizer
+from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from d4s.locate.covariance import Covariance, cached_covariance, estimate_covariance
+from d4s.models.architectures import Anatomy
 
 
 def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path, capsys):
@@ -83,3 +84,37 @@ def test_without_a_home_the_statistics_have_a_place_all_the_same(place, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cached_covariance(*arguments, progress=False).count == first.count
     assert "no home folder" in caplog.text and [p.name for p in tmp_path.iterdir()] == ["xdg"]
+
+
+def test_statistics_taken_apart_add_up(place, tmp_path, capsys):
+    lines = (place / "corpus.txt").read_text().splitlines()
+    parts = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for part, path in zip((lines[:5], lines[5:9], lines[9:]), parts, strict=True):
+        (tmp_path / "part.txt").write_text("\n".join(part))
+        done(capsys, "covariance", "m", str(tmp_path / "part.txt"), "--out", path)
+    out = str(tmp_path / "all.safetensors")
+    said = done(capsys, "covariance", "--merge", *parts, "--out", out)
+    found, whole = Covariance.load(out), Covariance.load(place / "c.safetensors")
+    assert found.count == whole.count and f"{whole.count} key vectors" in said
+    for layer in whole.layers:
+        error = (found.moments[layer] - whole.moments[layer]).norm()
+        assert error <= 1e-5 * whole.moments[layer].norm()
+    found.check(Anatomy(tiny_model("gpt2", 1)), whole.layers)
+
+
+def test_statistics_that_do_not_belong_together_are_refused_with_what_differs(place, tmp_path, capsys):
+    mine, out = str(place / "c.safetensors"), ("--out", str(tmp_path / "all"))
+    fewer, others = str(tmp_path / "fewer"), str(tmp_path / "others")
+    done(capsys, "covariance", "m", "corpus.txt", "--layers", "0,2", "--out", fewer)
+    estimate_covariance(tiny_model("gpt2", 2), tiny_tokenizer(), TEXTS, progress=False).save(others)
+    said = failed(capsys, "covariance", "--merge", mine, fewer, *out)
+    assert fewer in said and "[0, 1, 2] and [0, 2]" in said
+    said = failed(capsys, "covariance", "--merge", mine, others, *out)
+    assert others in said and Covariance.load(mine).fingerprint[:12] in said
+    assert "two files or more" in failed(capsys, "covariance", "--merge", mine, *out)
+    assert "files alone" in failed(capsys, "covariance", "m", *out, "--merge", mine, fewer)
+    assert "--layers means nothing" in failed(
+        capsys, "covariance", *out, "--layers", "1", "--merge", mine, fewer
+    )
+    assert "--merge" in failed(capsys, "covariance", *out)
+    assert not (tmp_path / "all").exists()
