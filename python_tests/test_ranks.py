@@ -23,6 +23,7 @@ from d4s.methods.d4s import D4SEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.models.scoring import perplexity
 from d4s.ranks import Ranks, alone, here, joined, split
+from d4s.sequence.compare import compare
 
 
 def test_parts_cost_alike_and_are_the_same_everywhere(draw):
@@ -315,3 +316,47 @@ def test_where_one_ends_all_do_and_any_number_goes_on(way, seed, tmp_path):
             assert (weights[name] - weight).norm() <= 1e-3 * weight.norm()
             if weights is not on_one[0]:
                 assert torch.equal(weights[name], on_three[0][0][name])
+
+
+def _comparing(seed, folder, fails):
+    """Two methods; the first fails in the last of the processes, in its second step, if it is to."""
+    model, covariance = ready(seed)
+    before, steps, plain = state(model), [], MEMITEditor.apply
+
+    def apply(self, batch):
+        steps.append(batch)
+        if fails and here().rank == here().count - 1 and len(steps) == 2:
+            raise ModelError("no room")
+        return plain(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MEMITEditor, "apply", apply)
+        found = compare(
+            model,
+            tiny_tokenizer(),
+            EDITS[:3],
+            {"memit": FAST, "d4s": FAST},
+            covariance=covariance,
+            out=folder,
+            original=False,
+            progress=False,
+        )
+    assert all(torch.equal(before[name], weight) for name, weight in state(model).items())
+    records = {label: by_seed[0] for label, by_seed in found.results.items()}
+    return {
+        "failures": {label: record.failure for label, record in records.items()},
+        "tables": {label: record.edits_table for label, record in records.items()},
+        "steps": len(steps),
+    }
+
+
+def test_a_comparison_goes_on_after_a_method_that_fails_in_one_process(seed, tmp_path):
+    truth = _comparing(seed, tmp_path / "one", False)
+    for each in in_each(2, _comparing, seed, tmp_path / "two", True):
+        assert each["failures"] == {"memit": "edit 2: no room", "d4s": None}
+        assert alike(each["tables"]["d4s"], truth["tables"]["d4s"])
+        assert alike(each["tables"]["memit"], truth["tables"]["memit"][:1])
+    for each in in_each(3, _comparing, seed, tmp_path / "two", False):
+        assert each["failures"]["memit"] == "edit 2: no room" and each["steps"] == 0, (
+            "kept, and not made again"
+        )

@@ -38,20 +38,16 @@ def test_the_first_alone_speaks_and_writes_and_says_what_one_would(place, tmp_pa
                 *("evaluate", f"{edited}/model", "edits.json", "--baseline", f"{edited}/baseline.json"),
                 *("--generate", "--json"),
             ),
-            (
-                *("compare", "m", "edits.json", "--methods", "ft-m", *given, "--json"),
-                *("--out", str(tmp_path / folder / "compared")),
-            ),
             ("targets", "m", "edits.json", "--out", f"{edited}/more", "--set", "steps=2", "contexts=0"),
             ("log", edited, "--json"),
             ("edit", "m", "edits.json", "--out", edited, *given, *FAST),
-            ("evaluate", "nowhere", "edits.json"),
+            ("evaluate", "gone.gguf", "edits.json"),
         ]
 
     one = _said(commands("one"))
     first, second = in_each(2, _said, commands("two"))
-    assert [status for status, _, _ in first] == [status for status, _, _ in one] == [0] * 6 + [2, 1]
-    assert [status for status, _, _ in second] == [0] * 6 + [2, 1]
+    assert [status for status, _, _ in first] == [status for status, _, _ in one] == [0] * 5 + [2, 1]
+    assert [status for status, _, _ in second] == [0] * 5 + [2, 1]
     assert all(out == "" and err == "" for _, out, err in second), second
     for (_, out, err), (_, right, said) in zip(first, one, strict=True):
         assert out.count("\n") == right.count("\n")
@@ -65,7 +61,6 @@ def test_the_first_alone_speaks_and_writes_and_says_what_one_would(place, tmp_pa
     assert {p.name for p in (tmp_path / "two" / "run").iterdir()} == {
         p.name for p in (tmp_path / "one" / "run").iterdir()
     }
-    assert (tmp_path / "two" / "compared" / "settings.json").exists()
 
 
 def _with_one_that_fails(folder, edits):
