@@ -28,7 +28,7 @@ def run(options: Namespace) -> None:
     if options.again is None:
         found = journal.verify()
     else:
-        options.model, options.dtype = options.again, journal.head["dtype"]
+        options.model, options.dtype, options.device_map = options.again, journal.head["dtype"], None
         model, tokenizer = loaded_model(options)
         covariance = loaded_covariance(options, model, tokenizer)
         found = journal.verify(model=model, tokenizer=tokenizer, covariance=covariance)
