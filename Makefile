@@ -21,7 +21,7 @@ style:
 	$(PYTHON) -m pytest -q python_tests/test_style.py
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 docs:
 	$(PYTHON) -m pytest -q python_tests/test_docs.py python_tests/test_examples.py
