@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d4s
-from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics
+from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics, to_retain
+from d4s.locate.covariance import covariance_at_subjects
+from d4s.locate.kept_targets import KeptTargets
 from d4s.study.retained import Retained, paragraphs
 
 POINTS = (50, 100, 200, 300, 500, 1000, 2000, 5000, 10_000)
@@ -35,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--methods", nargs="+", default=list(SEQUENCES), choices=SEQUENCES)
     parser.add_argument("--tokens", type=int, default=50_000, help="key vectors behind the statistics")
+    parser.add_argument(
+        "--retain",
+        type=int,
+        metavar="FACTS",
+        help="so many other facts make half of the statistics; in an OUT of its own",
+    )
+    parser.add_argument("--targets", type=Path, help="of an earlier run on the same edits and model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -42,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     covariance = statistics(
         model, tokenizer, options.corpus, options.tokens, options.out / "covariance.safetensors"
     )
-    made, facts = split(d4s.load_edits(options.edits), options.count, options.neighbors, options.seed)
+    edits = d4s.load_edits(options.edits)
+    made, facts = split(edits, options.count, options.neighbors, options.seed)
+    if options.retain:
+        stay = to_retain(edits, made, facts, options.retain)
+        covariance = covariance.mixed(covariance_at_subjects(model, tokenizer, stay), 0.5)
+        print(f"{len(stay)} facts make half of the statistics")
     found = sequences_over(
         model,
         tokenizer,
@@ -53,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out,
         points=[point for point in POINTS if point <= options.count],
         seed=options.seed,
+        targets=None if options.targets is None else KeptTargets.load(options.targets),
     )
     print(found.summary())
 

@@ -12,7 +12,9 @@ import d4s
 from d4s.edits import Edit
 from d4s.files import write_json
 from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
+from d4s.methods import METHODS
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result
@@ -20,10 +22,11 @@ from d4s.sequence.saving import save_changes
 from d4s.study.retained import Retained, untouched
 
 # Label → what differs from the preset. memit-seq is d4s with anchor="current", but for facts that change twice.
-SEQUENCES: dict[str, dict[str, str]] = {
+SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s": {},
     "d4s-once": {"method": "d4s", "residual": "once"},
     "d4s-current": {"method": "d4s", "anchor": "current"},
+    "d4s-long": {"method": "d4s", **METHODS["d4s"].presets["long"]},
     "memit": {},
     "memit-seq": {},
     "alphaedit": {},
@@ -40,7 +43,7 @@ SEQUENCES: dict[str, dict[str, str]] = {
 COLLAPSE = 0.1
 GENERATED = "d4s-generated-1"
 FACTS = 200  # that no edit touches
-TOLD = ("anchor", "residual")  # fields by which sequences of one method are told apart
+TOLD = ("anchor", "residual", "refine_looks")  # fields by which sequences of one method are told apart
 
 
 def split(edits: list[Edit], count: int, neighbors: int, seed: int) -> tuple[list[Edit], list[Edit]]:
@@ -48,6 +51,18 @@ def split(edits: list[Edit], count: int, neighbors: int, seed: int) -> tuple[lis
     order = Random(seed).sample(edits, len(edits))
     made = [replace(edit, neighborhood=edit.neighborhood[:neighbors]) for edit in order[:count]]
     return made, untouched(order[count:], made)[:FACTS]
+
+
+def to_retain(edits: list[Edit], made: list[Edit], facts: list[Edit], count: int) -> list[Edit]:
+    """Other facts to be told of: that none of the edits is about, no neighbour asks, and that are not among `facts`."""
+    asked = {prompt for edit in made for prompt in edit.neighborhood}
+    measured = {fact.subject for fact in facts}
+    found = [
+        edit
+        for edit in untouched(edits, made)
+        if edit.subject not in measured and not any(edit.subject in prompt for prompt in asked)
+    ]
+    return found[:count]
 
 
 def statistics(model: Any, tokenizer: Any, corpus: Path, tokens: int, place: Path) -> Covariance:
@@ -78,15 +93,20 @@ def sequences_over(
     *,
     points: Sequence[int],
     seed: int,
+    targets: KeptTargets | None = None,
     observers: Sequence[Observer] = (),
 ) -> Comparison:
-    """A sequence of each label, in `out`: what is there goes on. points: edits at which is scored"""
+    """A sequence of each label, in `out`: what is there goes on.
+
+    points: edits at which is scored; targets: of the unedited model, found before
+    """
     found = d4s.compare(
         model,
         tokenizer,
         made,
         {label: SEQUENCES[label] for label in labels},
         covariance=covariance,
+        targets=targets,
         evaluate_every=points,
         seeds=seed,
         baseline=answers(model, tokenizer, made, out / "baseline.json"),
@@ -101,7 +121,7 @@ def sequences_over(
 
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
-    return "-".join([result.method, *(str(result.config[n]) for n in TOLD if n in result.config)])
+    return "-".join([result.method, *(str(told) for name in TOLD if (told := result.config.get(name)))])
 
 
 class Keep(Observer):

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d4s.cli.arguments import add_model, check_file, count, loaded_model, refuse, whole_numbers
+from d4s.cli.arguments import add_model, check_file, count, loaded_model, refuse, share, whole_numbers
 from d4s.cli.printing import print_json
 from d4s.errors import ConfigError, CovarianceError
 from d4s.ranks import here
@@ -33,6 +33,15 @@ def add(verb: ArgumentParser) -> None:
         metavar="FILE",
         help="instead of MODEL and CORPUS: statistics of one model, taken apart on texts that differ",
     )
+    verb.add_argument(
+        "--retain",
+        type=Path,
+        metavar="FACTS",
+        help="facts that are to stay, in a file as of edits: keys at their subjects are mixed in",
+    )
+    verb.add_argument(
+        "--retain-share", type=share, default=0.5, metavar="SHARE", help="of C that is from --retain"
+    )
 
 
 def run(options: Namespace) -> None:
@@ -52,15 +61,23 @@ def run(options: Namespace) -> None:
 
 
 def _estimated(options: Namespace) -> Covariance:
-    from d4s.locate.covariance import estimate_covariance
+    from d4s.edits.formats import load_edits
+    from d4s.locate.covariance import covariance_at_subjects, estimate_covariance
     from d4s.models.readiness import check_ready
 
     if options.model is None:
         raise ConfigError("MODEL lacks; without it --merge FILE FILE adds up statistics that are there")
     model, tokenizer = loaded_model(options)
     check_ready(model, tokenizer)
-    return estimate_covariance(
+    facts = None if options.retain is None else load_edits(options.retain)
+    found = estimate_covariance(
         model, tokenizer, options.corpus, layers=options.layers, tokens=options.tokens, seed=options.seed
+    )
+    if facts is None:
+        return found
+    # Each process takes them all: they are a few thousand rows.
+    return found.mixed(
+        covariance_at_subjects(model, tokenizer, facts, layers=options.layers), options.retain_share
     )
 
 
@@ -70,7 +87,7 @@ def _merged(options: Namespace) -> Covariance:
 
     if options.model is not None:
         raise ConfigError(f"--merge takes files alone, and {options.model} is named beside it as MODEL")
-    refuse(options, ("layers", "tokens", "device"), "--merge")
+    refuse(options, ("layers", "tokens", "device", "retain"), "--merge")
     if len(options.merge) < 2:
         raise ConfigError(f"--merge {options.merge[0]}: name two files or more")
     first, *others = options.merge

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from d4s import ops
-from d4s.errors import CovarianceError, DataError, ModelError
+from d4s.edits import Edit
+from d4s.errors import ConfigError, CovarianceError, DataError, EditError, ModelError
 from d4s.files import check_regular
+from d4s.locate.keys import subject_rows
 from d4s.models.architectures import Anatomy, Architecture, text_config
 from d4s.models.causal_lm import CausalLM
+from d4s.models.forward import evaluating
 from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.models.readiness import check_askable
 from d4s.models.trace import Trace, stopping
@@ -140,6 +143,39 @@ class Covariance:
 
     def merge(self, other: Covariance) -> Covariance:
         """Statistics over both corpora. CovarianceError, naming what differs, unless they are of one model's layers."""
+        self._check_alike(other)
+        return Covariance(
+            {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
+            self.count + other.count,
+            routed={layer: counts + other.routed[layer] for layer, counts in self.routed.items()},
+            fingerprint=self.fingerprint,
+            corpus=f"{self.corpus}+{other.corpus}",
+        )
+
+    def mixed(self, other: Covariance, share: float) -> Covariance:
+        """(1 − share) C + share · C of the other, however many keys either is of. 0 ≤ share ≤ 1
+
+        Raises ConfigError for another share; CovarianceError as `merge`, and for layers with experts, whose counts are
+        of tokens.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"share={share!r}, must be from 0 to 1")
+        self._check_alike(other)
+        if self.routed:
+            raise CovarianceError(
+                f"layers {sorted(self.routed)} are mixtures of experts, whose statistics count tokens and cannot be "
+                "weighed; leave out the facts to be retained"
+            )
+        count = self.count + other.count
+        own, others = (1 - share) * count / self.count, share * count / other.count
+        return Covariance(
+            {layer: own * moment + others * other.moments[layer] for layer, moment in self.moments.items()},
+            count,
+            fingerprint=self.fingerprint,
+            corpus=f"{self.corpus}+{share:g}·{other.corpus}",
+        )
+
+    def _check_alike(self, other: Covariance) -> None:
         said = {
             "layers": lambda one: list(one.layers),
             "layers with experts": lambda one: sorted(one.routed),
@@ -154,13 +190,6 @@ class Covariance:
                     "only statistics of the same layers of the same model add up: "
                     f"{name} {of(self)} and {of(other)}"
                 )
-        return Covariance(
-            {layer: self.moments[layer] + other.moments[layer] for layer in self.layers},
-            self.count + other.count,
-            routed={layer: counts + other.routed[layer] for layer, counts in self.routed.items()},
-            fingerprint=self.fingerprint,
-            corpus=f"{self.corpus}+{other.corpus}",
-        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
@@ -371,13 +400,7 @@ def estimate_covariance(
                 break
         return rows
 
-    moments = {
-        i: torch.zeros(
-            *_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=anatomy.device_of(i)
-        )
-        for i in chosen
-    }
-    routed = {i: torch.zeros(stack, dtype=torch.int64) for i in chosen if (stack := _stacked(anatomy, i))}
+    moments, routed = _none_yet(anatomy, chosen, dtype)
     training = model.training
     model.eval()
     try:
@@ -407,12 +430,66 @@ def estimate_covariance(
             moment.copy_(ranks.sum_(moment.double()))
         for counts in routed.values():
             counts.copy_(ranks.sum_(counts.double()))
+    return _covariance(model, moments, routed, total, digest)
+
+
+def covariance_at_subjects(
+    model: CausalLM,
+    tokenizer: Any,
+    facts: Sequence[Edit],
+    *,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_tokens: int = 4_096,
+    architecture: Architecture | None = None,
+) -> Covariance:
+    """C over the keys at the subject's last token of facts' prompts: where edits write, and where what they disturb is
+    read. A key a fact; what a fact is to become does not count.
+
+    `Covariance.mixed` puts it beside the statistics of a corpus, so that the closed form is told which facts stay.
+    Arguments as of `estimate_covariance`. Raises EditError where there is no fact.
+    """
+    if not facts:
+        raise EditError("no facts are given; name some that are to stay")
+    anatomy = Anatomy(model, architecture)
+    chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(len(anatomy)))
+    anatomy.check_layers(chosen)
+    check_askable(model, tokenizer)
+    rows = [list(ids) for ids in subject_rows(tokenizer, facts).ids]
+    moments, routed = _none_yet(anatomy, chosen, dtype)
+    with evaluating(model):
+        for batch in _batches(rows, batch_tokens):
+            ids, mask = (t.to(anatomy.device) for t in padded(batch, pad_id(tokenizer)))
+            last = torch.zeros_like(mask)
+            last[torch.arange(len(batch)), [len(row) - 1 for row in batch]] = 1
+            _add_batch(anatomy, moments, routed, ids, mask, last)
+        _check_finite(moments, next(model.parameters()).dtype)
+    return _covariance(model, moments, routed, len(rows), hashlib.sha256("".join(map(repr, rows)).encode()))
+
+
+def _none_yet(
+    anatomy: Anatomy, layers: Sequence[int], dtype: torch.dtype
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """(Σ k kᵀ, tokens of each expert) of no key, by layer."""
+    moments = {
+        i: torch.zeros(
+            *_stacked(anatomy, i), *[anatomy.shape(i)[1]] * 2, dtype=dtype, device=anatomy.device_of(i)
+        )
+        for i in layers
+    }
+    routed = {i: torch.zeros(stack, dtype=torch.int64) for i in layers if (stack := _stacked(anatomy, i))}
+    return moments, routed
+
+
+def _covariance(
+    model: CausalLM, moments: dict[int, Tensor], routed: dict[int, Tensor], count: int, digest: Any
+) -> Covariance:
     for layer, moment in moments.items():
         for one in moment if layer in routed else (moment,):
             ops.symmetrize_(one)
     return Covariance(
         moments,
-        total,
+        count,
         routed=routed,
         fingerprint=fingerprint_of(model, exact=False),
         corpus=digest.hexdigest(),
@@ -463,10 +540,13 @@ def _add_batch(
     routed: Mapping[int, Tensor],
     ids: Tensor,
     mask: Tensor,
+    counted: Tensor | None = None,
 ) -> int:
+    """counted: 1 at the tokens whose keys are taken [rows, positions]; None: at all that `mask` has"""
     layers = list(moments)
+    counted = mask if counted is None else counted
     # Rows of one length, of which most batches are, need no gathering in any layer.
-    keep = None if bool(mask.all()) else mask.bool()
+    keep = None if bool(counted.all()) else counted.bool()
     with ExitStack() as stack:
         stack.enter_context(stopping())
         traces = {}
@@ -485,7 +565,7 @@ def _add_batch(
         keys = trace.input.view(ids.shape[0], ids.shape[1], -1)
         here = None if keep is None else keep.to(keys.device)
         ops.accumulate_key_covariance_(moments[layer], keys, here)
-    return int(mask.sum())
+    return int(counted.sum())
 
 
 def cached_covariance(

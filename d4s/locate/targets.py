@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy
@@ -88,6 +88,16 @@ class TargetConfig(Configuration):
     ] = "float32"
 
 
+REFINED = 0.02  # nats: a target whose NLL is below is not searched on
+
+
+def refining(config: TargetConfig, looks: int) -> TargetConfig:
+    """The same loss, searched on in a few looks from a target that is nearly right: Polyak's steps, which have no state
+    to find first and of which the best look counts."""
+    stop = REFINED if config.stop_nll is None else config.stop_nll
+    return replace(config, optimizer="polyak", steps=looks, stop_nll=stop, bare_looks=0)
+
+
 @dataclass(frozen=True)
 class Targets:
     """Results a request, on the device of the block where δ is added; float32."""
@@ -131,6 +141,7 @@ def optimise_targets(
     config: TargetConfig,
     *,
     places: tuple[Place, ...] = ("block",),
+    begin: Tensor | None = None,
     batch_tokens: int | None = None,
 ) -> Targets:
     """Targets of all edits, on the model's current weights.
@@ -138,6 +149,8 @@ def optimise_targets(
     layer: the block at which δ is added.
     places: where in it, one δ each, optimised together: the block's output ("block"), the MLP's or the
         attention's output projection; start and delta are those of the first place.
+    begin: z of one place, found on other weights, [edits, d_model]: the search begins there, within the clamp, and at
+        every context; None: at v0.
     batch_tokens: tokens from the subject's last on that go through the model together; None: by device.
 
     A request's result does not depend on the others in its batch, up to float32 rounding. Of several processes
@@ -158,11 +171,12 @@ def optimise_targets(
     ranks = here()
     ids = [edit.id for edit in edits]
     if ranks.count == 1:
-        return _search(anatomy, tokenizer, ids, requests, layer, config, places, batch_tokens)
+        return _search(anatomy, tokenizer, ids, requests, layer, config, places, begin, batch_tokens)
 
     def rows_of_figures(own: Sequence[int]) -> list[NDArray[Any]]:
         names, part = [ids[i] for i in own], [requests[i] for i in own]
-        return list(_packed(_search(anatomy, tokenizer, names, part, layer, config, places, batch_tokens)))
+        z = None if begin is None else begin[own]
+        return list(_packed(_search(anatomy, tokenizer, names, part, layer, config, places, z, batch_tokens)))
 
     costs = [len(one.after) * (width_of(one.before) + width_of(one.after)) for one in requests]
     return _unpacked(ranks.share("targets", costs, rows_of_figures), anatomy.device_of(layer))
@@ -189,9 +203,10 @@ def _search(
     layer: int,
     config: TargetConfig,
     places: tuple[Place, ...],
+    z: Tensor | None,
     batch_tokens: int,
 ) -> Targets:
-    """Of these requests, by this process. ids: their edits', for what is said of one"""
+    """Of these requests, by this process. ids: their edits', for what is said of one; z: where the search begins"""
     prefixed = any(len(request.before) > 2 for request in requests)
     # Requests of similar length go together, before the subject's last token too: little padding.
     order = sorted(range(len(requests)), key=lambda i: -width_of(requests[i].before))
@@ -204,14 +219,15 @@ def _search(
             return RequestRows(anatomy, pad_id(tokenizer), parts, layer, places, whole=whole)
 
         begin = None
-        if config.bare_looks and prefixed:
-            shorter = rows_of([bare(request) for request in batch])
-            try:
-                begin = _optimise(shorter, config, config.bare_looks)[1]
-            except _OverflowError as overflow:
-                raise ModelError(f"edit {ids[order[chosen[overflow.request]]]}: {overflow}") from None
         try:
-            targets = _optimise(rows_of(batch), config, begin=begin)[0]
+            if config.bare_looks and prefixed and z is None:
+                shorter = rows_of([bare(request) for request in batch])
+                begin = _optimise(shorter, config, config.bare_looks)[1]
+            rows = rows_of(batch)
+            if z is not None:
+                v0 = rows.start[0]
+                begin = [_clamped(z[[order[i] for i in chosen]].to(v0) - v0, config.clamp * v0.norm(dim=1))]
+            targets = _optimise(rows, config, begin=begin)[0]
         except _OverflowError as overflow:
             raise ModelError(f"edit {ids[order[chosen[overflow.request]]]}: {overflow}") from None
         found.update((order[i], targets[at : at + 1]) for at, i in enumerate(chosen))
@@ -311,7 +327,8 @@ def _optimise(
     nll_factor = torch.ones_like(first)
     least = torch.full_like(first, torch.inf)  # loss of the look that counts, where the best does
     reference: Tensor | None = None
-    pause = 1 if config.stop_nll is not None and device.type == "cpu" else 4  # looks
+    ends_early = config.stop_nll is not None or begin is not None
+    pause = 1 if ends_early and device.type == "cpu" else 4  # looks
     # float16 overflows where others have room: the first δ with which it did is kept, and told at the end.
     narrow = next(rows.model.parameters()).dtype == torch.float16
     overflowed = torch.zeros(count, dtype=torch.bool, device=device)
@@ -370,8 +387,7 @@ def _optimise(
         with torch.no_grad():
             limits = [limit[alive] for limit in bound]
             for p, moved in enumerate(moves.move(deltas, gradients, nll.detach(), limits)):
-                moved = moved * (limits[p] / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
-                deltas[p] = torch.where(done.unsqueeze(1), deltas[p], moved)
+                deltas[p] = torch.where(done.unsqueeze(1), deltas[p], _clamped(moved, limits[p]))
         # The only look at the device: are enough requests done to shrink the batch? A GPU waits for it, and a release's
         # search ends late; a CPU waits for nothing.
         if look % pause == pause - 1:
@@ -392,6 +408,11 @@ def _optimise(
                 -mean_nll(everything, everything.log_probabilities(result), everything.own_weight)
             )
     return Targets(start[0], result[0], first, last), result
+
+
+def _clamped(deltas: Tensor, radius: Tensor) -> Tensor:
+    """Shortened to ‖δ‖ ≤ radius. deltas: [requests, d_model]; radius: [requests]"""
+    return deltas * (radius / deltas.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0).unsqueeze(1)
 
 
 def loss_terms(

@@ -14,6 +14,10 @@ together they overshoot; with one layer and no contexts both are the same.
 
 anchor="current": z, too, from the current weights, and the residual measured: MEMIT with cached keys.
 
+`refine_looks` is between the two. What an edit wants depends on those before it a little: rows before and behind the
+subject have changed with the layers. So a target of W0, found ahead in a batch, is searched on by a few looks on the
+weights as they are, from z and by Polyak's steps, of which the best is kept. It costs a tenth of a search.
+
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
 (once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
@@ -39,7 +43,10 @@ from torch import Tensor
 
 from d4s.change.closed_form import ClosedForm, Rows
 from d4s.change.expert_form import JointForm, closed_form_over
+from d4s.configuration import AtLeast
 from d4s.edits import Edit, check_batch
+from d4s.errors import ConfigError
+from d4s.locate.targets import Targets, refining
 from d4s.methods.base import Holding, LayerSize, Step, Workbench
 from d4s.methods.locate_then_edit import (
     Ahead,
@@ -57,7 +64,10 @@ class D4S(LocateMethod):
     paper: ClassVar[str] = "arXiv 2410.23843"
     changes: ClassVar[str] = "MLP output projections"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"anchor": "base", "residual": "once"}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"anchor": "base", "residual": "once"},
+        "long": {"anchor": "base", "residual": "measured", "refine_looks": 4},
+    }
     edits_experts: ClassVar[bool] = True
 
     anchor: Annotated[
@@ -68,6 +78,17 @@ class D4S(LocateMethod):
         Literal["once", "measured"],
         "the paper's rule, or measured again before each layer, as always with anchor=current",
     ] = "measured"
+    refine_looks: Annotated[
+        int, "at a target of W0, on the weights as they are, before it is written; 0: it stays", AtLeast(0)
+    ] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine_looks and (self.anchor == "current" or self.residual == "once"):
+            raise ConfigError(
+                f"refine_looks={self.refine_looks} with anchor={self.anchor!r} and residual={self.residual!r}: it is "
+                "for targets that are found on W0 and measured again; set anchor='base' and residual='measured'"
+            )
 
     @property
     def measures_again(self) -> bool:
@@ -85,11 +106,17 @@ class D4S(LocateMethod):
         return holding_of_sums(size, edits, self.rows_an_edit)
 
     def editor(self, bench: Workbench) -> D4SEditor:
-        return D4SEditor(self, bench, anchor=self.anchor, measured=self.measures_again)
+        return D4SEditor(
+            self,
+            bench,
+            anchor=self.anchor,
+            measured=self.measures_again,
+            refine_looks=self.refine_looks,
+        )
 
 
 class D4SEditor(LocateEditor):
-    """replaces: whether an edit takes the place of an earlier one of the same prompt."""
+    """replaces: whether an edit takes the place of an earlier one of the same prompt; the others as of `D4S`."""
 
     growing: frozenset[str] = frozenset({"held"})
 
@@ -101,9 +128,11 @@ class D4SEditor(LocateEditor):
         anchor: Literal["base", "current"],
         measured: bool = True,
         replaces: bool = True,
+        refine_looks: int = 0,
     ) -> None:
         super().__init__(method, bench)
         self.anchor, self.measured, self.replaces = anchor, measured, replaces
+        self.refine_looks = refine_looks
         self._priors = self.priors()
         self.ahead = Ahead(self)
         self.reset()
@@ -139,6 +168,8 @@ class D4SEditor(LocateEditor):
         self.put = []
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
+        if self.refine_looks:
+            targets = self.refined(batch, targets)
         again = [i for i, edit in enumerate(batch) if edit.place in self.held]
         once = not self.measured
         old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
@@ -160,6 +191,11 @@ class D4SEditor(LocateEditor):
             self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
         self.hold(batch)
         return step_of(targets)
+
+    def refined(self, edits: Sequence[Edit], targets: Targets) -> Targets:
+        """Targets of W0, searched on from their z on the current weights."""
+        found = self.search(edits, refining(self.method.target, self.refine_looks), targets.target)
+        return self.normed(edits, found)
 
     def _put(self, rows: Rows) -> None:
         self.closed_form.put_(rows)

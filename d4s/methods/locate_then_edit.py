@@ -302,16 +302,22 @@ class LocateEditor(Editor):
         module = self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
         return output_at(self.anatomy, rows, module).double()
 
-    def search(self, edits: Sequence[Edit]) -> Targets:
-        """Targets on the model's current weights, as they are found."""
+    def search(
+        self, edits: Sequence[Edit], config: TargetConfig | None = None, begin: Tensor | None = None
+    ) -> Targets:
+        """Targets on the model's current weights, as they are found.
+
+        config: None: the method's; begin: z of other weights to begin from [edits, d_model]; None: v0
+        """
         return optimise_targets(
             self.anatomy,
             self.tokenizer,
             edits,
             self.prefixes,
             self.last,
-            self.method.target,
+            config or self.method.target,
             places=self.places,
+            begin=begin,
         )
 
     def normed(self, edits: Sequence[Edit], targets: Targets) -> Targets:

@@ -72,13 +72,16 @@ class KeptInJournal(KeptTargets):
         self._write()
 
     def keep_in(self, folder: Folder) -> None:
-        """What the folder has, and from now on what is found goes there."""
+        """What the folder has, also for the caller, and from now on what is found goes there."""
         self.folder = folder
         for path in self._files():
             try:
-                self.take_in(KeptTargets.load(path))
+                found = KeptTargets.load(path)
+                self.take_in(found)
             except D4SError:
                 continue  # damaged: searched again
+            if self.given is not None:
+                self.given.take_in(found)
         self._written = self.times
 
     def _files(self) -> list[Path]:

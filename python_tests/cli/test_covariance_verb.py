@@ -11,7 +11,13 @@ from support.command import FAST, done, failed
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from d4s.locate.covariance import Covariance, cached_covariance, estimate_covariance
+from d4s.edits.formats import load_edits
+from d4s.locate.covariance import (
+    Covariance,
+    cached_covariance,
+    covariance_at_subjects,
+    estimate_covariance,
+)
 from d4s.models.architectures import Anatomy
 
 
@@ -100,6 +106,30 @@ def test_statistics_taken_apart_add_up(place, tmp_path, capsys):
         error = (found.moments[layer] - whole.moments[layer]).norm()
         assert error <= 1e-5 * whole.moments[layer].norm()
     found.check(Anatomy(tiny_model("gpt2", 1)), whole.layers)
+
+
+def test_facts_that_are_to_stay_are_mixed_in(place, tmp_path, capsys):
+    out = str(tmp_path / "c")
+    done(
+        capsys,
+        "covariance",
+        "m",
+        "corpus.txt",
+        "--retain",
+        "edits.json",
+        "--retain-share",
+        ".3",
+        "--out",
+        out,
+    )
+    found, text = Covariance.load(out), Covariance.load(place / "c.safetensors")
+    facts = covariance_at_subjects(tiny_model("gpt2", 1), tiny_tokenizer(), load_edits("edits.json"))
+    for layer in text.layers:
+        expected = 0.7 * text.mean(layer) + 0.3 * facts.mean(layer)
+        assert (found.mean(layer) - expected).norm() <= 1e-5 * expected.norm()
+    found.check(Anatomy(tiny_model("gpt2", 1)), text.layers)
+    said = failed(capsys, "covariance", "--merge", out, out, "--retain", "edits.json", "--out", out)
+    assert "--retain means nothing with --merge" in said
 
 
 def test_statistics_that_do_not_belong_together_are_refused_with_what_differs(place, tmp_path, capsys):

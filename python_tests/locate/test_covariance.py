@@ -11,18 +11,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.tiny import REPRESENTATIVE, TEXTS, tiny_model, tiny_tokenizer
-from support.workbench import relative_error
+from support.workbench import EDITS, relative_error
 
 import d4s.locate.covariance
 import d4s.tensor_files
-from d4s.errors import CovarianceError, DataError
+from d4s.errors import ConfigError, CovarianceError, DataError, EditError
 from d4s.locate.covariance import (
     LONGEST_TEXT,
     Covariance,
     cached_covariance,
+    covariance_at_subjects,
     estimate_covariance,
     fingerprint_of,
 )
+from d4s.locate.keys import keys_at, subject_rows
 from d4s.models.architectures import Anatomy
 
 
@@ -275,6 +277,40 @@ def test_statistics_of_two_halves_add_up_to_those_of_the_whole(seed):
         close(merged.mean(layer), whole.mean(layer))
     merged.check(Anatomy(model), (0, 1, 2))
     assert a.count < merged.count, "the parts stay as they are"
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_keys_of_facts_are_those_at_their_subjects_last_tokens(model_type, seed):
+    model = tiny_model(model_type, seed)
+    anatomy, rows = Anatomy(model), subject_rows(tiny_tokenizer(), EDITS)
+    found = covariance_at_subjects(model, tiny_tokenizer(), EDITS, batch_tokens=20)
+    assert found.count == len(EDITS) and found.layers == tuple(range(len(anatomy)))
+    for layer in found.layers:
+        keys = keys_at(anatomy, rows, layer).double()
+        close(found.mean(layer), keys.T @ keys / len(EDITS), 1e-4)
+    with pytest.raises(EditError, match="no facts are given"):
+        covariance_at_subjects(model, tiny_tokenizer(), [])
+
+
+def test_facts_weigh_what_they_are_said_to_weigh_however_few_they_are(seed):
+    model = tiny_model("gpt2", seed)
+    text, facts = estimate(model, TEXTS), covariance_at_subjects(model, tiny_tokenizer(), EDITS)
+    for share in (0.0, 0.25, 1.0):
+        mixed = text.mixed(facts, share)
+        for layer in text.layers:
+            close(mixed.mean(layer), (1 - share) * text.mean(layer) + share * facts.mean(layer))
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match="must be from 0 to 1"):
+            text.mixed(facts, share)
+    with pytest.raises(CovarianceError, match="layers"):
+        text.mixed(covariance_at_subjects(model, tiny_tokenizer(), EDITS, layers=(0,)), 0.5)
+
+
+def test_experts_are_not_weighed_against_facts(seed):
+    model = tiny_model("mixtral", seed)
+    facts = covariance_at_subjects(model, tiny_tokenizer(), EDITS)
+    with pytest.raises(CovarianceError, match="mixtures of experts"):
+        estimate(model, TEXTS).mixed(facts, 0.5)
 
 
 def test_statistics_of_other_layers_or_of_another_model_do_not_add_up(seed):

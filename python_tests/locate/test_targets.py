@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,14 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.locate import targets
 from d4s.locate.request_rows import RequestRows, request_of, spares
-from d4s.locate.targets import TargetConfig, _optimise, frozen, loss_terms, optimise_targets
+from d4s.locate.targets import (
+    TargetConfig,
+    _optimise,
+    frozen,
+    loss_terms,
+    optimise_targets,
+    refining,
+)
 from d4s.models.architectures import Anatomy
 from d4s.models.forward import Calling
 from d4s.models.prompts import subject_row
@@ -371,6 +379,32 @@ def test_a_search_begins_where_the_bare_prompts_ended(seed):
     torch.testing.assert_close(found.start, unmoved.start)
     without = _found(anatomy, FAST | dict(bare_looks=4), prefixes=())
     assert torch.equal(without.delta, _found(anatomy, FAST, prefixes=()).delta)
+
+
+def test_a_search_goes_on_from_a_target_of_other_weights(seed):
+    """It never ends above the loss at which it begins, and what is said already is left as it is."""
+    model = tiny_model("llama", seed)
+    anatomy = Anatomy(model)
+    plain = TargetConfig(weight_decay=0.0, kl_factor=0.0, clamp=2.0)
+    z = _found(anatomy, FAST | dict(steps=3)).target
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)  # an edit below, of its own
+    looks = {
+        n: optimise_targets(
+            anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, replace(refining(plain, n), stop_nll=None), begin=z
+        )
+        for n in (1, 4)
+    }
+    torch.testing.assert_close(looks[1].target, z, rtol=1e-4, atol=1e-5)  # one look moves nothing
+    assert not torch.equal(looks[1].start, z - looks[1].delta)  # v0 is that of the weights as they are
+    assert (looks[4].last_probability >= looks[1].last_probability * (1 - 1e-5)).all()
+    assert (looks[4].target != z).any(dim=1).all()
+    said = replace(refining(plain, 4), stop_nll=1e3)
+    left = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, said, begin=z, batch_tokens=1)
+    torch.testing.assert_close(left.target, z, rtol=1e-4, atol=1e-5)
+    narrow = replace(refining(plain, 1), clamp=1e-3)
+    short = optimise_targets(anatomy, tiny_tokenizer(), EDITS, PREFIXES, 1, narrow, begin=z)
+    torch.testing.assert_close(short.delta.norm(dim=1), 1e-3 * short.start.norm(dim=1))
 
 
 def test_reduced_products_move_delta_and_nothing_that_is_kept_beside_it(seed):

@@ -10,6 +10,7 @@ import torch
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
 from d4s.edits import Edit
+from d4s.errors import ConfigError
 from d4s.methods import method_for
 from d4s.methods.d4s import D4SEditor, _fact, _told
 
@@ -97,6 +98,27 @@ def test_with_residuals_measured_an_edit_arrives_and_with_the_papers_rule_it_ove
         editor.restore()
     assert abs(left["measured"]) < 0.05
     assert left["once"] < -0.3
+
+
+def test_targets_searched_on_are_those_of_w0_where_nothing_is_left_to_find(seed):
+    """One look is followed by no step, so only the clamp, around v0 as it is now, could change a target."""
+    bench = bench_of("llama", seed)
+    deltas = []
+    for looks in (0, 1, 4):
+        editor = editor_of("d4s", bench, refine_looks=looks, clamp=100.0, contexts=1)
+        for edit in EDITS:
+            editor.edit([edit])
+        deltas.append(torch.cat([editor.weights.delta(layer).flatten() for layer in editor.weights.layers]))
+        editor.restore()
+    assert relative_error(deltas[1], deltas[0]) <= 1e-3
+    assert relative_error(deltas[2], deltas[0]) > 1e-3
+
+
+@pytest.mark.parametrize("rule", [dict(residual="once"), dict(anchor="current")])
+def test_targets_are_searched_on_only_where_they_are_of_w0_and_measured_again(rule):
+    bench = bench_of("gpt2", 0)
+    with pytest.raises(ConfigError, match=r"refine_looks=2 .*set anchor='base' and residual='measured'"):
+        method_for("d4s", bench.anatomy, rule | dict(refine_looks=2))
 
 
 def test_a_held_fact_keeps_what_stands_before_its_target():

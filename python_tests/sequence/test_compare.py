@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 import weakref
 from dataclasses import replace
@@ -23,6 +24,7 @@ from d4s.change.weights import EditedWeights
 from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
 from d4s.measure.columns import Column
 from d4s.methods.d4s import D4SEditor
+from d4s.methods.locate_then_edit import LocateEditor
 from d4s.methods.memit import MEMITEditor
 from d4s.sequence import under_way
 from d4s.sequence.compare import _orders, compare, weights_digest
@@ -497,3 +499,33 @@ def test_a_comparison_goes_on_within_a_sequence(method, monkeypatch, tmp_path, s
     one, other = (found.results[method][seed] for found in (whole, again))
     assert without_times(one.history) == without_times(other.history)
     assert one.edits_table == other.edits_table and not journal.exists()
+
+
+def test_targets_found_before_an_interruption_serve_later_sequences_too(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    both = {"d4s": FAST, "other": FAST | {"method": "d4s", "prior_weight": 2.0}}
+    plain, calls, searched = D4SEditor.edit, [], []
+
+    def interrupted(self, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return plain(self, batch)
+
+    search = LocateEditor.search
+
+    def counted(self, edits, *arguments):
+        searched.extend(edit.id for edit in edits)
+        return search(self, edits, *arguments)
+
+    monkeypatch.setattr(
+        "d4s.methods.locate_then_edit.EDITS_AHEAD", 2
+    )  # the journal has the first of several parts
+    monkeypatch.setattr(LocateEditor, "search", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr("d4s.methods.base.Editor.edit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(model, covariance, both, seeds=seed, out=tmp_path)
+    shutil.rmtree(tmp_path / "targets")  # as a process that was killed leaves it
+    compared(model, covariance, both, seeds=seed, out=tmp_path)
+    assert sorted(searched) == sorted(edit.id for edit in EDITS)  # each once
