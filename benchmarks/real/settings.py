@@ -1,19 +1,29 @@
-"""D4S's prior weight, layers and rule of the residual on a real model, each alone, with targets searched once.
+"""D4S's prior weight, layers, rule of the residual, and targets' search on a real model, each alone.
 
 python -m benchmarks.real.settings smollm2 counterfact.json --covariance c.safetensors --out settings [--count 100]
+    [--skip 1000] [--retain 500] [--only preset long]
+
+The edits are those of the comparison's order (`benchmarks.real.comparison`) behind the first --skip: what is chosen by
+them should be reported on others. With --retain, half of the statistics are of so many facts that are neither edited
+nor asked.
 
 Cost on two idle cores, SmolLM2-135M: 100 targets 4 minutes, unless an earlier comparison's are given by --targets; each
-setting 2 minutes. The edits are the first of the comparison's order (`benchmarks.real.comparison`).
+setting 2 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import d4s
+from benchmarks.real.setting import to_retain
+from d4s.locate.covariance import Covariance, covariance_at_subjects
 from d4s.methods import method_for
+from d4s.models.architectures import Anatomy
 
 
 def settings(preset: Any) -> dict[str, dict[str, Any]]:
@@ -25,7 +35,10 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     found |= {
         f"layers {first}–{layers[-1]}": {"layers": list(range(first, layers[-1] + 1))} for first in layers[1:]
     }
+    found[f"layers {layers[0] - 2}–{layers[-1]}"] = {"layers": list(range(layers[0] - 2, layers[-1] + 1))}
     found["once"] = {"residual": "once"}
+    found["long"] = dict(preset.presets["long"])
+    found["polyak"] = {"optimizer": "polyak", "steps": 8, "bare_looks": 6, "stop_nll": 0.02}
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 
 
@@ -42,20 +55,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--neighbors", type=int, help="neighbourhood prompts an edit that are asked")
+    parser.add_argument("--retain", type=int, default=0, metavar="FACTS")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="of the settings; preset is the method's own"
+    )
     options = parser.parse_args()
 
     model, tokenizer = d4s.load_model(options.model)
-    preset = method_for("d4s", d4s.models.architectures.Anatomy(model))
+    anatomy = Anatomy(model)
+    labels = {"preset": {"method": "d4s"}} | settings(method_for("d4s", anatomy))
+    if options.targets is not None:
+        del labels["polyak"]  # whose targets are others
+    if unknown := set(options.only or ()) - set(labels):
+        parser.error(
+            f"--only: no setting is called {', '.join(sorted(unknown))}; there are {', '.join(labels)}"
+        )
+    edits = d4s.load_edits(options.edits)
+    order = Random(options.seed).sample(edits, len(edits))[options.skip : options.skip + options.count]
+    made = [replace(edit, neighborhood=edit.neighborhood[: options.neighbors]) for edit in order]
+    covariance = Covariance.load(options.covariance)
+    if options.retain:
+        stay = to_retain(edits, made, [], options.retain)
+        covariance = covariance.mixed(covariance_at_subjects(model, tokenizer, stay), 0.5)
     found = d4s.compare(
         model,
         tokenizer,
-        d4s.load_edits(options.edits),
-        {"preset": {"method": "d4s"}} | settings(preset),
-        covariance=options.covariance,
+        made,
+        {label: fields for label, fields in labels.items() if label in (options.only or labels)},
+        covariance=covariance,
         targets=options.targets,
         seeds=options.seed,
-        shuffle=True,
-        count=options.count,
         out=options.out,
     )
     found.save(options.out)
