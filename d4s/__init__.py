@@ -45,6 +45,7 @@ from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import METHODS, Method, Preset
 from d4s.methods.preset import load_preset
 from d4s.models.architectures import ARCHITECTURES, Architecture
+from d4s.models.chat import in_chat
 from d4s.models.loading import load_model
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result, consolidate
@@ -137,6 +138,7 @@ __all__ = [
     "export_lora",
     "export_patch",
     "front",
+    "in_chat",
     "load_edits",
     "load_model",
     "load_preset",

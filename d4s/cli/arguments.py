@@ -110,6 +110,14 @@ def add_edits(verb: ArgumentParser, *, optional: bool = False) -> None:
     )
 
 
+def add_chat(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--chat",
+        action="store_true",
+        help="put every prompt into the user's turn of the model's chat template",
+    )
+
+
 def add_skip_bad(verb: ArgumentParser) -> None:
     verb.add_argument("--skip-bad", action="store_true", help="leave wrong records out, and list them")
 
@@ -236,6 +244,15 @@ def loaded_edits(options: Namespace) -> list[Any]:
     return load_edits(
         options.edits, limit=options.limit, skip_bad=options.skip_bad, zsre_target=options.zsre_target
     )
+
+
+def as_asked(options: Namespace, edits: list[Any], tokenizer: Any) -> list[Any]:
+    """The edits, with --chat in the tokenizer's chat template. Raises TokenizerError where it has none."""
+    if not options.chat:
+        return edits
+    from d4s.models.chat import in_chat
+
+    return in_chat(edits, tokenizer)
 
 
 def loaded_covariance(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from d4s.cli.arguments import (
+    add_chat,
     add_collapse,
     add_edits,
     add_model,
@@ -16,6 +17,7 @@ from d4s.cli.arguments import (
     add_sequences,
     add_targets,
     add_tensorboard,
+    as_asked,
     check_room,
     count,
     loaded_covariance,
@@ -38,6 +40,7 @@ SHARED = True
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
+    add_chat(verb)
     add_sequences(verb, again="; or that of an earlier run, which then goes on")
     verb.add_argument("--methods", type=names, default=["d4s", "memit"], help="as d4s,memit,rome")
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations; default: at the end")
@@ -67,6 +70,7 @@ def run(options: Namespace) -> None:
     methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
+    edits = as_asked(options, edits, tokenizer)
     check_room(
         model,
         methods,

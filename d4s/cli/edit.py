@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d4s.cli.arguments import (
+    add_chat,
     add_collapse,
     add_covariance,
     add_edits,
@@ -19,6 +20,7 @@ from d4s.cli.arguments import (
     add_scores,
     add_targets,
     add_tensorboard,
+    as_asked,
     check_room,
     configured,
     count,
@@ -48,6 +50,7 @@ SHARED = True
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
+    add_chat(verb)
     verb.add_argument("--method", help="default: that of a --preset file, else d4s")
     verb.add_argument(
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
@@ -84,6 +87,7 @@ def run(options: Namespace) -> None:
     edits, (method, config) = loaded_edits(options), configured(options, options.method)
     watchers = watching(options)
     model, tokenizer = loaded_model(options)
+    edits = as_asked(options, edits, tokenizer)
     if not isinstance(config, Preset):
         _say_by_rule(options, model, method)
     # The model, and what changed in it.

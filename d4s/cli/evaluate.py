@@ -6,7 +6,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from d4s.cli.arguments import add_edits, add_model, add_scores, loaded_edits, loaded_model, task_scores
+from d4s.cli.arguments import (
+    add_chat,
+    add_edits,
+    add_model,
+    add_scores,
+    as_asked,
+    loaded_edits,
+    loaded_model,
+    task_scores,
+)
 from d4s.cli.printing import print_json
 from d4s.ranks import here
 
@@ -17,6 +26,7 @@ SHARED = True
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
+    add_chat(verb)
     add_scores(verb)
     verb.add_argument(
         "--fluency", action="store_true", help="also fluency and consistency of generated texts"
@@ -35,6 +45,7 @@ def run(options: Namespace) -> None:
 
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
+    edits = as_asked(options, edits, tokenizer)
     if options.baseline is None:  # else it has been edited, and may have come to say NaN by that
         check_ready(model, tokenizer, edits)
     measure = task_scores(options, model, tokenizer)

@@ -6,10 +6,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from d4s.cli.arguments import (
+    add_chat,
     add_edits,
     add_fields,
     add_model,
     add_preset,
+    as_asked,
     check_file,
     configured,
     loaded_edits,
@@ -27,6 +29,7 @@ SHARED = True
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
+    add_chat(verb)
     verb.add_argument("--out", type=Path, required=True, help="safetensors file")
     add_fields(verb)
     add_preset(verb)
@@ -38,6 +41,7 @@ def run(options: Namespace) -> None:
     here().on_first(lambda: check_file(options.out))
     edits, (method, config) = loaded_edits(options), configured(options, None)
     model, tokenizer = loaded_model(options)
+    edits = as_asked(options, edits, tokenizer)
     kept = search_targets(
         model, tokenizer, edits, method=method, config=config, out=options.out, seed=options.seed
     )

@@ -7,10 +7,12 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from d4s.cli.arguments import (
+    add_chat,
     add_covariance,
     add_edits,
     add_fields,
     add_model,
+    as_asked,
     check_file,
     configuration,
     count,
@@ -41,6 +43,7 @@ def minutes(text: str) -> float:
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
+    add_chat(verb)
     verb.add_argument("--method", default="d4s")
     verb.add_argument("--out", type=Path, required=True, help="JSON file; a figure and its data go beside it")
     verb.add_argument("--minutes", type=minutes, default=10.0, help="that it may take; default: 10")
@@ -68,6 +71,8 @@ def run(options: Namespace) -> None:
     if options.probe_edits is not None:
         own = load_edits(options.probe_edits, skip_bad=options.skip_bad, zsre_target=options.zsre_target)
     model, tokenizer = loaded_model(options)
+    edits = as_asked(options, edits, tokenizer)
+    own = None if own is None else as_asked(options, own, tokenizer)
     found = tune(
         model,
         tokenizer,

@@ -84,6 +84,8 @@ class Edit:
                      one space, but none where the prompt ends in a line break, a tab, an opening bracket or a
                      currency sign, none before % or closing punctuation, and none between scripts that are
                      written without (`d4s.edits.spacing.joint`). Questions carry their own.
+    chat:            what of a chat template stands in `prompt` before the user's text, where the edit is asked in one
+                     (`d4s.in_chat`): contexts are put behind it. None: the prompt is plain text
 
     Lists become tuples. Texts are kept in Unicode's composed form (NFC), so that two spellings of one name are one.
     Spaces at the end of prompts that the target's own would double are cut; line breaks and tabs stay.
@@ -106,6 +108,7 @@ class Edit:
     kind: Kind = "completion"
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)
     target_prefix: str | None = None
+    chat: str | None = None
 
     def __post_init__(self) -> None:
         where = f"edit of {shown(self.subject)}"
@@ -148,6 +151,15 @@ class Edit:
                 f"{where}: 'target_new' and 'target_true' are both {shown(self.target_new)}; "
                 f"a {self.kind} edit is scored by comparing them, so they must differ"
             )
+        if self.chat is not None:
+            if not isinstance(self.chat, str):
+                raise EditError(f"{where}: 'chat' must be text or None, not {type(self.chat).__name__}")
+            keep("chat", unicodedata.normalize("NFC", _encodable(self.chat, "chat", where)))
+            if not self.prompt.partition("{}")[0].startswith(self.chat):
+                raise EditError(
+                    f"{where}: 'prompt' does not begin with 'chat', {shown(self.chat)}, before its '{{}}'; "
+                    "d4s.in_chat makes both"
+                )
         keep("tags", _tags(self.tags, where))
         if not isinstance(self.id, str):
             raise EditError(f"{where}: 'id' must be text, not {type(self.id).__name__}")

@@ -20,7 +20,7 @@ from d4s.models.architectures import Anatomy
 from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-targets-1"
-Fact = tuple[str, str, str, str | None]
+Fact = tuple[str | None, ...]
 # Fields of the configuration that came later: as they are by default, targets are what they were before them.
 _LATER = ("target_eos", "optimizer", "stop_nll", "bare_looks", "search_precision")
 _PARTS = ("start", "delta", "first_probability", "last_probability")
@@ -188,4 +188,5 @@ class KeptTargets:
 
 def _fact(edit: Edit) -> Fact:
     """What of an edit decides its target."""
-    return (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
+    fact = (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
+    return fact if edit.chat is None else (*fact, edit.chat)  # contexts stand behind it

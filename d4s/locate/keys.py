@@ -39,7 +39,7 @@ def subject_rows(
     ids: list[tuple[int, ...]] = []
     for edit in edits:
         for prefix in ("", *prefixes):
-            row = subject_row(tokenizer, edit.prompt, edit.subject, prefix=prefix)
+            row = subject_row(tokenizer, edit.prompt, edit.subject, prefix=prefix, head=edit.chat)
             ids.append(row.ids[: row.subject_last + 1])
     bare = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
     shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes], dtype=torch.float32)

@@ -63,7 +63,9 @@ def request_of(tokenizer: Any, edit: Edit, prefixes: Sequence[str], end: Sequenc
     """
     before, after, read, target = [], [], [], []
     for prefix in ("", *prefixes):
-        row = subject_row(tokenizer, edit.prompt, edit.subject, edit.target(edit.target_new), prefix)
+        row = subject_row(
+            tokenizer, edit.prompt, edit.subject, edit.target(edit.target_new), prefix, edit.chat
+        )
         at = row.subject_last
         ids = (*row.ids, *end)
         before.append(ids[:at])

@@ -26,6 +26,7 @@ from d4s.measure.row import Ask, Recorder, Row, Text, mean
 from d4s.measure.statistics import resampled_means
 from d4s.models import generation
 from d4s.models.causal_lm import CausalLM
+from d4s.models.chat import chat_note
 from d4s.models.generation import TermWeights, Written, is_decided
 from d4s.models.readiness import check_askable, check_ready
 from d4s.models.scoring import Score
@@ -250,6 +251,8 @@ def evaluate(
         texts = _written(model, tokenizer, openings, max_new_tokens=FLUENCY_TOKENS, **freely, **options)
         _add_fluency(done, edits, texts)
     remarks = tuple(f"{text} ({n} times)" for text, n in notes.items())
+    if (form := chat_note(edits)) is not None:
+        remarks = (form, *remarks)
     return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
 
 

@@ -278,11 +278,14 @@ class D4SEditor(LocateEditor):
         self.write()
 
 
-def _told(edit: Edit) -> tuple[str, str, str, str | None]:
+def _told(edit: Edit) -> tuple[Any, ...]:
     """What an edit's target is searched by again."""
-    return edit.prompt, edit.subject, edit.target_new, edit.target_prefix
+    told = (edit.prompt, edit.subject, edit.target_new, edit.target_prefix)
+    return told if edit.chat is None else (*told, edit.chat)
 
 
-def _fact(prompt: str, subject: str, target_new: str, target_prefix: str | None = None) -> Edit:
+def _fact(
+    prompt: str, subject: str, target_new: str, target_prefix: str | None = None, chat: str | None = None
+) -> Edit:
     """The edit that `_told` tells of, and nothing else of it."""
-    return Edit(prompt, subject, target_new, kind="question", target_prefix=target_prefix)
+    return Edit(prompt, subject, target_new, kind="question", target_prefix=target_prefix, chat=chat)

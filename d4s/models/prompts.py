@@ -126,12 +126,20 @@ def _ids_behind_a_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def subject_row(tokenizer: Any, template: str, subject: str, target: Target = "", prefix: str = "") -> Row:
+def subject_row(
+    tokenizer: Any,
+    template: str,
+    subject: str,
+    target: Target = "",
+    prefix: str = "",
+    head: str | None = None,
+) -> Row:
     """The row of prefix + template filled with the subject + target, which is text or (text, what stands before it).
 
     The subject's last token comes from the character offsets of one tokenisation of the whole prompt, so
     that start tokens, merges and a subject that stands in the text twice do no harm. A start token with which the
     template begins stays at the row's beginning, before the prefix.
+    head: what of the template stays before the prefix, as of a chat (`Edit.chat`); None: that start token
     Raises EditError without '{}'; TokenizerError for a tokenizer without offsets.
     """
     at = template.find("{}")
@@ -143,7 +151,9 @@ def subject_row(tokenizer: Any, template: str, subject: str, target: Target = ""
             "load a fast tokenizer (AutoTokenizer.from_pretrained(…, use_fast=True))"
         )
     start = getattr(tokenizer, "bos_token", None) or ""
-    while start and prefix and template.startswith(start):
+    if prefix and head is not None:
+        prefix, template = head + prefix, template.removeprefix(head)
+    while start and prefix and head is None and template.startswith(start):
         template = template.removeprefix(start)
         if not prefix.startswith(start):
             prefix = start + prefix
