@@ -181,6 +181,13 @@ _EVALUATION = (
     _evaluation("paraphrase_exact", "share", "the same on the paraphrases", "summary"),
     _evaluation("efficacy_exact_strict", "share", "the same without normalisation, but for outer blanks"),
     _evaluation("paraphrase_exact_strict", "share", "the same on the paraphrases"),
+    Column(
+        "target_misspelt",
+        "share",
+        "down",
+        "free greedy text: nearly the target's spelling, and not the target; of names from four letters on",
+        origin="evaluation",
+    ),
     _evaluation("portability", "share", "consequences: tokens of the first answer right, teacher-forced"),
     _evaluation("portability_generated", "share", "consequences: free greedy generation, exact match"),
     _evaluation("multi_hop", "share", "any of the multi-hop questions wholly right, teacher-forced"),
@@ -208,6 +215,7 @@ def _label(name: str, meaning: str, origin: Origin, shown: Shown = "row") -> Col
 _BY_EDIT = (
     _label("id", "the edit's", "evaluation"),
     _label("kind", "of the edit", "evaluation"),
+    _label("misspelt_as", "what the free greedy text has for the target, where it is misspelt", "evaluation"),
     _nll("nll_new", "mean over the new target's tokens, on the edit prompt", "down"),
     _nll("nll_true", "mean over the true target's tokens, on the edit prompt"),
     _nll("paraphrase_nll_new", "the new target's, a paraphrase each", "down"),

@@ -12,7 +12,7 @@ from d4s.edits import Edit, Question
 from d4s.edits.spacing import Target, continuation
 from d4s.errors import ConfigError
 from d4s.models.causal_lm import CausalLM
-from d4s.models.generation import Written, is_exactly, says
+from d4s.models.generation import Written, can_be_misspelt, is_exactly, misspelt, says
 from d4s.models.scoring import Score, score
 
 _TRUTH = {"True": "False", "False": "True"}
@@ -108,6 +108,8 @@ class Row:
             target = edit.target(edit.target_new)
             row[f"{name}_exact"] = mean([self._is(prompt, target) for prompt in prompts])
             row[f"{name}_exact_strict"] = mean([self._is(prompt, target, strict=True) for prompt in prompts])
+            if not prefix and can_be_misspelt(edit.target_new):
+                self._misspelt(prompts[0])
         if not prefix:  # one prompt: a number, not a list
             row |= {key: row[key][0] for key in ("nll_new", "nll_true") if key in row}
 
@@ -227,6 +229,17 @@ class Row:
         answer = continuation(prompt, target)
         written = self.text(prompt, answer) if self.text is not None else None
         return written is not None and is_exactly(written, (answer,), strict=strict)
+
+    def _misspelt(self, prompt: str) -> None:
+        row, edit = self.row, self.edit
+        answer = continuation(prompt, edit.target(edit.target_new))
+        written = self.text(prompt, answer) if self.text is not None else None
+        found = None
+        if written is not None and not is_exactly(written, (answer,)):
+            found = misspelt(written, answer, () if edit.target_true is None else (edit.target_true,))
+        row["target_misspelt"] = float(found is not None)
+        if found is not None:
+            row["misspelt_as"] = found
 
     def _by_kind(self, name: str, shares: Sequence[tuple[str, float]]) -> None:
         for kind in dict.fromkeys(kind for kind, _ in shares if kind):

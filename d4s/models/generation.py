@@ -209,6 +209,86 @@ def _joined(text: str) -> str:
     return normalised(text, joined=True)
 
 
+SHORTEST_NAME = 4  # letters: of a shorter one, a wrong letter makes another word
+LETTERS_A_SLIP = 8  # of a name, for each letter that may be wrong in it; one always may
+WORDS_BEFORE = 2  # how far from the answer's beginning a name may stand
+
+
+def can_be_misspelt(answer: str) -> bool:
+    """Whether `misspelt` says anything of it: a name of `SHORTEST_NAME` letters or more, and no digit, of which a wrong
+    one is another number."""
+    letters = _folded(answer)
+    return sum(c.isalpha() for c in letters) >= SHORTEST_NAME and not any(c.isdigit() for c in letters)
+
+
+def misspelt(written: Written, answer: str, others: Iterable[str] = ()) -> str | None:
+    """What the text has in the place of the answer, where that is not the answer and nearly its spelling; else None.
+
+    answer: as it stands behind the prompt; others: answers that are right in themselves, as the one before the edit
+
+    Both are compared in lower case, without articles, punctuation, accents and extra blanks. Looked at are the text's
+    first words up to its first full stop (as `is_exactly` takes it), two more than the answer has; in them, all runs of
+    as many words as the answer, of one less and one more. A near miss is a run that differs from the answer by at most
+    one letter for every eight of the answer (blanks counted), and one at least: put in, left out, replaced, or swapped
+    with its neighbour, each letter in one of these alone. None where
+
+    - a run is the answer: it is spelled right, whatever stands around it;
+    - the run goes on where the answer ends or ends before it does ("Italians", "Ital"): a plural, another form of the
+      name, or a text that the token limit cut off;
+    - the run is one of the others.
+
+    Another name, or the same one in another language, that is as near counts as misspelt: "Roma" and "Rome", "Brasil"
+    and "Brazil", "Iran" and "Iraq". Garbled beyond that it does not count, and in scripts without blanks hardly ever.
+    """
+    name = _folded(answer)
+    count = len(name.split())
+    stop = _full_stop(written.text, answer, _joined)
+    words = _folded(written.text if stop is None else written.text[: stop.end()]).split()
+    words = words[: count + WORDS_BEFORE]
+    runs = [
+        " ".join(words[first : first + length])
+        for first in range(len(words))
+        for length in (count, count - 1, count + 1)
+        if length > 0 and first + length <= len(words)
+    ]
+    if not can_be_misspelt(answer) or name in runs:
+        return None
+    known = {_folded(other) for other in others}
+    most = max(1, len(name) // LETTERS_A_SLIP)
+    near = [
+        (slips, run)
+        for run in runs
+        if run not in known
+        and not run.startswith(name)
+        and not name.startswith(run)
+        and (slips := _slips(run, name, most)) <= most
+    ]
+    return min(near, key=lambda one: one[0])[1] if near else None
+
+
+def _folded(text: str) -> str:
+    """`normalised(joined=True)` without accents."""
+    apart = unicodedata.normalize("NFD", _joined(text))
+    return "".join(c for c in apart if not unicodedata.combining(c))
+
+
+def _slips(one: str, other: str, most: int) -> int:
+    """Letters put in, left out, replaced or swapped with their neighbour between two texts; more than `most`: some
+    number above it. A letter is part of one of these at most (optimal string alignment)."""
+    if abs(len(one) - len(other)) > most:
+        return most + 1
+    before, last = [0] * (len(other) + 1), list(range(len(other) + 1))
+    for i, letter in enumerate(one, start=1):
+        row = [i]
+        for j, wanted in enumerate(other, start=1):
+            least = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                least = min(least, before[j - 2] + 1)
+            row.append(least)
+        before, last = last, row
+    return last[-1]
+
+
 def normalised(text: str, *, joined: bool = False) -> str:
     """Lower case, without punctuation, articles and extra blanks (after SQuAD, arXiv 1606.05250).
 

@@ -246,6 +246,7 @@ def _edits(run: ToldRun, places: Mapping[str, int]) -> dict[str, list[Any]]:
         "greedy": of(now, "efficacy_argmax"),
         "paraphrase": of(now, "paraphrase"),
         "specificity": of(now, "specificity"),
+        "misspelt": [now.get(row["id"], {}).get("misspelt_as") for row in table],
         "lost": [int(row["id"] in lost) for row in table],
         "undone": [int(row["id"] in run.facts and not run.facts[row["id"]].stands) for row in table],
     }

@@ -267,6 +267,7 @@
       { head: "new answer", only: facts.new.some(Boolean), ...text("new") },
       { head: "answer before", has: "new_before", text: true, value: (run, i) => (answer(run, i, "before") || {}).text || "", cell: (run, i) => told(run, i, "before") },
       { head: "answer now", has: "new_now", text: true, value: (run, i) => (answer(run, i, "now") || {}).text || "", cell: (run, i) => told(run, i, "now") },
+      { head: "misspelt as", has: "misspelt", text: true, value: (run, i) => at(run, "misspelt", i) || "", cell: (run, i) => make("td", { kind: "text", text: at(run, "misspelt", i) || "" }) },
       { head: "mark", text: true, value: mark, cell: (run, i) => { const found = mark(run, i); return make("td", { kind: "text" }, found ? make("span", { kind: "mark", text: found }) : null); } },
       { head: "p(new) before", has: "new_before", ...p("new_before") },
       { head: "p(new) found by the search", has: "searched", ...p("searched") },

@@ -210,7 +210,7 @@ def _rows(
                 raise files.WrongType(f"{place}[{i}] has no {name!r}")
         for name, cell in files.as_object(row, f"{place}[{i}]").items():
             at = f"{place}[{i}], {shown(name)}"
-            if (name == "id" and name in needed) or (name == "kind" and evaluated):
+            if (name == "id" and name in needed) or (name in ("kind", "misspelt_as") and evaluated):
                 cells[name] = files.as_text(cell, at)
             elif name in ("step", "count") and name in needed:
                 cells[name] = files.as_count(cell, at)

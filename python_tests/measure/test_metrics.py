@@ -14,6 +14,7 @@ from d4s.edits import Edit, Question
 from d4s.edits.formats import load_edits
 from d4s.errors import ConfigError, DataError
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
+from d4s.sequence.record import read_evaluation
 
 FIXTURES = sorted((Path(__file__).parents[1] / "support" / "fixtures").glob("*.json"))
 
@@ -154,6 +155,38 @@ def test_exact_generation_is_scored_for_every_kind_of_edit() -> None:
     assert ev.metrics["paraphrase_exact"].count == 2
 
 
+def test_a_target_that_is_nearly_spelled_is_told_with_what_was_written() -> None:
+    model = Bigram(
+        {
+            **{"a": {"Rmoe": 0.6}, "Rmoe": {".": 0.9}, "c": {"Rome": 0.6}, "Rome": {".": 0.9}},
+            **{"d": {"Iraq": 0.6}, "Iraq": {".": 0.9}, "e": {"of": 0.6}, "of": {"Rmoe": 0.9}},
+        }
+    )
+    edits = [
+        edit("a", "Rome", "Oslo", id="garbled"),
+        edit("c", "Rome", "Oslo", id="right"),
+        edit("d", "Iran", "Iraq", id="as before"),
+        edit("d", "Iran", "Oslo", id="another"),  # nothing says that Iraq is right in itself
+        edit("e", "Rome", "Oslo", id="behind a word"),
+        edit("a", "Oslo", "Rome", id="far off"),
+        edit("a", "Rmo", "Oslo", id="too short"),
+    ]
+    ev = evaluate(model, model.tokenizer, edits, generate=True)
+    found = {row["id"]: (row.get("target_misspelt"), row.get("misspelt_as")) for row in ev.rows}
+    assert found == {
+        "garbled": (1, "rmoe"),
+        "right": (0, None),
+        "as before": (0, None),
+        "another": (1, "iraq"),
+        "behind a word": (1, "rmoe"),
+        "far off": (0, None),
+        "too short": (None, None),
+    }
+    assert ev["target_misspelt"] == 0.5 and ev.metrics["target_misspelt"].count == 6
+    assert read_evaluation(json.loads(json.dumps(ev.to_dict())), "here").rows == ev.rows
+    assert not [n for row in evaluate(model, model.tokenizer, edits).rows for n in row if "misspelt" in n]
+
+
 def test_free_generation_leaves_all_other_figures_as_they_were() -> None:
     model, edits = sentences()
     plain = evaluate(model, model.tokenizer, edits).rows
@@ -161,6 +194,7 @@ def test_free_generation_leaves_all_other_figures_as_they_were() -> None:
     added = {name for row in freely for name in row} - {name for row in plain for name in row}
     assert added == {
         "efficacy_generated",
+        "target_misspelt",  # of the one target that is long enough, "True"
         *(f"{name}_exact{more}" for name in ("efficacy", "paraphrase") for more in ("", "_strict")),
     }
     assert [{k: v for k, v in row.items() if k not in added} for row in freely] == plain

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,14 @@ from d4s.models.forward import _CACHED_WAY
 from d4s.models.generation import (
     TermWeights,
     Written,
+    _slips,
+    can_be_misspelt,
     fluency,
     generate,
     generate_greedy,
     is_decided,
     is_exactly,
+    misspelt,
     normalised,
     says,
 )
@@ -269,3 +273,95 @@ def test_likeness_of_texts_worked_by_hand() -> None:
     assert weights.cosine("aa", "aa bb") == pytest.approx(usual / math.hypot(usual, rare))
     assert weights.cosine("bb", "cc") == 0 and weights.cosine("xx", "aa") == 0 and weights.cosine("", "") == 0
     assert weights.cosine("bb, I.", "cc, I.") == 0  # what all texts share tells nothing
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        # Garbled: a swap, a letter too many, one too few, a wrong one; words that have grown together or apart.
+        (" Rmoe. It is", " Rome", "rmoe"),
+        (" Leonardo da Vnici", " Leonardo da Vinci", "leonardo da vnici"),
+        (" Ludwig van Bethoven was", " Ludwig van Beethoven", "ludwig van bethoven"),
+        (" Leonardo daVinci", " Leonardo da Vinci", "leonardo davinci"),
+        (" Manch ester", " Manchester", "manch ester"),
+        (" St. Luois. It is", " St. Louis", "st luois"),  # its own full stop does not end it
+        (" the city of Rmoe, Italy", " Rome", "rmoe"),  # two words further on
+        (" Rmoe", "Rome", "rmoe"),
+        # Two slips are too many for a name of eleven letters, and in order for one of sixteen.
+        (" Alxeander C", " Alexander D", None),
+        (" Alxeander Farnkl", " Alexander Frankl", "alxeander farnkl"),
+        # Spelled right, whatever is around it, before it, or on its letters.
+        (" Rome", " Rome", None),
+        (" Rome, Italy", " Rome", None),
+        (" Rmoe, that is Rome", " Rome", "rmoe"),  # what comes later than two words on does not heal it
+        (" Rmoe or Rome", " Rome", None),
+        (" Sao Paulo", " São Paulo", None),
+        (" the ROME", " Rome", None),
+        # The name goes on, or was cut: plurals, other forms, the token limit.
+        (" Italians", " Italian", None),
+        (" Ital", " Italian", None),
+        (" Leonardo da", " Leonardo da Vinci", None),
+        (" Romania", " Rome", None),
+        # Behind the first full stop, or the first words, nothing is looked at.
+        (" Paris. Rmoe", " Rome", None),
+        (" a town that is called Rmoe", " Rome", None),
+        # Other names, and the same one in another language: not near enough …
+        (" Londres", " London", None),
+        (" Slovenia", " Slovakia", None),
+        (" Australia", " Austria", None),
+        (" West Germany", " East Germany", None),
+        (" French", " France", None),
+        # … or near enough to count, which the figure cannot tell from a slip.
+        (" Roma", " Rome", "roma"),
+        (" Brasil", " Brazil", "brasil"),
+        (" Iraq", " Iran", "iraq"),
+        # Nothing is said of short names and of numbers.
+        (" UAS", " USA", None),
+        (" in 1978", " 1987", None),
+        ("", " Rome", None),
+    ],
+)
+def test_a_near_miss_of_a_name_is_told_from_other_answers(text: str, answer: str, found: str | None) -> None:
+    assert misspelt(Written((), text, True), answer) == found
+
+
+def test_an_answer_that_is_right_in_itself_is_not_misspelt() -> None:
+    assert misspelt(Written((), " Iraq", True), " Iran", ("Iraq",)) is None
+    assert misspelt(Written((), " Iraw", True), " Iran", ("Iraq",)) == "iraw"
+
+
+def test_the_least_garbled_of_several_runs_is_told() -> None:
+    assert (
+        misspelt(Written((), " Alxeander Farnkl Alexander Farnkl", True), " Alexander Frankl")
+        == "alexander farnkl"
+    )
+
+
+def test_short_names_and_numbers_cannot_be_misspelt() -> None:
+    assert [can_be_misspelt(name) for name in ("Rome", "USA", "U.S.A.", "1987", "Route 66", "São P")] == [
+        *(True, False, False, False, False, True)
+    ]
+
+
+def test_slips_are_counted_as_they_are_defined(seed: int) -> None:
+    """Against the recursion of optimal string alignment, written out."""
+    draw = random.Random(seed)
+    for _ in range(200):
+        one, other = ("".join(draw.choices("ab c", k=draw.randrange(8))) for _ in range(2))
+
+        @lru_cache
+        def apart(i: int, j: int, one: str = one, other: str = other) -> int:
+            if not i or not j:
+                return i + j
+            ways = [
+                apart(i - 1, j) + 1,
+                apart(i, j - 1) + 1,
+                apart(i - 1, j - 1) + (one[i - 1] != other[j - 1]),
+            ]
+            if i > 1 and j > 1 and one[i - 1] == other[j - 2] and one[i - 2] == other[j - 1]:
+                ways.append(apart(i - 2, j - 2) + 1)
+            return min(ways)
+
+        right, most = apart(len(one), len(other)), draw.randrange(1, 8)
+        found = _slips(one, other, most)
+        assert found == right if abs(len(one) - len(other)) <= most else found > most
