@@ -144,27 +144,33 @@ def run(options: Namespace) -> None:
 
 
 def _say_by_rule(options: Namespace, model: CausalLM, method: str) -> None:
-    """What the settings rest on, where nothing is published or measured for the model. On standard error: a long run
-    should not have ended before it is said."""
+    """`by_rule` on standard error: a long run should not have ended before it is said."""
+    if said := by_rule(model, method):
+        print(
+            f"{said}, where --set does not say otherwise; none is tried on it. d4s tune {options.model} "
+            f"{options.edits} --out preset.json tries them, on edits set aside",
+            file=sys.stderr,
+        )
+
+
+def by_rule(model: CausalLM, method: str) -> str:
+    """What the settings rest on, where nothing is published or measured for the model; else nothing."""
     from d4s.methods import method_for
     from d4s.methods.published import is_known
     from d4s.models.architectures import Anatomy, text_config
 
     anatomy = Anatomy(model)
     if is_known(anatomy):
-        return
+        return ""
     chosen = method_for(method, anatomy)
     said = (
         [f"layers {', '.join(map(str, layers))} by its depth"] if (layers := chosen.value("layers")) else []
     )
     if chosen.strength == "prior_weight" and chosen.value("prior_weight") is None:
         said.append("λ (prior_weight) by the share of the first edits that arrives, told at the end")
-    print(
+    return (
         f"settings of {method}: nothing is published or measured for a {text_config(model).model_type} of "
-        f"{len(anatomy)} blocks, so {' and '.join(said) or 'they go by its rule'}, where --set does not say "
-        f"otherwise; none is tried on it. d4s tune {options.model} {options.edits} --out preset.json tries them, on "
-        "edits set aside",
-        file=sys.stderr,
+        f"{len(anatomy)} blocks, so {' and '.join(said) or 'they go by its rule'}"
     )
 
 

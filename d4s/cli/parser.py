@@ -24,6 +24,7 @@ from d4s.cli import (
     revise,
     targets,
     tasks,
+    try_,
     tune,
     undo,
     verify,
@@ -48,6 +49,7 @@ class Verb(Protocol):
 VERBS: dict[str, Verb] = {
     "demo": demo,
     "plan": plan,
+    "try": try_,
     "edit": edit,
     "tune": tune,
     "targets": targets,
