@@ -229,7 +229,7 @@ def misspelt(written: Written, answer: str, others: Iterable[str] = ()) -> str |
     Both are compared in lower case, without articles, punctuation, accents and extra blanks. Looked at are the text's
     first words up to its first full stop (as `is_exactly` takes it), two more than the answer has; in them, all runs of
     as many words as the answer, of one less and one more. A near miss is a run that differs from the answer by at most
-    one letter for every eight of the answer (blanks counted), and one at least: put in, left out, replaced, or swapped
+    one letter for every eight of the answer (blanks counted), one at least: put in, left out, replaced, or swapped
     with its neighbour, each letter in one of these alone. None where
 
     - a run is the answer: it is spelled right, whatever stands around it;

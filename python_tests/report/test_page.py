@@ -21,6 +21,7 @@ from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 from d4s.errors import ConfigError, DataError
 from d4s.locate.covariance import estimate_covariance
+from d4s.report.content import content_of
 from d4s.report.page import page, write_report
 from d4s.report.runs import runs_in, statements_in
 from d4s.sequence.compare import compare
@@ -164,6 +165,14 @@ def test_ten_thousand_edits_stay_small(seed):
     print(one, four)
     assert one < LIMIT / 2 and four < LIMIT
     assert len(page([made_up(1_000, seed)]).encode()) < one / 3
+
+
+def test_a_misspelt_answer_is_told_with_its_edit(seed):
+    run = made_up(3, seed)
+    assert "misspelt" not in content_of([run])["edits"][0]
+    run.record.evaluations[0].rows[0]["misspelt_as"] = "of the unedited model"
+    run.record.evaluations[-1].rows[1]["misspelt_as"] = "rmoe"
+    assert content_of([run])["edits"][0]["misspelt"] == [None, "rmoe", None]
 
 
 def test_runs_side_by_side_keep_their_names_and_share_the_facts(tmp_path):
