@@ -130,6 +130,7 @@ def test_a_dict_and_back_is_the_same_edit() -> None:
         kind="question",
         tags={"case": "4"},
         target_prefix="",
+        chat="",
     )
     record = made.to_dict()
     assert set(record) == {item.name for item in dataclasses.fields(Edit)}
