@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -166,9 +167,9 @@ def test_a_sequence_in_chat_form_writes_what_is_asked_so_and_says_it(seed, tmp_p
         journal=tmp_path / "j",
         original=False,
     )
-    # What was searched in this form is reached in it: the NLL of every edit falls.
-    before, after = ([row["nll_new"] for row in result.evaluations[i].rows] for i in (0, -1))
-    assert sum(after) < sum(before)
+    # Search begins at what scoring says of the unedited model: both see one text, and the target where it is.
+    scored = [math.exp(-row["nll_new"]) for row in result.evaluations[0].rows]
+    assert [row["first_probability"] for row in result.edits_table] == pytest.approx(scored, rel=1e-3)
     (note,) = [note for note in result.evaluations[-1].notes if "chat" in note]
     assert note.startswith("asked in the model's chat template") and "as they are in the user's turn" in note
     again = sequence(
