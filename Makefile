@@ -2,7 +2,8 @@
 #
 #   make style      formatters, linters, types
 #   make test       every test
-#   make docs       links, images and files that the documents name; the examples
+#   make docs       the site, into build/site, a warning being an error; then links, files that are named, blocks of code
+#                   and the examples. Needs the extra "docs", which "test" brings.
 #   make bench      every op and whole sequences, timed against their baselines
 #   make sanitize   the tests of the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer: the first
 #                   access outside of an array, use of freed memory or undefined step ends the run with its line.
@@ -24,7 +25,8 @@ test:
 	$(PYTHON) -m pytest -n auto
 
 docs:
-	$(PYTHON) -m pytest -q python_tests/test_docs.py python_tests/test_examples.py
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/site
+	$(PYTHON) -m pytest -q python_tests/test_docs.py python_tests/test_doc_blocks.py python_tests/test_site.py python_tests/test_examples.py
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-enable

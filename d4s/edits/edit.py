@@ -80,7 +80,7 @@ class Edit:
                      open sentences without a known old answer; "statement": the prompt is a whole sentence
                      and the target 'True' or 'False'
     tags:            where the edit comes from: 'source' names the format, 'case' the record it stands in
-    target_prefix:   what stands between every prompt and its target, as "" in 'costs ${}', "\n" or "    "; None:
+    target_prefix:   what stands between every prompt and its target, as "" in 'costs ${}', "\\n" or "    "; None:
                      one space, but none where the prompt ends in a line break, a tab, an opening bracket or a
                      currency sign, none before % or closing punctuation, and none between scripts that are
                      written without (`d4s.edits.spacing.joint`). Questions carry their own.

@@ -1,7 +1,7 @@
 """Presets: what of a method's configuration was found to serve a model, in a file or under a name.
 
 A file is made by `d4s tune`: the fields that it searched, the model they are for, what was measured, and the probe
-edits that chose them. A name is a row of the method's own table `presets`.
+edits that chose them; or by `d4s import-config`, from another program's hyperparameters. A name is a row of the method's own table `presets`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FORMAT = "d4s-preset-1"
 NAMED = 5  # probes that a note names at most
 _MODEL_TEXTS, _MODEL_COUNTS = ("type", "fingerprint"), ("blocks", "width", "vocabulary")
+# In place of these of an imported preset, which is for every model of one kind: where W is, `{}` for the layer.
+PROJECTION = "projection"
 _PARTS = ("method", "fields", "model", "measured", "versions", "probes")
 
 
@@ -46,7 +48,8 @@ class Preset:
 
     method: its name
     fields: name → JSON value of those that were searched, whether or not they differ from the method's own preset
-    model: `model_facts` of the model
+    model: `model_facts` of the model; of an imported one the projection that is W, as "transformer.h.{}.mlp.c_proj", or
+        nothing
     measured: what was found, JSON values
     versions: of what measured
     probes: (id, text) of the edits that chose the fields
@@ -67,7 +70,16 @@ class Preset:
         return replace(self, overrides={**self.overrides, **overrides})
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raises ConfigError, naming what differs, unless it was found on this model."""
+        """Raises ConfigError, naming what differs, unless it was found on this model, or imported for such ones."""
+        if not self.model.keys() - {PROJECTION}:
+            at = anatomy.architecture
+            here_is = f"{at.blocks}.{{}}.{at.mlp_output}"
+            if self.model.get(PROJECTION, here_is) != here_is:
+                raise ConfigError(
+                    f"{self.path}: is for models whose W is {self.model[PROJECTION]}, and here it is {here_is}; import "
+                    "the settings of a model of this type"
+                )
+            return
         here = model_facts(anatomy)
         if differ := [name for name, value in here.items() if self.model.get(name) != value]:
             said = "; ".join(
@@ -113,7 +125,7 @@ class Preset:
 
 
 def load_preset(path: str | os.PathLike[str]) -> Preset:
-    """What `d4s tune` wrote: `edit_sequence(config=load_preset("preset.json"))`.
+    """What `d4s tune` or `d4s import-config` wrote: `edit_sequence(config=load_preset("preset.json"))`.
 
     Raises DataError, naming the file and the field, for one that is something else, damaged, or of no known method.
     """
@@ -126,10 +138,12 @@ def load_preset(path: str | os.PathLike[str]) -> Preset:
         if method not in METHODS:
             raise files.WrongType(unknown_name("method", method, METHODS))
         facts = files.as_object(stored["model"], "model")
+        known = (PROJECTION,) if not facts.keys() - {PROJECTION} else _MODEL_TEXTS
         model: dict[str, str | int] = {
-            name: files.as_text(facts.get(name), f"model, {name}") for name in _MODEL_TEXTS
+            name: files.as_text(facts.get(name), f"model, {name}") for name in known if facts
         }
-        model |= {name: files.as_count(facts.get(name), f"model, {name}") for name in _MODEL_COUNTS}
+        if known == _MODEL_TEXTS:
+            model |= {name: files.as_count(facts.get(name), f"model, {name}") for name in _MODEL_COUNTS}
         if len(facts) != len(model):
             raise files.WrongType(f"model has other fields than {', '.join(model)}")
         probes = []

@@ -38,6 +38,7 @@ VERBS = (
     "tasks",
     "tune",
     "try",
+    "import-config",
     "models",
     "methods",
 )
@@ -219,9 +220,9 @@ def test_every_verb_is_tested():
         action.choices for action in command_line()._actions if hasattr(action, "choices") and action.choices
     ]
     assert set(VERBS) == set(verbs)
-    assert set(VERBS) <= {path.stem.rstrip("_") for path in (ROOT / "d4s" / "cli").glob("*.py")}, (
-        "one file a verb"
-    )
+    assert {verb.replace("-", "_") for verb in VERBS} <= {
+        path.stem.rstrip("_") for path in (ROOT / "d4s" / "cli").glob("*.py")
+    }, "one file a verb"
 
 
 def test_the_command_line_loads_nothing_slow_before_a_verb_runs():
