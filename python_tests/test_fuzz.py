@@ -28,6 +28,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import Targets
 from d4s.measure.metrics import Baseline, Evaluation, Metric
 from d4s.methods import METHODS, Preset
+from d4s.methods.imported import import_config, summary
 from d4s.methods.preset import load_preset
 from d4s.models.scoring import Score
 from d4s.sequence.compare import _Kept
@@ -161,6 +162,26 @@ def _load_preset(path: Path) -> object:
     return preset.applied(METHODS[preset.method](layers=(0,)))
 
 
+HYPERPARAMETERS = {
+    "alg_name": "R-ROME",
+    "layers": [1],
+    "v_num_grad_steps": 7,
+    "v_lr": "3e-1",
+    "mom2_adjustment": False,
+    "context_template_length_params": [[4, 5], [6, 5]],
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "inner_params": ["transformer.h[1].mlp.c_proj.weight"],
+}
+
+
+def _import(path: Path) -> object:
+    """What is read can be told, and is a preset that can be written and read."""
+    found = import_config(path)
+    list(summary(found))
+    found.preset.save(path.with_name("again"))
+    return load_preset(path.with_name("again"))
+
+
 READERS = {
     **{
         f"edits: {path.stem}": Reader(_small(path.name), _edits)
@@ -176,6 +197,11 @@ READERS = {
     "patch.safetensors": Reader(_patch, read_patch, guarded=True),
     "d4s_edits.json": Reader(_card, lambda path: read_edits_card(path.parent), guarded=True),
     "preset.json": Reader(_preset, _load_preset, guarded=True),
+    "imported.json": Reader(lambda path: path.write_text(json.dumps(HYPERPARAMETERS)), _import),
+    "imported.yaml": Reader(
+        lambda path: path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in HYPERPARAMETERS.items())),
+        _import,
+    ),
     "settings.json": Reader(
         lambda path: path.write_text(json.dumps(SETTINGS, indent=1)),
         lambda path: _Kept(path.parent, SETTINGS),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,11 +77,10 @@ _Translation = Callable[[_File, Any], _Said]
 
 
 def read_hyperparameters(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file (whatever its name, but .json) or a JSON one; texts that are numbers become numbers, as
-    5e-1, which YAML has for text.
+    """The mapping in a YAML file (whatever its name, but .json) or a JSON one.
 
-    No YAML tag makes anything but numbers, texts, lists and mappings. Raises DataError, in one line, for a file that
-    holds anything else.
+    Texts that are numbers become numbers, as 5e-1, which YAML takes for text. No YAML tag makes anything but numbers,
+    texts, lists and mappings. Raises DataError, in one line, for a file that holds anything else.
     """
     data = files.read_bytes(path, WHAT)
     if len(data) > MOST_BYTES:
@@ -95,6 +94,11 @@ def read_hyperparameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     values = files.parse_json(text, str(path)) if Path(path).suffix == ".json" else _yaml(text, path)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DataError(f"{path}: holds {shown(values)}; must be names and values, as layers: [4, 5, 6]")
+    try:
+        for name, value in values.items():
+            files.as_json(value, name)
+    except files.WrongType as error:  # lists in lists, or, in YAML, a list in itself
+        raise DataError(f"{path}: {error}") from None
     return {name: _number(value) for name, value in values.items()}
 
 
@@ -117,7 +121,8 @@ def _number(value: Any) -> Any:
         return [_number(item) for item in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value.strip()):
         return float(value)
-    return value
+    # What YAML has beyond JSON: dates, sets, bytes.
+    return value if value is None or isinstance(value, (bool, int, float, str, dict)) else str(value)
 
 
 def import_config(path: str | os.PathLike[str], method: str | None = None) -> Imported:
@@ -254,7 +259,7 @@ def _context_lengths(file: _File, value: Any) -> _Said:
         )
     (lengths, counts) = zip(*pairs, strict=True)
     words = len(CONTEXT_SEEDS)
-    if len(set(counts)) != 1 or not isinstance(counts[0], int) or counts[0] % words:
+    if not all(type(count) is int for count in counts) or len(set(counts)) != 1 or counts[0] % words:
         return (
             {},
             "none",
@@ -374,7 +379,8 @@ def _whole(value: Any) -> Any:
 
 
 def _real(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    plain = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
+    return float(value) if plain else value
 
 
 def _real_field(field: str, why: str = "") -> _Translation:
@@ -491,19 +497,25 @@ _TRANSLATIONS: dict[str, _Translation] = {
 
 
 def summary(imported: Imported) -> Iterator[str]:
-    """What became of each name, in lines."""
+    """What became of each name, in lines: what is set, what has no counterpart, what is so in any case."""
     from d4s.figures.tables import aligned
 
-    cells: list[Sequence[str]] = []
-    for row in imported.rows:
-        became = ", ".join(f"{name}={_spelled(value)}" for name, value in row.fields.items())
-        cells.append(
-            (row.name, _spelled(row.value), became or ("–" if row.kind == "as here" else "none"), row.why)
-        )
-    heads = (f"{imported.preset.method}: there", "", "here", "")
-    yield from aligned(
-        [(head, list(c)) for head, c in zip(heads, zip(*cells, strict=True), strict=True)], numbers=False
+    parts: tuple[tuple[Kind, str], ...] = (
+        ("set", f"fields of {imported.preset.method}"),
+        ("none", "without a counterpart"),
+        ("as here", "nothing to set"),
     )
+    for kind, head in parts:
+        rows = [row for row in imported.rows if row.kind == kind]
+        if not rows:
+            continue
+        columns = [("", [f"{row.name}: {_spelled(row.value)}" for row in rows])]
+        if kind == "set":
+            became = (", ".join(f"{n}={_spelled(v)}" for n, v in row.fields.items()) for row in rows)
+            columns.append(("", list(became)))
+        columns.append(("", [row.why for row in rows]))
+        yield head
+        yield from (f"  {line}" for line in aligned(columns, numbers=False)[1:])
 
 
 def _spelled(value: Any) -> str:

@@ -1,7 +1,8 @@
 """Presets: what of a method's configuration was found to serve a model, in a file or under a name.
 
 A file is made by `d4s tune`: the fields that it searched, the model they are for, what was measured, and the probe
-edits that chose them; or by `d4s import-config`, from another program's hyperparameters. A name is a row of the method's own table `presets`.
+edits that chose them; or by `d4s import-config`, from another program's hyperparameters. A name is a row of the
+method's own table `presets`.
 """
 
 from __future__ import annotations

@@ -151,5 +151,5 @@ def describe(method: Any) -> dict[str, Any]:
 
 
 def some_preset(method: Any) -> Any:
-    """A method's configuration for one model of the literature: whether a field can have a value is the same for all."""
+    """A method's configuration for one model of the literature; what values a field can have is the same for all."""
     return method.preset(_Published(*next(iter(_KNOWN))))
