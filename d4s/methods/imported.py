@@ -106,6 +106,9 @@ def _yaml(text: str, path: str | os.PathLike[str]) -> Any:
     import yaml
 
     try:
+        # A few aliases of aliases are a value of any size.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise DataError(f"{path}: has an alias (*name); write the value itself in its place")
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
