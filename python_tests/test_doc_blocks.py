@@ -3,20 +3,21 @@
 Every page with Python is one program in a folder of its own: its blocks run one after another, in one namespace. In the
 place of what takes long or cannot be had here stands something small, and nothing else is changed:
 
-- `d4s.load_model` gives the embedded model, whatever it is asked for; `edit_sequence` takes that model's key statistics
-  where it is given none; `tune` takes seconds in place of minutes (`small`);
+- `d4s.load_model` gives the embedded model, whatever it is asked for; `edit_sequence` takes key statistics of a few
+  sentences where it is given none; `tune` takes seconds in place of minutes (`small`);
 - files that pages name hold four edits and a few sentences (`FILES`), and the folder `run` a journal of them;
 - `model`, `tokenizer`, `edits`, `covariance` and `d4s` are there from the beginning.
 
 Of blocks of the shell each `d4s …` line has to be one that the command line takes, with the options it names;
-`python -m` has to name a module that is there, and `pip install` extras that are. The lines of `RUN_WHOLE`, and those of
-verbs that only list, are run as well, `smollm2` and `MODEL` being the embedded model.
+`python -m` has to name a module that is there, and `pip install` extras that are. The lines of `RUN_WHOLE`, and those
+of verbs that only list, are run as well, `smollm2` and `MODEL` being the embedded model.
 
 A block below `<!-- not run: … -->` says why it is not run; it is compiled or parsed all the same.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import shlex
 import shutil
@@ -32,7 +33,6 @@ from d4s.cli import main
 from d4s.cli.parser import command_line
 from d4s.edits.formats import save_edits
 from d4s.embedded import load_demo_edits
-from d4s.embedded.statistics import demo_covariance
 
 ROOT = Path(__file__).resolve().parents[1]
 # The Python of CONTRIBUTING is a file of the package, which python_tests/methods/test_contributing.py tries.
@@ -162,16 +162,19 @@ def test_a_verb_that_lists_runs_as_it_is_shown(name, capsys):
 
 @pytest.fixture(scope="module")
 def embedded() -> tuple[Any, Any, Any]:
-    """(model, tokenizer, key statistics) of the embedded model, one for all pages."""
+    """(model, tokenizer, key statistics) of the embedded model, one for all pages.
+
+    Statistics of a few sentences: taking the model's own apart costs more than all the rest.
+    """
     model, tokenizer = d4s.load_model("embedded", dtype="float32")
-    return model, tokenizer, demo_covariance(model, tokenizer, layers=tuple(range(len(model.model.layers))))
+    return model, tokenizer, d4s.estimate_covariance(model, tokenizer, SENTENCES.splitlines(), progress=False)
 
 
 @pytest.fixture
-def small(embedded, tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
+def small(embedded, tmp_path, monkeypatch) -> dict[str, Any]:
     """Makes a page small: what it is to find in its folder and in its namespace, which is returned."""
-    model, tokenizer, covariance = embedded
-    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    unedited, tokenizer, covariance = embedded
+    model = copy.deepcopy(unedited)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D4S_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -180,6 +183,7 @@ def small(embedded, tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
     for name in FILES:
         save_edits(edits, tmp_path / name)
     (tmp_path / "corpus.txt").write_text(SENTENCES)
+    monkeypatch.setattr("d4s.embedded.statistics.demo_covariance", lambda *_, **__: covariance)
     monkeypatch.setattr(d4s, "load_model", lambda *_, **__: (model, tokenizer))
     edit_sequence, tune = d4s.edit_sequence, d4s.tune
 
@@ -191,13 +195,13 @@ def small(embedded, tmp_path, monkeypatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(d4s, "edit_sequence", with_statistics)
     monkeypatch.setattr(d4s, "tune", soon, raising=False)
-    yield {"d4s": d4s, "model": model, "tokenizer": tokenizer, "edits": edits, "covariance": covariance}
-    model.load_state_dict(whole)
+    return {"d4s": d4s, "model": model, "tokenizer": tokenizer, "edits": edits, "covariance": covariance}
 
 
 @pytest.mark.parametrize("page", PYTHON)
 def test_the_python_of_a_page_runs(page, small, tmp_path):
     blocks = [block for block in BLOCKS if block.page == page and block.language == "python"]
+    write_files(page, tmp_path)
     compiled = [(block, compile(block.text, block.place, "exec")) for block in blocks]
     if any('Journal("run")' in block.text for block in blocks):
         d4s.edit_sequence(small["model"], small["tokenizer"], small["edits"], journal="run/journal").restore()
@@ -213,11 +217,8 @@ def test_the_python_of_a_page_runs(page, small, tmp_path):
 @pytest.mark.parametrize("page", sorted(RUN_WHOLE))
 def test_the_commands_of_a_page_run(page, small, tmp_path, capsys):
     """In order, in one folder: what one writes the next one reads. Files that the page shows are there."""
+    write_files(page, tmp_path)
     for block in (block for block in BLOCKS if block.page == page):
-        if block.language in ("json", "jsonl", "yaml"):
-            named = re.search(r"`([\w.-]+\.(?:json|jsonl|yaml))`[^`]*$", _before(block))
-            assert named is not None, f"{block.place}: which file is this?"
-            (tmp_path / named[1]).write_text(block.text)
         if block.language != "sh" or block.why_not is not None:
             continue
         for command in commands(block.text):
@@ -231,6 +232,11 @@ def test_the_commands_of_a_page_run(page, small, tmp_path, capsys):
                 pytest.fail(f"{block.place}: {' '.join(command)} is not run here; say why above the block")
 
 
-def _before(block: Block) -> str:
-    lines = (ROOT / block.page).read_text("utf-8").splitlines()
-    return "\n".join(lines[: block.line - 1])
+def write_files(page: str, folder: Path) -> None:
+    """Those that a page shows, by the last name that stands before each."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    for block in BLOCKS:
+        if block.page == page and block.language in ("json", "jsonl", "yaml"):
+            named = re.findall(r"`([\w.-]+\.(?:json|jsonl|yaml))`", "\n".join(lines[: block.line - 1]))
+            assert named, f"{block.place}: which file is this?"
+            (folder / named[-1]).write_text(block.text, "utf-8")
