@@ -5,7 +5,7 @@ place of what takes long or cannot be had here stands something small, and nothi
 
 - `d4s.load_model` gives the embedded model, whatever it is asked for; `edit_sequence` takes key statistics of a few
   sentences where it is given none; `tune` takes seconds in place of minutes (`small`);
-- files that pages name hold four edits and a few sentences (`FILES`), and the folder `run` a journal of them;
+- files that pages name hold three edits and a few sentences (`FILES`), and the folder `run` a journal of them;
 - `model`, `tokenizer`, `edits`, `covariance` and `d4s` are there from the beginning.
 
 Of blocks of the shell each `d4s …` line has to be one that the command line takes, with the options it names;
@@ -23,6 +23,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from importlib import util
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def small(embedded, tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("D4S_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    edits = load_demo_edits(limit=4)
+    edits = load_demo_edits(limit=3)
     edits[1] = d4s.Edit(**{**vars(edits[1]), "id": "counterfact-17"})
     for name in FILES:
         save_edits(edits, tmp_path / name)
@@ -191,7 +192,9 @@ def small(embedded, tmp_path, monkeypatch) -> dict[str, Any]:
         return edit_sequence(*arguments, **{"covariance": covariance, "progress": False} | options)
 
     def soon(*arguments: Any, **options: Any) -> d4s.Tuning:
-        return tune(*arguments, **options | {"minutes": 0.01, "probes": 2, "covariance": covariance})
+        looks = count()  # a clock by which each look at it takes a second, on a machine however busy
+        few = {"minutes": 0.5, "probes": 2, "covariance": covariance, "clock": lambda: float(next(looks))}
+        return tune(*arguments, **options | few)
 
     monkeypatch.setattr(d4s, "edit_sequence", with_statistics)
     monkeypatch.setattr(d4s, "tune", soon, raising=False)
