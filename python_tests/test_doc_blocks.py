@@ -42,7 +42,7 @@ LANGUAGES = {"python", "sh", "json", "jsonl", "yaml", "text", "bibtex", "{toctre
 RUN_WHOLE = {"docs/guide/quickstart.md"}
 LISTING = {"methods", "models"}
 FILES = ("counterfact.json", "edits.json", "more.jsonl")
-SENTENCES = "The capital of France is Paris. Danielle Darrieux spoke French.\n" * 200
+SENTENCES = "The capital of France is Paris. Danielle Darrieux spoke French.\n" * 60
 # What a block imports → the package that it needs, which the extra "test" brings.
 OPTIONAL = {"from peft": "peft", "d4s.report.live": "rich", "d4s.report.tensorboard": "tensorboard"}
 
