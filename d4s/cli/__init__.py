@@ -1,4 +1,4 @@
-"""The command line: `d4s VERB …`. Exit status 0: done; 1: failed, with one line that says why; 2: wrong arguments."""
+"""The command line: `d4s VERB …`. Its exit statuses are those of `d4s.cli.ending.STATUSES`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
+from d4s.cli.ending import DONE, FAILED, ended_by, naming_output, say, silence_output
 from d4s.cli.parser import VERBS, command_line
-from d4s.errors import ConfigError, D4SError, EditingStopped, RankEnded
-from d4s.interrupts import Terminated, ending_signals_raise
+from d4s.errors import RankEnded
+from d4s.interrupts import ending_signals_raise
 from d4s.ranks import Ranks, alone, joined
 
 
@@ -20,36 +21,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises SystemExit of status 2 where they cannot be read, and of 0 after --help and --version.
     """
-    options = command_line().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    ranks = Ranks()
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        say("standard output is closed; lead it to a file, or to /dev/null")
+        return FAILED
+    options, ranks = Namespace(), Ranks()
     try:
-        with ending_signals_raise(), joined() as ranks:
-            _run(options, ranks)
+        with naming_output():
+            options = command_line().parse_args(arguments)
+            logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+            with ending_signals_raise(), joined() as ranks:
+                _run(options, ranks)
+                sys.stdout.flush()
+    except (Exception, KeyboardInterrupt, RankEnded) as error:
+        line, status = ended_by(error, options)
+        told_by_first = isinstance(error, (KeyboardInterrupt, RankEnded)) or ranks.all_know(error)
+        if line and (ranks.is_first or not told_by_first):
+            say(f"{_of_rank(ranks)}{line}", error if getattr(options, "verbose", False) else None)
+        try:
             sys.stdout.flush()
-    except D4SError as error:
-        if ranks.is_first or not ranks.all_know(error):
-            print(f"d4s: {_of_rank(ranks)}{error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except RankEnded as error:
-        if ranks.is_first:
-            print(f"d4s: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        cause = error.__cause__ if isinstance(error, EditingStopped) else error
-        said, status = (str(cause), cause.status) if isinstance(cause, Terminated) else ("stopped", 1)
-        if ranks.is_first:
-            print(f"d4s: {said}; what had been written is whole", file=sys.stderr)
+        except OSError:
+            silence_output()
         return status
-    except BrokenPipeError:
-        # Who read standard output (head) has had enough; Python's last flush of it would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13  # as a program that SIGPIPE ends
-    except OSError as error:
-        said = f"{error.filename or ''} {error.strerror or error}"
-        print(f"d4s: {_of_rank(ranks)}{said}".replace("  ", " "), file=sys.stderr)
-        return 1
-    return 0
+    return DONE
 
 
 def _run(options: Namespace, ranks: Ranks) -> None:

@@ -31,6 +31,7 @@ from d4s.cli import (
     verify,
 )
 from d4s.cli.arguments import seed
+from d4s.cli.ending import EPILOG
 
 
 class Verb(Protocol):
@@ -40,7 +41,7 @@ class Verb(Protocol):
     # SHARED = True: of processes that torchrun starts all run it together; of any other verb the first runs it alone
 
     def add(self, verb: ArgumentParser) -> None:
-        """Its arguments, beside --json and --seed, which every verb has."""
+        """Its arguments, beside --json, --seed and --verbose, which every verb has."""
 
     def run(self, options: Namespace) -> None:
         """Does it, and prints what came of it. Raises D4SError, or OSError of a file that cannot be written."""
@@ -93,13 +94,14 @@ def command_line() -> ArgumentParser:
     """The parser of all verbs; what it parses holds the verb's `run`, beside its options."""
     from d4s import __version__
 
-    top = _Parser(prog="d4s", description="Edits facts in language models, in sequence.")
+    top = _Parser(prog="d4s", description="Edits facts in language models, in sequence.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=f"d4s {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        made = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        made = verbs.add_parser(name, help=verb.HELP, description=verb.HELP, epilog=EPILOG)
         made.set_defaults(run=verb.run)
         made.add_argument("--json", action="store_true", help="figures as JSON on standard output")
         made.add_argument("--seed", type=seed, default=0)
+        made.add_argument("--verbose", action="store_true", help="of an error also the traceback")
         verb.add(made)
     return top
