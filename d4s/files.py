@@ -198,8 +198,8 @@ def read_json(
         zeroed = None if place is None else data[: place.start(1)] + _DIGITS.encode() + data[place.end(1) :]
         if zeroed is None or stored != digest([zeroed]):
             raise DataError(
-                f"{path}: has changed since {writer} wrote it: its content does not have its digest. Get the file "
-                'again; if it was you who changed it, take its field "digest" out'
+                f"{path}: has changed since {writer} wrote it: its content does not have its digest; get the file "
+                'again, or, if it was you who changed it, take its field "digest" out'
             )
     expected = {"format", *fields}
     for name in record:
@@ -221,7 +221,9 @@ def checking(path: str | os.PathLike[str], writer: str) -> Iterator[None]:
     try:
         yield
     except WrongType as error:
-        raise DataError(f"{path}: not what {writer} wrote ({error})") from None
+        raise DataError(
+            f"{path}: not what {writer} wrote ({error}); get the file again, or make it anew"
+        ) from None
 
 
 class WrongType(Exception):
@@ -279,12 +281,12 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+            f"{where}: not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; mend it there"
         ) from None
     except RecursionError:
-        raise DataError(f"{where}: not readable JSON: nested too deeply") from None
+        raise DataError(f"{where}: not readable JSON: nested too deeply; make it flat") from None
     except ValueError:
-        raise DataError(f"{where}: not readable JSON: a number of thousands of digits") from None
+        raise DataError(f"{where}: not readable JSON: a number of thousands of digits; shorten it") from None
 
 
 def check_regular(path: str | os.PathLike[str], what: str) -> None:
@@ -309,12 +311,12 @@ def read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
             raise DataError(f"{path}: has more than {MOST_BYTES >> 30} GiB, too much for {what}; divide it")
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
+        raise DataError(f"{path}: there is no such file; name one that is there") from None
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         reason = getattr(error, "strerror", None) or error  # a name with a null character is a ValueError
-        raise DataError(f"{os.fspath(path)!r}: cannot be read: {reason}") from None
+        raise DataError(f"{os.fspath(path)!r}: cannot be read ({reason}); name a file that can") from None
 
 
 def finite_or_none(value: Any) -> Any:

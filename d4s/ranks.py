@@ -206,7 +206,7 @@ class _Several(Ranks):
         if apart:
             raise RankEnded(
                 f"the processes of this run have come apart: rank {apart[0]} is not where rank 0 is (at its step "
-                f"{self._met}, {what!r}). All have to be given the same model, data and arguments"
+                f"{self._met}, {what!r}); all must be given the same model, data and arguments"
             )
         return found
 
@@ -232,7 +232,9 @@ class _Several(Ranks):
             while time.monotonic() < until:
                 self._look()
                 time.sleep(0.05)
-            raise RankEnded(f"another process of this run was ended ({str(error).splitlines()[0]})") from None
+            raise RankEnded(
+                f"another process of this run was ended ({str(error).splitlines()[0]}); start all of them again"
+            ) from None
 
     def look(self) -> None:
         if time.monotonic() - self._looked > _LOOK:

@@ -51,7 +51,9 @@ class Prior:
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
             raise CovarianceError(f"the covariance is {list(covariance.shape)}, must be [d_in, d_in]")
         if not torch.isfinite(covariance).all():
-            raise CovarianceError("the covariance holds NaN or infinity")
+            raise CovarianceError(
+                "the covariance holds NaN or infinity; estimate it again on the unedited model"
+            )
         if not weight > 0 or not ridge >= 0:
             raise ConfigError(f"prior weight is {weight} and ridge {ridge}; must be > 0 and ≥ 0")
         if dtype not in PROBE_BOUND:
@@ -232,13 +234,15 @@ class ClosedForm:
         if self.layers != other.layers or self.d_out != other.d_out:
             raise D4SError(
                 f"runs over layers {list(self.layers)} with d_out {self.d_out} and layers "
-                f"{list(other.layers)} with d_out {other.d_out} do not add up"
+                f"{list(other.layers)} with d_out {other.d_out} do not add up; "
+                "name runs of one model and one configuration"
             )
         for layer, state in self._layers.items():
             theirs = other._layers[layer]
             if state.prior is not theirs.prior and not torch.equal(state.prior.matrix, theirs.prior.matrix):
                 raise CovarianceError(
-                    f"layer {layer}: the two runs have different priors λC, their sums do not add up"
+                    f"layer {layer}: the two runs have different priors λC, so their sums do not add up; "
+                    "give both the same λ and C"
                 )
         for layer, state in self._layers.items():
             mine, theirs_sums = state.sums(), other._layers[layer].sums()

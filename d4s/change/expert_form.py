@@ -260,7 +260,10 @@ class ExpertLayer:
         if (held and not 0 <= int(rows.min()) <= int(rows.max()) < n) or any(
             not 0 <= j < self.prior.experts for j in experts.tolist()
         ):
-            raise D4SError(f"{self.name}: a state of experts names rows or experts that it has not")
+            raise D4SError(
+                f"{self.name}: a state of experts names rows or experts that it has not; "
+                "load one of this model and these layers"
+            )
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave and `check` has passed."""

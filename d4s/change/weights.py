@@ -46,13 +46,13 @@ class EditedWeights:
         for part, change in parts.items():
             if tuple(change.shape) != shape or not 0 <= part < len(base):
                 raise ModelError(
-                    f"{name} is {list(shape)} (d_out, d_in), the change is {list(change.shape)}"
+                    f"{name} is {list(shape)} (d_out, d_in), so its change must be, and is {list(change.shape)}"
                     + (f", of expert {part} of {len(base)}" if len(base) > 1 else "")
                 )
             if not torch.isfinite(change).all():
                 raise ModelError(
-                    f"the change of {name} is not finite; nothing was written. "
-                    "A larger prior_weight or ridge keeps the step bounded"
+                    f"the change of {name} is not finite; nothing was written; "
+                    "a larger prior_weight or ridge keeps the step bounded"
                 )
             if weights[part].dtype == torch.float16:
                 self._check_range(layer, base[part], change)
@@ -85,13 +85,16 @@ class EditedWeights:
         if largest > torch.finfo(torch.float16).max:
             raise ModelError(
                 f"the change would bring {self.anatomy.weight_name(layer)} to {largest:.3g}, beyond float16; nothing "
-                "was written. Load the model in bfloat16 or float32, or take a larger prior_weight"
+                "was written; load the model in bfloat16 or float32, or take a larger prior_weight"
             )
 
     def delta(self, layer: int) -> Tensor:
         """W − W0 as stored, [d_out, d_in] float64. ModelError for a layer of several experts."""
         if len(self._l1[layer]) > 1:
-            raise ModelError(f"{self.anatomy.weight_name(layer)} holds several experts, not one matrix")
+            raise ModelError(
+                f"{self.anatomy.weight_name(layer)} holds several experts, not one matrix; "
+                "their change is given by expert"
+            )
         return self._delta_of(layer, 0)
 
     def expert_deltas(self, layer: int) -> dict[int, Tensor]:

@@ -57,7 +57,7 @@ def run(options: Namespace) -> None:
         refuse(options, ("neighborhood_limit", "efficacy_bound", "specificity_bound"), "analyze data")
     if options.edits is None:
         if options.view == "data":
-            raise ConfigError("analyze data needs EDITS: d4s analyze data MODEL EDITS --out DIR")
+            raise ConfigError("analyze data needs EDITS, as d4s analyze data MODEL EDITS --out DIR")
         of_a_run = (
             "methods",
             "batch_size",

@@ -67,7 +67,7 @@ def device_map(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ArgumentTypeError(f"{text!r} is no JSON object of module → device ({error})") from None
+        raise ArgumentTypeError(f"{text!r} must be a JSON object of module → device ({error})") from None
 
 
 def names(text: str) -> list[str]:
@@ -288,7 +288,7 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
             RecursionError,
         ) as error:  # a number of thousands of digits, lists in lists in lists
             why = "is nested too deeply" if isinstance(error, RecursionError) else "has too many digits"
-            raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}") from None
+            raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}; give a shorter one") from None
     return fields or None
 
 
@@ -304,7 +304,10 @@ def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
         return method, {**preset_named(options.preset, method), **(fields or {})} or None
     preset = load_preset(options.preset)
     if method not in (None, preset.method):
-        raise ConfigError(f"--preset {options.preset}: is of {preset.method}, and {method} was asked for")
+        raise ConfigError(
+            f"--preset {options.preset}: is of {preset.method}, and {method} was asked for; "
+            "leave --method out, or name another"
+        )
     return preset.method, preset.changed(fields) if fields else preset
 
 
@@ -382,7 +385,7 @@ def refuse(options: Namespace, meaningless: Sequence[str], where: str) -> None:
     """ConfigError if one of these options is given, which mean nothing with what `where` names."""
     for name in meaningless:
         if getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {where}")
+            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {where}; leave it out")
 
 
 def empty_folder(path: Path) -> Path:

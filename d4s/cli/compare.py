@@ -121,7 +121,7 @@ def _configs(options: Namespace) -> dict[str, Any]:
         preset = load_preset(options.preset)
         if preset.method not in configs:
             raise ConfigError(
-                f"--preset {options.preset}: is of {preset.method}, which is not among --methods ({', '.join(configs)})"
+                f"--preset {options.preset}: is of {preset.method}, and --methods names {', '.join(configs)}; add it"
             )
         return configs | {preset.method: preset}
     having = [name for name in configs if name in METHODS and options.preset in METHODS[name].presets]

@@ -86,10 +86,12 @@ def _merged(options: Namespace) -> Covariance:
     from d4s.locate.covariance import Covariance
 
     if options.model is not None:
-        raise ConfigError(f"--merge takes files alone, and {options.model} is named beside it as MODEL")
+        raise ConfigError(
+            f"--merge takes files alone, and {options.model} is named beside it as MODEL; leave that out"
+        )
     refuse(options, ("layers", "tokens", "device", "retain"), "--merge")
     if len(options.merge) < 2:
-        raise ConfigError(f"--merge {options.merge[0]}: name two files or more")
+        raise ConfigError(f"--merge {options.merge[0]}: is one file; name two or more")
     first, *others = options.merge
     found = Covariance.load(first)
     for path in others:

@@ -53,9 +53,20 @@ def ended_by(error: BaseException, options: Namespace) -> tuple[str, int]:
     if isinstance(cause, OSError):
         said = f"{cause.filename or ''} {cause.strerror or cause}".strip()
         return said if error is cause else str(error), FAILED
-    said = f"{type(cause).__name__}: {_line(error)}" if error is cause else f"{_line(error)} ({type(cause).__name__})"
-    shown = "the traceback above" if getattr(options, "verbose", False) else "the traceback, which --verbose shows,"
-    return f"{said}; this is a bug of d4s, not of what it was given: report it with {shown} and the command", BUG
+    said = (
+        f"{type(cause).__name__}: {_line(error)}"
+        if error is cause
+        else f"{_line(error)} ({type(cause).__name__})"
+    )
+    shown = (
+        "the traceback above"
+        if getattr(options, "verbose", False)
+        else "the traceback, which --verbose shows,"
+    )
+    return (
+        f"{said}; this is a bug of d4s, not of what it was given: report it with {shown} and the command",
+        BUG,
+    )
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -64,7 +64,7 @@ def _export(options: Namespace) -> None:
     journal = _journal(options.model)
     if journal is not None:
         if options.patch is not None:
-            raise ConfigError("a journal knows its model: d4s patch export DIR PATCH")
+            raise ConfigError("a journal knows its model; leave EDITED out, as d4s patch export DIR PATCH")
         options.patch, options.edited = None if options.edited is None else Path(options.edited), None
     elif options.edited is None:
         raise ConfigError("name MODEL and EDITED, or a journal")
@@ -72,7 +72,9 @@ def _export(options: Namespace) -> None:
     if not any(wanted):
         raise ConfigError("name a PATCH to write, --as-lora DIR, or --as-gguf-lora FILE")
     if options.rank is not None and not (options.as_lora or options.as_gguf_lora):
-        raise ConfigError("--rank means nothing without --as-lora or --as-gguf-lora: a patch is exact")
+        raise ConfigError(
+            "--rank means nothing without --as-lora or --as-gguf-lora, for a patch is exact; leave it out"
+        )
     for file in (options.patch, options.as_gguf_lora):
         if file is not None:
             check_file(file)
@@ -131,7 +133,9 @@ def _changes(options: Namespace, journal: Any) -> tuple[Any, str, Any, Any]:
                 Namespace(**vars(options) | {"model": head["source"], "dtype": head["dtype"]})
             )
             if fingerprint_of(model) != head["model"]:
-                raise ConfigError(f"{head['source']} is no longer the unedited model of {journal.path}")
+                raise ConfigError(
+                    f"{head['source']} is no longer the unedited model of {journal.path}; name MODEL and EDITED"
+                )
         return model, head["model"], journal.changes(), journal.edits
     model, _ = loaded_model(options)
     edited, _ = loaded_model(Namespace(**vars(options) | {"model": options.edited}))

@@ -34,7 +34,9 @@ def run(options: Namespace) -> None:
     if options.do == "list":
         refuse(options, ("questions",), "list")
         if len(options.names) > 1:
-            raise ConfigError("d4s tasks list takes one part of a name, as d4s tasks list mmlu")
+            raise ConfigError(
+                "d4s tasks list takes one part of a name; leave the rest out, as d4s tasks list mmlu"
+            )
         found = known_tasks(*options.names)
         if options.json:
             print_json(found)

@@ -37,4 +37,6 @@ def run(options: Namespace) -> None:
     else:
         print(found)
     if not found.sound:
-        raise DataError(f"{options.journal}: {len(found.problems)} things are wrong with this journal")
+        raise DataError(
+            f"{options.journal}: {len(found.problems)} things are wrong with this journal; they are listed above"
+        )

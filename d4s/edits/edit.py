@@ -119,7 +119,9 @@ class Edit:
         keep("target_prefix", _prefix(self.target_prefix, where))
         keep("subject", _text(self.subject, "subject", where).strip())
         if "{}" in self.subject:
-            raise EditError(f"{where}: 'subject' contains '{{}}', which only 'prompt' may")
+            raise EditError(
+                f"{where}: 'subject' contains '{{}}', which only 'prompt' may; write the subject's name"
+            )
         keep("prompt", _template(self.prompt, where, self.target_prefix))
         keep("target_new", _text(self.target_new, "target_new", where).strip())
         if self.target_true is not None:
@@ -233,7 +235,7 @@ def check_batch(edits: Iterable[Edit]) -> None:
         if first.target_new != edit.target_new:
             raise EditError(
                 f"edits {first.id!r} and {edit.id!r} contradict each other in one batch: {edit.text!r} is to "
-                f"become both {first.target_new!r} and {edit.target_new!r}. Make them in different steps "
+                f"become both {first.target_new!r} and {edit.target_new!r}; make them in different steps "
                 "(the later one wins), or leave one out (d4s.edits.without_contradictions)"
             )
 
@@ -261,7 +263,7 @@ def _distinct(
         if first != count:
             raise EditError(message(edit, first, count))
     if not count:
-        raise EditError("there are no edits: at least one is needed")
+        raise EditError("there are no edits; at least one is needed")
 
 
 def _same_id(edit: Edit, first: int, second: int) -> str:
@@ -286,7 +288,7 @@ def _text(value: object, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise EditError(f"{where}: {name!r} must be text, not {type(value).__name__}")
     if not value or value.isspace():
-        raise EditError(f"{where}: {name!r} is empty")
+        raise EditError(f"{where}: {name!r} is empty; write its text")
     return unicodedata.normalize("NFC", _encodable(value, name, where))
 
 
@@ -296,7 +298,7 @@ def _encodable(value: str, name: str, where: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise EditError(
-                f"{where}: {name!r} holds half of a surrogate pair at character {error.start}: not text"
+                f"{where}: {name!r} holds half of a surrogate pair at character {error.start}; must be text"
             ) from None
     return value
 
@@ -331,11 +333,11 @@ def _template(value: object, where: str, target_prefix: str | None) -> str:
     count = prompt.count("{}")
     if count == 0:
         raise EditError(
-            f"{where}: 'prompt' has no '{{}}' for the subject: {shown(prompt)}. "
-            "Write '{}' where the subject stands, as in 'The mother tongue of {} is'"
+            f"{where}: 'prompt' has no '{{}}' for the subject: {shown(prompt)}; "
+            "write '{}' where the subject stands, as in 'The mother tongue of {} is'"
         )
     if count > 1:
-        raise EditError(f"{where}: 'prompt' has {count} '{{}}', one is right: {shown(prompt)}")
+        raise EditError(f"{where}: 'prompt' must have one '{{}}', not {count}: {shown(prompt)}")
     return prompt
 
 
@@ -362,5 +364,5 @@ def _known_fields(cls: type, record: Mapping[str, Any], what: str) -> dict[str, 
     for name, item in known.items():
         required = item.default is MISSING and item.default_factory is MISSING
         if required and record.get(name) is None:
-            raise EditError(f"the {what} has no field {name!r}")
+            raise EditError(f"the {what} has no field {name!r}, which it needs")
     return dict(record)

@@ -113,11 +113,11 @@ def plot_lines(
     for column in ("panel", "line", "x", "y"):
         if column not in data:
             raise ConfigError(
-                f"plot_lines: no column {column!r} in the data ({', '.join(map(str, data.columns))})"
+                f"plot_lines: no column {column!r} in the data; it has {', '.join(map(str, data.columns))}"
             )
     panels, lines = list(dict.fromkeys(data["panel"])), list(dict.fromkeys(data["line"]))
     if not panels:
-        raise ConfigError("plot_lines: no data")
+        raise ConfigError("plot_lines: no data; give a frame with rows")
     alone = list(data["x"].unique()) if data["x"].nunique() == 1 else []
     across = min(len(panels), 2 if len(panels) == 4 else 3)
     down = -(-len(panels) // across)
@@ -205,7 +205,7 @@ def plot_points(
     for column in ("panel", "line", "label", "x", "y"):
         if column not in data:
             raise ConfigError(
-                f"plot_points: no column {column!r} in the data ({', '.join(map(str, data.columns))})"
+                f"plot_points: no column {column!r} in the data; it has {', '.join(map(str, data.columns))}"
             )
     drawn = data[data["x"].notna() & data["y"].notna()]
     panels, lines = list(dict.fromkeys(drawn["panel"])), list(dict.fromkeys(drawn["line"]))
@@ -339,7 +339,7 @@ def _write(
     path = Path(path)
     known = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
-        raise ConfigError(f"{path}: figures are written as {', '.join('.' + k for k in known)}")
+        raise ConfigError(f"{path}: must end in {', '.join('.' + k for k in known)}")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

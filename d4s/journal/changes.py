@@ -84,7 +84,7 @@ class Change:
         if base.dtype not in INTEGERS:
             raise ModelError(f"{self.name} is {base.dtype}; weights must be float32, float16 or bfloat16")
         if not (torch.isfinite(base).all() and torch.isfinite(edited).all()):
-            raise ModelError(f"{self.name} holds NaN or infinity")
+            raise ModelError(f"{self.name} holds NaN or infinity; get the model from intact files")
         if (self.left is None) != (self.right is None):
             raise ModelError(f"{self.name}: of its factors one is missing; give both, or none")
         if self.left is None or self.right is None:
@@ -102,7 +102,7 @@ class Change:
         if not off <= most:
             raise ModelError(
                 f"{self.name}: its factors give another change than the weights have (they are {off:.3g} apart, and "
-                f"rounding makes {most:.3g} at most)"
+                f"rounding makes {most:.3g} at most); give those of this change, or none"
             )
 
 
@@ -120,7 +120,8 @@ def changes_between(
     if before.keys() != after.keys():
         name = min(before.keys() ^ after.keys())
         raise ModelError(
-            f"these are two models: {name} is in {'the first' if name in before else 'the second'} alone"
+            f"these are two models: {name} is in {'the first' if name in before else 'the second'} alone; "
+            "name a model and one that was made from it by editing"
         )
     for name, tensor in before.items():
         if tensor.shape != after[name].shape or tensor.dtype != after[name].dtype:
@@ -146,11 +147,13 @@ def changes_between(
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise ModelError(
             f"they differ in {', '.join(foreign[:3])}{more}, which editing does not change: only weights of "
-            f"projections (nn.Linear, Conv1D) in {anatomy.architecture.blocks} can be put into a patch. Is the second "
-            "another model, or was it trained further?"
+            f"projections (nn.Linear, Conv1D) in {anatomy.architecture.blocks} can be put into a patch; name "
+            "a model and one that was made from it by editing, not by training"
         )
     if not changes:
-        raise ModelError("they do not differ in a single bit, so there is nothing to put into a patch")
+        raise ModelError(
+            "they do not differ in a single bit, so there is nothing to put into a patch; name an edited one"
+        )
     return changes
 
 
@@ -181,7 +184,7 @@ def changes_of(result: Any) -> list[Change]:
 
 def _of_experts(name: str) -> str:
     return (
-        f"{name} holds the matrices of several experts; patches and adapters take single ones. Save the edited model "
+        f"{name} holds the matrices of several experts; patches and adapters take single ones; save the edited model "
         "itself (save_pretrained)"
     )
 

@@ -67,4 +67,4 @@ def read_edits_card(folder: str | os.PathLike[str]) -> EditsCard | None:
     try:
         return EditsCard(tuple(Edit.from_dict(edit) for edit in edits), *texts)
     except EditError as error:
-        raise DataError(f"{path}: not what {_WRITER} wrote ({error})") from None
+        raise DataError(f"{path}: not what {_WRITER} wrote ({error}); get the model again") from None

@@ -105,7 +105,9 @@ class Folder:
             root = root / "journal"
         check_own(root)
         if not Folder.exists(root):
-            raise DataError(f"{root}: is no journal (it has no journal.json)")
+            raise DataError(
+                f"{root}: is no journal (it has no journal.json); name one, or the --out of d4s edit"
+            )
         place = root / "journal.json"
         head = read_json(place, writer=WRITER, format=FORMAT, fields=HEAD, always_digest=True)
         with checking(place, WRITER):
@@ -228,7 +230,9 @@ class Folder:
         place = self._point_place(int(event["made"]))
         stored = read_json(place, writer="a journal", format=POINT, fields=POINT_FIELDS, always_digest=True)
         if digest_of(stored) != event["digest"]:
-            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+            raise DataError(
+                f"{place}: is not the file that the log names (its digest differs); put the right one in its place"
+            )
         return place, stored
 
     def _point_place(self, made: int) -> Path:
@@ -240,9 +244,13 @@ class Folder:
         file = load_tensors(place, TENSORS, WRITER, DataError)
         file.check_intact(DataError)
         if file.facts.get("journal") != self.log.begin or file.facts.get("kind") != kind:
-            raise DataError(f"{place}: belongs to another journal, or stands in another file's place")
+            raise DataError(
+                f"{place}: belongs to another journal, or stands in another file's place; put the right one there"
+            )
         if digest is not None and file.digest != digest:
-            raise DataError(f"{place}: is not the file that the log names (its digest differs)")
+            raise DataError(
+                f"{place}: is not the file that the log names (its digest differs); put the right one in its place"
+            )
         return file
 
     def sound(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
@@ -279,13 +287,13 @@ def check_own(root: Path) -> None:
         for entry in os.scandir(folder):
             if entry.is_symlink():
                 raise DataError(
-                    f"{entry.path}: is a symbolic link; a journal holds all its files itself. Put in its place what it "
+                    f"{entry.path}: is a symbolic link; a journal holds all its files itself; put in its place what it "
                     "leads to, if that is the journal's, or remove it"
                 )
             mode = entry.stat(follow_symlinks=False).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise DataError(
-                    f"{entry.path}: is a pipe, socket or device; a journal holds files only. Remove it"
+                    f"{entry.path}: is a pipe, socket or device; a journal holds files only; remove it"
                 )
             if folder == root and stat.S_ISDIR(mode) != (entry.name in FOLDERS) and _is_ours(entry.name):
                 kind = "folder" if stat.S_ISDIR(mode) else "file"

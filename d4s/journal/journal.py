@@ -213,7 +213,9 @@ class Journal:
         """
         batch = list({edit.place: edit for edit in self.edits}.values())
         if not batch:
-            raise EditError("no edit stands, so there is nothing to consolidate")
+            raise EditError(
+                "no edit stands, so there is nothing to consolidate; make one, or bring one back (d4s redo)"
+            )
         with self._writing():
             _ = self.sums  # the journal must have them
             model, tokenizer = self._unedited(model, tokenizer)
@@ -267,14 +269,14 @@ class Journal:
         if (mine := fingerprint_of(model)) != self.head["model"]:
             raise ModelError(
                 f"the model is not the unedited one of {self.path} (weights {self.head['model'][:12]}, this one "
-                f"{mine[:12]}), or not in its type, {self.head['dtype']}"
+                f"{mine[:12]}), or not in its type, {self.head['dtype']}; load that one"
             )
         return model, tokenizer
 
     def _summing_editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> D4SEditor:
         editor = self._editor(model, tokenizer, covariance)
         if not isinstance(editor, D4SEditor):
-            raise DataError(f"{self.path}: {self.head['method']} keeps no sums")
+            raise DataError(f"{self.path}: {self.head['method']} keeps no sums, which this needs")
         return editor
 
     def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> Editor:
@@ -316,7 +318,8 @@ class Journal:
                     found[layer] = (base[f"{layer}"].float() + change).to(base[f"{layer}"].dtype)
                 else:
                     raise DataError(
-                        f"{self.path}: {self.head['method']} changes no weight that could be given"
+                        f"{self.path}: {self.head['method']} changes no weight that could be given; "
+                        "a method that does is needed"
                     )
             return found
         raise DataError(f"{self.path}: has no snapshot yet; go on with its sequence to its end")
@@ -387,7 +390,9 @@ class Journal:
                 names = [name for name in file.keys() if name in shapes]  # noqa: SIM118
                 for name in names:
                     if tuple(file.get_slice(name).get_shape()) != tuple(shapes[name]):
-                        raise ModelError(f"{path}: {name} has another shape than the journal's")
+                        raise ModelError(
+                            f"{path}: {name} has another shape than the journal's; give the model that it was made with"
+                        )
             if names:
                 holding[path] = names
         lacking = sorted(set(left) - {name for names in holding.values() for name in names})

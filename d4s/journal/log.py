@@ -160,5 +160,7 @@ def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
                 if event.get(name) is not None and len(event[name]) != len(event["edits"]):
                     raise WrongType(f"{name} is not one number an edit")
     except WrongType as error:
-        raise DataError(f"{where}: is no {shown(event['kind'])} event ({error})") from None
+        raise DataError(
+            f"{where}: is no {shown(event['kind'])} event ({error}); the log is damaged, or was changed"
+        ) from None
     return {name: value for name, value in event.items() if name != "check"}

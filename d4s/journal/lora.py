@@ -175,7 +175,7 @@ def _factored(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r}, must be a whole number from 1 on, or None for the exact rank")
     if not changes:
-        raise ModelError("nothing was changed, so there is nothing to make an adapter of")
+        raise ModelError("nothing was changed, so there is nothing to make an adapter of; make an edit first")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     fits = {}
     for change in sorted(changes, key=lambda change: change.name):

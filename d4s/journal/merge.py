@@ -74,12 +74,15 @@ def merge(
     first = journals[0]
     for other in journals[1:]:
         if differ := differing(first.head, other.head, SAME):
-            raise ConfigError(f"{other.path} and {first.path} do not add up: {'; '.join(differ)}")
+            raise ConfigError(
+                f"{other.path} and {first.path} do not add up: {'; '.join(differ)}; they must be the same"
+            )
     _check_files(journals)
     facts, conflicts = _decided(journals)
     if conflicts and on_conflict == "fail":
         raise ConfigError(
-            f"{len(conflicts)} facts have different answers: {'; '.join(map(str, conflicts[:10]))}"
+            f"{len(conflicts)} facts have different answers; on_conflict='latest' (--latest) takes the later: "
+            f"{'; '.join(map(str, conflicts[:10]))}"
         )
     head = {name: value for name, value in first.head.items() if name != "format"}
     head |= {
@@ -133,14 +136,16 @@ def _check_files(journals: Sequence[Journal]) -> None:
         if not journal.head["keeps_vectors"]:
             raise DataError(
                 f"{journal.path}: keeps no vectors of its edits ({journal.head['method']}, or --keep-vectors no), so "
-                "they cannot be added to others'"
+                "they cannot be added to others'; make the sequence again with --keep-vectors yes"
             )
     for kind in ("base", "priors"):
         mine = journals[0].folder.load(kind).tensors
         for other in journals[1:]:
             theirs = other.folder.load(kind).tensors
             if set(mine) != set(theirs) or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-                raise ConfigError(f"{other.path} and {journals[0].path} do not add up: {kind} differ")
+                raise ConfigError(
+                    f"{other.path} and {journals[0].path} do not add up: {kind} differ, and must be the same"
+                )
 
 
 def _decided(journals: Sequence[Journal]) -> tuple[list[_Fact], list[Conflict]]:
@@ -168,7 +173,8 @@ def _decided(journals: Sequence[Journal]) -> tuple[list[_Fact], list[Conflict]]:
         if fact.edit.id in seen:
             raise ConfigError(
                 f"two different facts have the id {fact.edit.id!r}: {seen[fact.edit.id].edit.text!r} in "
-                f"{journals[seen[fact.edit.id].journal].path}, {fact.edit.text!r} in {journals[fact.journal].path}"
+                f"{journals[seen[fact.edit.id].journal].path}, "
+                f"{fact.edit.text!r} in {journals[fact.journal].path}; give one of them another id"
             )
         seen[fact.edit.id] = fact
     return facts, conflicts

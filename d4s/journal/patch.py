@@ -84,7 +84,7 @@ def export_patch(
     Raises ModelError for changes that are none, or not of one weight each.
     """
     if not changes:
-        raise ModelError("nothing was changed, so there is nothing to put into a patch")
+        raise ModelError("nothing was changed, so there is nothing to put into a patch; make an edit first")
     tensors: dict[str, Tensor] = {}
     weights: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
@@ -135,13 +135,14 @@ def apply_patch(model: CausalLM, path: str | os.PathLike[str]) -> Patch:
                 else "is not the unedited model's"
             )
             raise ModelError(
-                f"{path}: belongs to another model: {weight.name} {has}. Apply it to the unedited model, in the dtype "
+                f"{path}: belongs to another model: {weight.name} {has}; apply it to the unedited model, in the dtype "
                 "in which it was edited"
             )
     if (mine := fingerprint_of(model)) != patch.fingerprint:
         raise ModelError(
             f"{path}: belongs to another model (weights {shown(patch.fingerprint[:12])}, this one {mine[:12]!r}): the "
-            f"{len(held)} weights that it changes are as they should be, and others are not"
+            f"{len(held)} weights that it changes are as they should be, and others are not; "
+            "name the one it was made of"
         )
     _write(own, patch, back=False)
     return patch
@@ -163,7 +164,9 @@ def remove_patch(model: CausalLM, path: str | os.PathLike[str]) -> Patch:
                 if held == weight.base
                 else "was changed since, or is another model's"
             )
-            raise ModelError(f"{path}: is not applied to this model: {weight.name} {has}")
+            raise ModelError(
+                f"{path}: is not applied to this model: {weight.name} {has}; name the one that it is applied to"
+            )
     _write(own, patch, back=True)
     return patch
 
@@ -229,7 +232,9 @@ def _write(own: Mapping[str, Tensor], patch: Patch, *, back: bool) -> None:
         try:
             made = taken(patch.steps[weight.name], own[weight.name], weight.transposed, back=back)
         except ValueError as error:
-            raise DataError(f"{patch.path}: not what {WRITER} wrote ({weight.name}: {error})") from None
+            raise DataError(
+                f"{patch.path}: not what {WRITER} wrote ({weight.name}: {error}); get the patch again"
+            ) from None
         if _digest(made) != (weight.base if back else weight.edited):
             raise DataError(
                 f"{patch.path}: does not lead to the weight that it names ({weight.name}); nothing was written"
@@ -257,12 +262,12 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
     except (ModelError, DataError):
         raise
     except D4SError as error:  # of an edit
-        raise DataError(f"{path}: not what {WRITER} wrote ({error})") from None
+        raise DataError(f"{path}: not what {WRITER} wrote ({error}); get the patch again") from None
 
 
 def _weights(facts: Mapping[str, str], path: str) -> tuple[PatchedWeight, ...]:
     def wrong(reason: str) -> DataError:
-        return DataError(f"{path}: not what {WRITER} wrote ({reason})")
+        return DataError(f"{path}: not what {WRITER} wrote ({reason}); get the patch again")
 
     if facts.keys() != set(_FACTS):
         raise wrong(f"its facts must be {', '.join(_FACTS)}")
@@ -292,12 +297,15 @@ def _weights(facts: Mapping[str, str], path: str) -> tuple[PatchedWeight, ...]:
 
 def _check_fits(weight: PatchedWeight, own: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     if weight.name not in own:
-        raise ModelError(f"{path}: belongs to another model: this one has no parameter {shown(weight.name)}")
+        raise ModelError(
+            f"{path}: belongs to another model: this one has no parameter {shown(weight.name)}; "
+            "name the one it was made of"
+        )
     parameter = own[weight.name]
     if tuple(parameter.shape) != weight.shape:
         raise ModelError(
             f"{path}: belongs to another model: {weight.name} is {list(weight.shape)} there and "
-            f"{list(parameter.shape)} here"
+            f"{list(parameter.shape)} here; name the one it was made of"
         )
     if parameter.dtype != weight.dtype:
         raise ModelError(
@@ -312,7 +320,7 @@ def _check_outlines(
     """DataError unless there is exactly what each weight needs, no part of it larger than the weight itself."""
 
     def wrong(reason: str) -> DataError:
-        return DataError(f"{path}: not what {WRITER} wrote ({reason})")
+        return DataError(f"{path}: not what {WRITER} wrote ({reason}); get the patch again")
 
     left_over = set(outlines)
     for weight in weights:

@@ -193,7 +193,10 @@ class Sums:
             }
             self.priors = {layer: _prior(priors[f"{layer}"], shapes[layer][1]) for layer in self.layers}
         except (KeyError, IndexError, D4SError) as error:
-            raise DataError(f"{folder.root}: base or priors are not those of its layers ({error})") from None
+            raise DataError(
+                f"{folder.root}: base or priors are not those of its layers ({error}); "
+                "put the right files in their place"
+            ) from None
         self.shapes = shapes
         self._projections: dict[int, Projection] = {}
         self.closed_form = self._empty()
@@ -246,7 +249,9 @@ class Sums:
         for edit_id in ids:
             self.standing.get(edit_id)
             if (edit_id in self.standing.undone) != stand:
-                raise EditError(f"edit {edit_id!r} {'stands' if stand else 'was undone'} already")
+                raise EditError(
+                    f"edit {edit_id!r} {'stands' if stand else 'was undone'} already; name another, or none"
+                )
         put, taken = self.standing.change(ids, stand=stand)
         for rows in put:
             self.closed_form.put_(rows)
@@ -313,7 +318,9 @@ def edits_of(event: Mapping[str, Any], folder: Folder) -> list[Edit]:
     try:
         return [Edit.from_dict(record) for record in event["edits"]]
     except (D4SError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{folder.root}, event {event.get('n')}: holds no edits ({error})") from None
+        raise DataError(
+            f"{folder.root}, event {event.get('n')}: holds no edits ({error}); the log is damaged, or was changed"
+        ) from None
 
 
 def _prior(stored: Tensor, d_in: int) -> Prior:
@@ -349,7 +356,9 @@ class Segments:
                 found = unpacked(file.tensors, file.path)
                 if step in found:
                     return number, found
-                raise DataError(f"{file.path}: has no vectors of step {step}")
+                raise DataError(
+                    f"{file.path}: has no vectors of step {step}; put the right file in its place"
+                )
             except DataError as error:
                 why = why or error
         raise why or DataError(
@@ -357,7 +366,7 @@ class Segments:
             + (
                 "; go on with the sequence (the same command again), which makes them"
                 if self.folder.head["keeps_vectors"]
-                else " (--keep-vectors no), so no single edit can be taken back"
+                else " (--keep-vectors no), so no single edit can be taken back; --keep-vectors yes keeps them"
             )
         )
 
@@ -414,7 +423,9 @@ def unpacked(tensors: Mapping[str, Tensor], path: str) -> dict[int, list[Rows]]:
                     )
                 )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: is no segment of a journal ({error})") from None
+        raise DataError(
+            f"{path}: is no segment of a journal ({error}); put the right file in its place"
+        ) from None
     return found
 
 

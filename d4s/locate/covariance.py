@@ -66,7 +66,7 @@ class Covariance:
             raise CovarianceError("key statistics of no key vector; the corpus has no text")
         if lost := set(routed) - set(moments):
             raise CovarianceError(
-                f"layer {min(lost)}: tokens are counted for experts that have no statistics"
+                f"layer {min(lost)}: tokens are counted for experts that have no statistics; estimate them again"
             )
         self.moments, self.count, self.routed = dict(moments), count, routed
         self.fingerprint, self.corpus = fingerprint, corpus
@@ -94,7 +94,7 @@ class Covariance:
         """
         if layer in self.routed:
             raise CovarianceError(
-                f"layer {layer}: the key statistics are those of {len(self.routed[layer])} experts"
+                f"layer {layer}: the key statistics are those of {len(self.routed[layer])} experts; ask for one of them"
             )
         return self._held(layer).double() / self.count
 
@@ -106,15 +106,15 @@ class Covariance:
         moments = self._held(layer)
         if layer not in self.routed:
             raise CovarianceError(
-                f"layer {layer}: the key statistics are those of one matrix, not of experts"
+                f"layer {layer}: the key statistics are those of one matrix, not of experts; ask for the matrix"
             )
         return moments, self.routed[layer]
 
     def _held(self, layer: int) -> Tensor:
         if layer not in self.moments:
             raise CovarianceError(
-                f"no key statistics of layer {layer}; held are those of {list(self.layers)}. "
-                f"Estimate again with layers including {layer}"
+                f"no key statistics of layer {layer}; held are those of {list(self.layers)}; "
+                f"estimate again with layers including {layer}"
             )
         return self.moments[layer]
 
@@ -124,7 +124,11 @@ class Covariance:
             wanted, found = anatomy.shape(layer)[1], self._held(layer).shape[-1]
             experts = anatomy.experts(layer)
             has = "one matrix" if experts is None else f"{experts.count} experts"
-            hold = f"{len(self.routed[layer])} experts" if layer in self.routed else "one matrix"
+            hold = (
+                f"{len(self.routed[layer])} experts; ask for one of them"
+                if layer in self.routed
+                else "one matrix"
+            )
             if has != hold:
                 raise CovarianceError(
                     f"layer {layer}: the key statistics are those of {hold}, the model has {has} there; they belong to "
@@ -187,7 +191,7 @@ class Covariance:
         for name, of in said.items():
             if of(self) != of(other):
                 raise CovarianceError(
-                    "only statistics of the same layers of the same model add up: "
+                    "statistics that are added up must be of the same layers of the same model: "
                     f"{name} {of(self)} and {of(other)}"
                 )
 
@@ -226,7 +230,9 @@ class Covariance:
                 corpus=file.facts["corpus"],
             )
         except (KeyError, ValueError) as error:  # CovarianceError among them
-            raise CovarianceError(f"{path}: not what Covariance.save wrote ({error})") from None
+            raise CovarianceError(
+                f"{path}: not what Covariance.save wrote ({error}); get the file again, or estimate anew"
+            ) from None
         file.check_intact(CovarianceError)
         return found
 
@@ -238,12 +244,14 @@ def _check_moment(name: str, moment: Tensor) -> None:
     if moment.dtype not in (torch.float32, torch.float64):
         raise CovarianceError(f"{name}: moment is {moment.dtype}, must be float32 or float64")
     if not torch.isfinite(moment).all():
-        raise CovarianceError(f"{name}: the key statistics hold NaN or infinity")
+        raise CovarianceError(f"{name}: the key statistics hold NaN or infinity; estimate them again")
     largest = float(moment.diagonal().abs().max()) if len(moment) else 0.0
     if len(moment) and float(moment.diagonal().min()) < 0:
-        raise CovarianceError(f"{name}: a sum of squares in the key statistics is negative")
+        raise CovarianceError(
+            f"{name}: a sum of squares in the key statistics is negative; estimate them again"
+        )
     if float((moment - moment.T).abs().max() if len(moment) else 0) > 1e-5 * largest:
-        raise CovarianceError(f"{name}: the key statistics are not symmetric")
+        raise CovarianceError(f"{name}: the key statistics are not symmetric; estimate them again")
 
 
 def _check_routed(layer: int, moment: Tensor, routed: Tensor, count: int) -> None:
@@ -254,7 +262,9 @@ def _check_routed(layer: int, moment: Tensor, routed: Tensor, count: int) -> Non
             "[experts, d_in, d_in] and [experts] torch.int64"
         )
     if int(routed.min()) < 0 or int(routed.max()) > count:
-        raise CovarianceError(f"layer {layer}: an expert's tokens are none of the {count} that were read")
+        raise CovarianceError(
+            f"layer {layer}: an expert's tokens are none of the {count} that were read; estimate the statistics again"
+        )
 
 
 def fingerprint_of(model: CausalLM, *, exact: bool = True) -> str:
@@ -296,7 +306,9 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         with open(corpus, encoding="utf-8") as file:
             yield from (line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(
+            f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error}); save it as UTF-8"
+        ) from None
 
 
 def _longest(model: CausalLM) -> int:
@@ -361,7 +373,7 @@ def estimate_covariance(
     the start token is no key that it ever sees.
     """
     if dtype not in (torch.float32, torch.float64):
-        raise CovarianceError(f"dtype={dtype}: sums are float32 or float64, never half precision")
+        raise CovarianceError(f"dtype={dtype}: sums must be float32 or float64, never half precision")
     anatomy = Anatomy(model, architecture)
     chosen = tuple(sorted(set(layers))) if layers is not None else tuple(range(len(anatomy)))
     anatomy.check_layers(chosen)
@@ -529,8 +541,12 @@ def _check_finite(moments: Mapping[int, Tensor], dtype: torch.dtype) -> None:
     for layer, moment in moments.items():
         if not torch.isfinite(moment.diagonal(dim1=-2, dim2=-1)).all():
             half = dtype == torch.float16
-            hint = "; float16 ends at 65504: load the model in bfloat16 or float32" if half else ""
-            raise CovarianceError(f"layer {layer}: the model's keys are NaN or infinite{hint}")
+            cure = (
+                "float16 ends at 65504: load it in bfloat16 or float32"
+                if half
+                else "load it from intact files"
+            )
+            raise CovarianceError(f"layer {layer}: the model's keys are NaN or infinite; {cure}")
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ class KeptTargets:
     def save(self, path: str | os.PathLike[str]) -> None:
         """One safetensors file, written beside its place and then renamed."""
         if not self._parts or self.identity is None:
-            raise DataError(f"{os.fspath(path)}: there are no targets to be saved")
+            raise DataError(f"{os.fspath(path)}: there are no targets to be saved; search some first")
         whole = Targets.concatenate(self._parts)
         facts = {
             "format": FORMAT,
@@ -180,9 +180,13 @@ class KeptTargets:
             kept._parts = [Targets(*parts)]
             lengths = {len(tensor) for tensor in parts}
         except (KeyError, RecursionError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: not what KeptTargets.save wrote ({error!r})") from None
+            raise DataError(
+                f"{path}: not what KeptTargets.save wrote ({error!r}); search them again (d4s targets)"
+            ) from None
         if lengths != {len(kept._rows)}:
-            raise DataError(f"{path}: {len(kept._rows)} edits, and targets of {sorted(lengths)}")
+            raise DataError(
+                f"{path}: {len(kept._rows)} edits, and targets of {sorted(lengths)}; search them again (d4s targets)"
+            )
         return kept
 
 

@@ -343,7 +343,9 @@ def declared(measure: Callable[[], Mapping[str, float]] | None) -> dict[str, Col
         )
     for name, one in columns.items():
         if one.name != name:
-            raise ConfigError(f"the columns of a measure: under {name!r} stands the column {one.name!r}")
+            raise ConfigError(
+                f"the columns of a measure: under {name!r} stands the column {one.name!r}; must be of that name"
+            )
     return dict(columns)
 
 

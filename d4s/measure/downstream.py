@@ -76,7 +76,7 @@ def run_tasks(
 
     tasks = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
     if not tasks:
-        raise ConfigError("no downstream task was named")
+        raise ConfigError("no downstream task was named; d4s tasks list has all of them")
     manager = _task_manager(tasks, include_path)
     boxed = nullcontext() if trust_task_code else templates_in_a_sandbox()
     with evaluating(model), _quiet_harness(), _global_random_states_kept(), boxed:
@@ -105,14 +105,14 @@ def run_tasks(
                 raise
             raise DataError(
                 f"{os.fspath(include_path)}: the harness cannot make sense of a task file there, or of its data "
-                f"({error!r})"
+                f"({error!r}); mend it, or take it out of there"
             ) from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
             raise DataError(
                 f"{', '.join(tasks)}: a template of the task fails, or does what only trust_task_code=True allows "
-                f"({error})"
+                f"({error}); mend it, or, if you trust it, say so (--trust-task-code)"
             ) from error
     return _figures(found, tasks)
 
@@ -124,7 +124,9 @@ def known_tasks(part: str = "") -> list[str]:
 
     names = sorted(name for name in TaskManager().all_tasks if part.lower() in name.lower())
     if not names:
-        raise ConfigError(f"the installed lm_eval has no task with {part!r} in its name")
+        raise ConfigError(
+            f"the installed lm_eval has no task with {part!r} in its name; d4s tasks list has all of them"
+        )
     return names
 
 
@@ -177,8 +179,8 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            hint = f"Did you mean {', '.join(near)}? " if near else ""
-            raise ConfigError(f"unknown downstream task {task!r}. {hint}All of them: d4s tasks list")
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ConfigError(f"unknown downstream task {task!r}{hint}; d4s tasks list has all of them")
     return manager
 
 

@@ -123,7 +123,7 @@ def write_local_tasks(
     if not made:
         raise DataError(
             f"{source}: none of arc_challenge.jsonl, hellaswag_val.txt.bz2, winogrande.jsonl, gsm8k.jsonl, "
-            "truthfulqa.csv, mmlu/test is there"
+            "truthfulqa.csv, mmlu/test is there; name a folder with one of them"
         )
     return tuple(made)
 
@@ -146,7 +146,7 @@ def facts_task(
     """
     require_harness()
     if choices < 2:
-        raise ConfigError(f"choices={choices}: a choice is between 2 answers or more")
+        raise ConfigError(f"choices={choices}: must be 2 or more")
     answers: dict[str, dict[str, None]] = {}
     for edit in edits:
         if edit.target_true is not None:
@@ -238,7 +238,9 @@ def _hellaswag(path: Path) -> list[Row]:
     try:
         whole = bz2.decompress(read_bytes(path, "the questions")).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is no whole file of bzip2 with UTF-8 text in it ({error})") from None
+        raise DataError(
+            f"{path}: is no whole file of bzip2 with UTF-8 text in it ({error}); get it again"
+        ) from None
     lines = whole.removesuffix("\n").split("\n")  # not at what Unicode calls an end of a line too
     if len(lines) % 6:
         raise DataError(f"{path}: has {len(lines)} lines, must be six a question")
@@ -247,7 +249,7 @@ def _hellaswag(path: Path) -> list[Row]:
         query, label, *endings = lines[begin : begin + 6]
         activity, colon, context = query.partition(": ")
         if not colon:
-            raise DataError(f"{path}, question {number}: its first line has no ': ' behind the activity")
+            raise DataError(f"{path}, question {number}: its first line must have ': ' behind the activity")
         if label not in ("0", "1", "2", "3"):
             raise DataError(f"{path}, question {number}: its second line is {label!r}, must be from 0 to 3")
         unfinished = re.search(r"(?<=[.!?] )[a-z][^.!?]*$", context)

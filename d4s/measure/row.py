@@ -85,7 +85,7 @@ class Row:
         if self.kind == "statement":
             if edit.target_new not in _TRUTH:
                 raise ConfigError(
-                    f"edit {edit.id!r}, a statement: target_new is {edit.target_new!r}, not 'True' or 'False'"
+                    f"edit {edit.id!r}, a statement: target_new is {edit.target_new!r}, must be 'True' or 'False'"
                 )
             return _TRUTH[edit.target_new]
         return None
@@ -186,7 +186,9 @@ class Row:
             return None, now.right
         before = self.before(prompt, gold)
         if now is not _UNKNOWN and before.target != now.target:
-            raise ConfigError(f"the baseline was taken with another tokenizer (prompt {prompt!r})")
+            raise ConfigError(
+                f"the baseline was taken with another tokenizer (prompt {prompt!r}); take it with this one"
+            )
         same = [a == b for a, b in zip(now.predicted, before.predicted, strict=False)]
         return mean(same), now.right
 

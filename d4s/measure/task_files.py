@@ -21,7 +21,7 @@ _PYTHON = f"{_PLAIN}python/"
 def require_folder(folder: str | os.PathLike[str]) -> None:
     """ConfigError where there is none."""
     if not os.path.isdir(folder):
-        raise ConfigError(f"there is no folder of task files {os.fspath(folder)!r}")
+        raise ConfigError(f"there is no folder of task files {os.fspath(folder)!r}; name one that is there")
 
 
 def check_task_files(folder: str | os.PathLike[str]) -> None:
@@ -44,9 +44,9 @@ def _check(path: Path, seen: set[Path]) -> None:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{path}: a task file that cannot be read as YAML ({reason})") from None
+        raise DataError(f"{path}: a task file that cannot be read as YAML ({reason}); mend it") from None
     if not isinstance(root, yaml.MappingNode):
-        raise DataError(f"{path}: a task file holds fields, as 'task: name', and this one does not")
+        raise DataError(f"{path}: a task file must hold fields, as 'task: name', and this one does not")
     for name, node in _nodes(root):
         place = f"{path}, line {node.start_mark.line + 1}"
         value = node.value if isinstance(node, yaml.ScalarNode) else ""
@@ -71,7 +71,7 @@ def _check(path: Path, seen: set[Path]) -> None:
 
 def _refuse(place: str, what: str) -> None:
     raise ConfigError(
-        f"{place}: {what}. Read it; if you trust it, say so: --trust-task-code (trust_task_code=True)"
+        f"{place}: {what}; read it, and if you trust it, say so: --trust-task-code (trust_task_code=True)"
     )
 
 

@@ -65,7 +65,9 @@ def method_for(
     if isinstance(config, Method):
         name = method if isinstance(method, str) else method.name
         if config.name != name:
-            raise ConfigError(f"method={name!r}, but config is one of {config.name!r}")
+            raise ConfigError(
+                f"method={name!r}, but config is one of {config.name!r}; give them for one method"
+            )
         return config
     if isinstance(method, str):
         if method not in METHODS:

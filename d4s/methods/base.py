@@ -273,7 +273,8 @@ class Editor(ABC):
         for edit in batch:
             if not prompt_and_target_ids(self.tokenizer, edit.text, edit.target(edit.target_new))[1]:
                 raise EditError(
-                    f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary"
+                    f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary; "
+                    "write another, or give the tokenizer it"
                 )
         self._torn = True
         with frozen(self.anatomy.model):

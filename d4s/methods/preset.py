@@ -95,7 +95,9 @@ class Preset:
         """A configuration of its method with its fields in it. Raises ConfigError, naming the file, for a value of the
         wrong type or out of range."""
         if method.name != self.method:
-            raise ConfigError(f"{self.path}: is a preset of {self.method}, not of {method.name}")
+            raise ConfigError(
+                f"{self.path}: is a preset of {self.method}, not of {method.name}; take that method"
+            )
         try:
             found = method.changed(self.fields)
         except ConfigError as error:
@@ -178,7 +180,7 @@ def preset_named(name: str, method: str) -> Mapping[str, Any]:
         return known[name]
     if not known:
         raise ConfigError(f"{method} has no named presets, so no {shown(name)}; d4s tune makes a file of one")
-    raise ConfigError(f"{unknown_name(f'preset of {method}', name, known)} Or name a file made by d4s tune.")
+    raise ConfigError(f"{unknown_name(f'preset of {method}', name, known)} Or name a file made by d4s tune")
 
 
 def is_place(text: str) -> bool:

@@ -207,7 +207,7 @@ def architecture_of(model: CausalLM, architecture: Architecture | None = None) -
             raise ModelError(
                 unknown_name("model type", str(model_type), ARCHITECTURES)
                 + " For another one pass architecture=d4s.Architecture(blocks=…, mlp_output=…, mlp_input=…,"
-                " attention_output=…) with the paths of its modules."
+                " attention_output=…) with the paths of its modules"
             )
         architecture = ARCHITECTURES[model_type]
     if architecture.plain_where:
@@ -217,7 +217,10 @@ def architecture_of(model: CausalLM, architecture: Architecture | None = None) -
     try:
         blocks = model.get_submodule(architecture.blocks)
     except AttributeError as error:
-        raise ModelError(f"{type(model).__name__} has no module {architecture.blocks!r} ({error})") from None
+        raise ModelError(
+            f"{type(model).__name__} has no module {architecture.blocks!r} ({error}); "
+            "name those it has, in architecture="
+        ) from None
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         raise ModelError(
             f"{type(model).__name__}: {architecture.blocks!r} is a {type(blocks).__name__}, must be the ModuleList of "
@@ -230,7 +233,8 @@ def architecture_of(model: CausalLM, architecture: Architecture | None = None) -
             blocks[0].get_submodule(path)
         except AttributeError as error:
             raise ModelError(
-                f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error})"
+                f"{type(model).__name__}: {architecture.blocks}.0 has no {path!r} ({error}); "
+                "name those it has, in architecture="
             ) from None
     return architecture
 
@@ -351,8 +355,8 @@ class Anatomy:
         if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
             found = f"has the shape {list(weight.shape)}" if isinstance(weight, Tensor) else "is not there"
             raise ModelError(
-                f"{self.weight_name(layer)} {found}; W must be one matrix [d_out, d_in]. Mixtures of experts have "
-                "one for each expert, and can be edited where the table of architectures says where they are"
+                f"{self.weight_name(layer)} {found}; W must be one matrix [d_out, d_in] (mixtures of experts have "
+                "one for each expert, and can be edited where the table of architectures says where they are)"
             )
         return weight
 

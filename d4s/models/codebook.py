@@ -144,7 +144,7 @@ class Wrapping(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.layers) != 1:
-            raise ConfigError(f"layers={list(self.layers)}: grace wraps one layer")
+            raise ConfigError(f"layers={list(self.layers)}: must be one layer, which grace wraps")
         if self.epsilon <= 0:
             raise ConfigError(f"grace needs epsilon > 0; got epsilon={self.epsilon}")
 
@@ -235,7 +235,9 @@ def load_codebook(model: CausalLM, folder: str | os.PathLike[str]) -> WrappedLay
         TypeError,
         ValueError,
     ) as error:
-        raise ModelError(f"{path}: not a codebook that GRACE's save_pretrained wrote ({error!r})") from None
+        raise ModelError(
+            f"{path}: not a codebook that GRACE's save_pretrained wrote ({error!r}); save it again"
+        ) from None
     try:
         anatomy = Anatomy(model)
         anatomy.check_placement()

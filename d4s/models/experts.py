@@ -103,7 +103,9 @@ class Experts:
             row, place = (tokens.unsqueeze(1) == here.unsqueeze(0)).nonzero(as_tuple=True)
             found[row, expert] = keys[place]
         if found is None:
-            raise ModelError(f"{self.name}: no token was routed to any of its {self.count} experts")
+            raise ModelError(
+                f"{self.name}: no token was routed to any of its {self.count} experts; give it tokens"
+            )
         return found.flatten(1)
 
     def _inner(self, expert: int, x: Tensor) -> Tensor:

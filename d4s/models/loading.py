@@ -65,14 +65,18 @@ def load_model(
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ConfigError(f"device {device}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"device {device}: {str(error).splitlines()[0]}; name cpu, cuda or cuda:1"
+        ) from None
     if place.type == "meta":
         raise ConfigError(f"device {place}: a meta device holds no numbers; name cpu, cuda or cuda:1")
     try:
         model = model.to(place).eval()
     # No such device, or a torch that was built without it.
     except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"device {place}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"device {place}: {str(error).splitlines()[0]}; name one that is there, as cpu"
+        ) from None
     return _named(text, model), tokenizer
 
 
@@ -90,7 +94,9 @@ def _check_map(name: str, device_map: str | Mapping[str, Any], device: Any) -> N
     if find_spec("accelerate") is None:
         raise ModelError(f"{name}: device_map needs the package accelerate: pip install accelerate")
     if isinstance(device_map, str) and device_map not in MAPS:
-        raise ConfigError(unknown_name("device_map", device_map, MAPS) + " Or a mapping of module → device.")
+        raise ConfigError(
+            unknown_name("device_map", device_map, MAPS) + " Or give a mapping of module → device"
+        )
     if not isinstance(device_map, str) and "disk" in device_map.values():
         raise ConfigError(f"device_map: 'disk' for {_places(device_map, 'disk')}: {_OFFLOADED}")
 
@@ -129,7 +135,7 @@ def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto")
             return AutoModelForCausalLM.from_config(config, dtype=wanted or stored or torch.float32).eval()
     except Exception as error:  # whatever transformers raises of a config.json
         raise ModelError(
-            f"{text}: no configuration of a causal language model could be read ({_reason(error)}). MODEL is a folder "
+            f"{text}: no configuration of a causal language model could be read ({_reason(error)}); MODEL is a folder "
             f"with config.json, the name of one on the hub, a .gguf file, or {' or '.join(map(repr, KNOWN))}"
         ) from None
 
@@ -188,11 +194,11 @@ def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = 
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{name}: its config.json or tokenizer_config.json names Python code of its own (auto_map), which d4s "
-                "never runs; only model types that transformers itself has can be loaded. Where you trust the code, "
+                "never runs; only model types that transformers itself has can be loaded; where you trust the code, "
                 "load the model in Python and call d4s.edit_sequence on it"
             ) from None
         raise ModelError(
-            f"{name}: no causal language model could be loaded ({_reason(error)}). MODEL is a folder with config.json, "
+            f"{name}: no causal language model could be loaded ({_reason(error)}); MODEL is a folder with config.json, "
             f"model.safetensors and tokenizer.json, the name of one on the hub, a .gguf file, or "
             f"{' or '.join(map(repr, KNOWN))}"
         ) from None
@@ -203,7 +209,7 @@ def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = 
 def _gguf(path: Path, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     """A GGUF file dequantised to an ordinary model."""
     if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+        raise ModelError(f"{path}: there is no such file; name one that is there")
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise ModelError(

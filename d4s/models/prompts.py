@@ -144,7 +144,9 @@ def subject_row(
     """
     at = template.find("{}")
     if at < 0:
-        raise EditError(f"prompt {template!r} has no '{{}}' for the subject")
+        raise EditError(
+            f"prompt {template!r} has no '{{}}' for the subject; write it where the subject stands"
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerError(
             f"{type(tokenizer).__name__} gives no character offsets, which the subject's last token is found by; "
@@ -168,7 +170,9 @@ def subject_row(
         if first < end <= stop:  # several tokens may spell one character: the last of them counts
             last = position
     if last < 0:
-        raise TokenizerError(f"no token of {prompt!r} covers the end of the subject {subject!r}")
+        raise TokenizerError(
+            f"no token of {prompt!r} covers the end of the subject {subject!r}; spell it as the prompt does"
+        )
     if not target:
         return Row(ids, last, len(ids))
     prompt_ids, target_ids = prompt_and_target_ids(tokenizer, prompt, target)

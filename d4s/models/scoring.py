@@ -164,7 +164,9 @@ def _tokenised(
                 target_ids[target] = tuple(prompt_and_target_ids(tokenizer, prompt, target)[1])
             if not prompt_ids or not target_ids[target]:
                 what = f"target {target!r}" if prompt_ids else "prompt"
-                raise TokenizerError(f"the tokenizer makes no token of the {what} (prompt {prompt!r})")
+                raise TokenizerError(
+                    f"the tokenizer makes no token of the {what} (prompt {prompt!r}); write text that it knows"
+                )
         found[prompt] = (prompt_ids, target_ids)
     return found
 

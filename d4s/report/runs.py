@@ -99,8 +99,8 @@ def _runs_of(folder: Path) -> list[ToldRun]:
         found += _of_comparison(place, f"{place.relative_to(folder).as_posix().replace('-details', '')}: ")
     if not found:
         raise DataError(
-            f"{folder}: holds no sequence: neither a journal (journal/journal.json), nor result.json as d4s edit "
-            "leaves it, nor results/*.json or journals/ as d4s compare does, nor NAME-details/ as d4s reproduce does"
+            f"{folder}: holds no sequence; must have a journal (journal/journal.json), or result.json as d4s edit "
+            "leaves it, or results/*.json or journals/ as d4s compare does, or NAME-details/ as d4s reproduce does"
         )
     return found
 

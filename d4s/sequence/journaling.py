@@ -138,7 +138,7 @@ class Journaling(Observer):
         if differ := differing(self.folder.head, wanted, [name for name in SAME if name in wanted]):
             self.is_anothers = True
             raise ConfigError(
-                f"{self.path} is the journal of another sequence: {'; '.join(differ)}. Name another folder, or ask for "
+                f"{self.path} is the journal of another sequence: {'; '.join(differ)}; name another folder, or ask for "
                 "the same"
             )
 
@@ -258,7 +258,8 @@ class Journaling(Observer):
             stored = edits_of(event, self.folder)
             if number >= len(batches) or [e.id for e in stored] != [e.id for e in batches[number]]:
                 raise DataError(
-                    f"{self.folder.root}, event {event['n']}: its edits are not those of step {number + 1}"
+                    f"{self.folder.root}, event {event['n']}: its edits are not those of step {number + 1}; "
+                    "the log is damaged, or was changed"
                 )
         self._rebuild(editor, steps, batches)
         self.number = len(steps)

@@ -44,7 +44,7 @@ class Result(Record):
         if again is None:
             raise ConfigError(f"{self.method} keeps nothing to consolidate; d4s does")
         if not made:
-            raise ConfigError("no edit has been made, so there is nothing to consolidate")
+            raise ConfigError("no edit has been made, so there is nothing to consolidate; make one")
         with evaluating(self.model):
             again([edit for edit in self.edits if edit.id in made])
 

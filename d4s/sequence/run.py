@@ -234,7 +234,7 @@ def _begun(
 def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> None:
     """Raises what `edit_sequence` raises before anything is changed."""
     if not edits:
-        raise ConfigError("no edits were given")
+        raise ConfigError("no edits were given; at least one is needed")
     check_sequence(edits)
     for batch in schedule.batches(edits):
         check_batch(batch)

@@ -47,7 +47,9 @@ def load_changes_(model: CausalLM, tokenizer: Any, path: str | os.PathLike[str])
     try:
         grace, unedited, tensors = json.loads(file.facts["grace"]), file.facts["unedited"], file.tensors
     except (KeyError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not the changes that d4s edit kept ({error})") from None
+        raise DataError(
+            f"{path}: not the changes that d4s edit kept ({error}); make the edits again"
+        ) from None
     if unedited != (mine := fingerprint_of(model)):
         raise ModelError(
             f"{path} belongs to another model (weights {unedited[:12]}, this one {mine[:12]}); name the one that was "
@@ -59,12 +61,12 @@ def load_changes_(model: CausalLM, tokenizer: Any, path: str | os.PathLike[str])
             editor = GRACE(**grace).editor(Workbench(model, tokenizer))
             editor.load_state_dict(tensors)
         except (KeyError, TypeError, D4SError) as error:
-            raise DataError(f"{path}: holds no codebook of GRACE ({error})") from None
+            raise DataError(f"{path}: holds no codebook of GRACE ({error}); make the edits again") from None
         return
     own = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape or own[name].dtype != tensor.dtype:
-            raise DataError(f"{path}: {name} is no weight of this model")
+            raise DataError(f"{path}: {name} is no weight of this model; name the one that was edited")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

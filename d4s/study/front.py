@@ -267,7 +267,9 @@ def strengths(
 ) -> list[float]:
     """Values of a method's strength, ascending, each once."""
     if not method.strength:
-        raise ConfigError(f"{label}: {method.name} has no field that it could be compared along")
+        raise ConfigError(
+            f"{label}: {method.name} has no field that it could be compared along; leave it out"
+        )
     given: Iterable[float] | None = None
     if isinstance(grid, Mapping):
         given = grid.get(label)

@@ -241,5 +241,7 @@ def analyze_model(
         records = dict(results)
     records = {label: record for label, record in records.items() if len(record.history) > 1}
     if not records:
-        raise ConfigError("no sequence with an evaluation after its first edit: there is nothing to analyze")
+        raise ConfigError(
+            "no sequence with an evaluation after its first edit, so nothing to analyze; give evaluate_every"
+        )
     return ModelView(records, {"efficacy": None, "specificity": None} | dict(bounds or {}), seed)

@@ -170,7 +170,7 @@ class Plan:
             if place in free and needed > free[place]:
                 raise ConfigError(
                     f"{place} has {_amount(free[place])} free, and {self.edits} edits with {self.method} need "
-                    f"{_amount(needed)}: {self._largest(place, loaded)}. {self._cure(place, free[place], loaded)}"
+                    f"{_amount(needed)}: {self._largest(place, loaded)}; {self._cure(place, free[place], loaded)}"
                 )
 
     def _largest(self, place: str, loaded: bool) -> str:
@@ -201,15 +201,15 @@ class Plan:
         if 1 <= fits < count:
             found.append(f"--set layers={list(self.layers[-fits:])} ({fits} of {count} layers)")
         if found:
-            return f"It would fit with {', or with '.join(found)}"
+            return f"it would fit with {', or with '.join(found)}"
         if place == DISK:
-            return "Name an --out on a larger disk"
+            return "name an --out on a larger disk"
         more = (
             "--device-map auto over several GPUs"
             if place.startswith("cuda")
             else "a machine with more memory"
         )
-        return f"Neither --dtype bfloat16 nor a single layer makes it fit; take {more}"
+        return f"neither --dtype bfloat16 nor a single layer makes it fit, so take {more}"
 
 
 VECTORS = "journal: keys and residuals"

@@ -64,7 +64,7 @@ class Retained:
         known = [fact for fact in facts if is_askable(fact)]
         if not known:
             raise ConfigError(
-                "no fact that could be asked for what the model retains: give edits with a target_true that are "
+                "no fact that could be asked for what the model retains; give edits with a target_true that are "
                 "not to be made (facts=…), or a larger set of edits"
             )
         pool = AnswerPool(known)

@@ -142,7 +142,8 @@ def test_an_interruption_is_a_failure_in_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("d4s.edits.formats.load_edits", interrupted)
-    assert "stopped" in failed(capsys, "evaluate", "m", "edits.json")
+    assert main(["evaluate", "m", "edits.json"]) == 130
+    assert capsys.readouterr().err == "d4s: stopped; what had been written is whole\n"
 
 
 def test_the_module_runs_as_a_program_and_hands_on_its_status(place):

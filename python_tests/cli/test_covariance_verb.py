@@ -141,7 +141,7 @@ def test_statistics_that_do_not_belong_together_are_refused_with_what_differs(pl
     assert fewer in said and "[0, 1, 2] and [0, 2]" in said
     said = failed(capsys, "covariance", "--merge", mine, others, *out)
     assert others in said and Covariance.load(mine).fingerprint[:12] in said
-    assert "two files or more" in failed(capsys, "covariance", "--merge", mine, *out)
+    assert "name two or more" in failed(capsys, "covariance", "--merge", mine, *out)
     assert "files alone" in failed(capsys, "covariance", "m", *out, "--merge", mine, fewer)
     assert "--layers means nothing" in failed(
         capsys, "covariance", *out, "--layers", "1", "--merge", mine, fewer

@@ -101,8 +101,8 @@ def test_each_way_to_run_code_is_refused(text, reason, folder):
     ("text", "reason"),
     [
         ("task: [", r"x\.yaml: a task file that cannot be read as YAML.*line 1"),
-        ("- task", "holds fields"),
-        ("", "holds fields"),
+        ("- task", "must hold fields"),
+        ("", "must hold fields"),
         ("[" * 5_000, "cannot be read as YAML"),
         ("a: &a [*a]\ntask: \xff", "cannot be read as YAML"),
     ],

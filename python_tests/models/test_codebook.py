@@ -138,7 +138,7 @@ def test_a_model_has_one_codebook(seed, tmp_path):
 @pytest.mark.parametrize(
     ("field", "text"),
     [
-        (dict(layers=(0, 1)), "wraps one layer"),
+        (dict(layers=(0, 1)), "must be one layer"),
         (dict(epsilon=0.0), "epsilon"),
         (dict(module="mlp"), "module"),
     ],

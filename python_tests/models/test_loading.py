@@ -119,7 +119,7 @@ def test_a_quantised_gguf_file_is_dequantised_and_edited(name, tmp_path, seed):
 
 
 def test_what_is_no_gguf_model_is_one_line(tmp_path, seed, monkeypatch):
-    with pytest.raises(ModelError, match=r"none\.gguf: no such file"):
+    with pytest.raises(ModelError, match=r"none\.gguf: there is no such file"):
         d4s.load_model(tmp_path / "none.gguf")
     write_gguf(tmp_path / "whole.gguf", tiny_model("llama", seed, **SIZES))
     whole = (tmp_path / "whole.gguf").read_bytes()

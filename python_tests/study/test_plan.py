@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_with_what_would(seed):
         ConfigError, match=r"cpu has .* free, and 1000 edits with d4s need .*--set layers=\[1, 2\]"
     ):
         found.check({"cpu": int(0.7 * needed)}, loaded=True)
-    with pytest.raises(ConfigError, match="Neither --dtype bfloat16 nor a single layer"):
+    with pytest.raises(ConfigError, match="neither --dtype bfloat16 nor a single layer"):
         found.check({"cpu": 10}, loaded=True)
     disk = found.bytes(DISK, certain=True)
     vectors = sum(p.bytes for p in found.parts if p.name == VECTORS)

@@ -159,13 +159,15 @@ def _json_lines_or_object(path: Path, text: str) -> Iterator[Record]:
         shift = len(text) - len(text.lstrip(_BYTE_ORDER_MARK))
         verb = "is cut off" if _is_cut_off(text, error) else "is not valid JSON"
         raise DataError(
-            f"{path}: the file {verb}: {error.msg} at {_where(text, error.pos + shift)}"
+            f"{path}: the file {verb}: {error.msg} at {_where(text, error.pos + shift)}; mend it there"
         ) from None
     except (RecursionError, ValueError) as error:
         # Of records a line, the others can still be read.
         if _is_object(lines[0]) or any(line.startswith("{") for line in lines[1:2]):
             return _json_lines(text)
-        raise DataError(f"{path}: the file cannot be parsed: {_unreadable(error)}") from None
+        raise DataError(
+            f"{path}: the file cannot be parsed ({_unreadable(error)}); must be JSON, JSON lines or CSV"
+        ) from None
     values = _wrapped(value)
     return (Record(number, f"record {number}", record) for number, record in enumerate(values, start=1))
 
@@ -239,7 +241,9 @@ def _rows_under_header(path: Path, text: str) -> Iterator[Record]:
                 header = [cell.strip() for cell in row]
                 doubled = sorted(name for name, count in Counter(header).items() if count > 1)
                 if doubled:
-                    raise DataError(f"{path}: the header names {shown(doubled[0])} twice")
+                    raise DataError(
+                        f"{path}: the header names {shown(doubled[0])} twice; rename one of the columns"
+                    )
                 continue
             number += 1
             place = f"record {number} (line {reader.line_num})"
@@ -260,6 +264,6 @@ def _rows_under_header(path: Path, text: str) -> Iterator[Record]:
         )
     if header is not None and number == 0:
         raise DataError(
-            f"{path}: begins with {header_line[:80]!r} and holds no records under it: neither a JSON list or "
-            "object, nor CSV with a header and rows"
+            f"{path}: begins with {header_line[:80]!r} and holds no records under it; must be a JSON list or "
+            "object, or CSV with a header and rows"
         )

@@ -93,7 +93,7 @@ def reproduce(
         raise ConfigError(f"{name} needs edits: {protocol.data} (the embedded model has its own)")
     sizes = tuple(sorted(set(counts))) if counts else protocol.small if embedded else protocol.counts
     if sizes[0] < 1:
-        raise ConfigError(f"counts={list(sizes)}: numbers of edits from 1 on")
+        raise ConfigError(f"counts={list(sizes)}: must be numbers of edits from 1 on")
     note = ""
     if edits is None:
         data, note = _embedded_data(name, seed)
