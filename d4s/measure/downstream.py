@@ -179,8 +179,8 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ConfigError(f"unknown downstream task {task!r}{hint}; d4s tasks list has all of them")
+            hint = f"Did you mean {', '.join(near)}? " if near else ""
+            raise ConfigError(f"unknown downstream task {task!r}. {hint}All of them: d4s tasks list")
     return manager
 
 

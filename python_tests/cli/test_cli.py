@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import ROOT, done, failed, run
+from support.command import ROOT, done, run
 
 import d4s
 from d4s import progress

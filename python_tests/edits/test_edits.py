@@ -59,7 +59,7 @@ def test_an_edit_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"prompt": "The mother tongue is"}, r"'Ada Quist': 'prompt' has no '\{\}' for the subject.*Write"),
+        ({"prompt": "The mother tongue is"}, r"'Ada Quist': 'prompt' has no '\{\}' for the subject.*; write"),
         ({"prompt": "{} and {} speak"}, r"'prompt' has 2 '\{\}', one is right"),
         ({"prompt": 3}, "'prompt' must be text, not int"),
         ({"subject": "  "}, "'subject' is empty"),

@@ -153,11 +153,13 @@ def _recognise(file: str, records: list[Record]) -> str:
             if format_.recognises(record.value):
                 return name
     if asked:
-        found = f"{asked[0].place} has {_named(asked[0].value)}"
+        found = f"found, in {asked[0].place}: {_named(asked[0].value)}"
     else:
-        found = f"{records[0].place}: {records[0].problem or type(records[0].value).__name__}"
+        found = f"found, in {records[0].place}: {records[0].problem or type(records[0].value).__name__}"
     looked_for = "; ".join(f"{name}: {format_.looks_for}" for name, format_ in FORMATS.items())
-    raise DataError(f"{file}: not a known format of edits ({found}); a record must have, of {looked_for}")
+    raise DataError(
+        f"{file}: not a known format of edits ({found}); a record must have the fields of one: {looked_for}"
+    )
 
 
 def _named(fields: Iterable[str], most: int = 40) -> str:
