@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from d4s.cli import (
     analyze,
     compare,
+    completion,
     covariance,
     demo,
     edit,
@@ -72,6 +73,7 @@ VERBS: dict[str, Verb] = {
     "tasks": tasks,
     "models": models,
     "methods": methods,
+    "completion": completion,
 }
 
 

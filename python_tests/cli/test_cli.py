@@ -41,6 +41,7 @@ VERBS = (
     "import-config",
     "models",
     "methods",
+    "completion",
 )
 
 

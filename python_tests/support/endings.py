@@ -29,7 +29,7 @@ from d4s.cli import main
 
 def open_for(place):
     if place != "gone":
-        return os.open(place, os.O_WRONLY | os.O_CREAT)
+        return os.open(place, os.O_WRONLY | os.O_CREAT, 0o600)
     ours, theirs = os.pipe()
     os.close(ours)  # nobody reads
     return theirs
