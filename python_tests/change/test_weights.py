@@ -101,7 +101,9 @@ def test_a_change_that_is_not_finite_or_does_not_fit_writes_nothing(model_type, 
             weights.write_(2, delta)
     d_out, d_in = anatomy.shape(2)
     for shape in ((d_in, d_out), (d_out, d_in - 1), (d_out * d_in,), (1, d_in)):
-        with pytest.raises(ModelError, match=rf"is \[{d_out}, {d_in}\] \(d_out, d_in\), the change is"):
+        with pytest.raises(
+            ModelError, match=rf"is \[{d_out}, {d_in}\] \(d_out, d_in\), so its change must be, and is"
+        ):
             weights.write_(2, torch.zeros(shape))
     assert not changed(anatomy, before)
     assert (weights.mean_absolute(), weights.delta_norm()) == norms

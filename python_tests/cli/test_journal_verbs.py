@@ -76,7 +76,7 @@ def test_a_sequence_that_was_interrupted_goes_on_by_the_same_command(capsys, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(Editor, "edit", interrupted)
-        assert d4s.cli.main([*EDIT, "--out", run]) == 1
+        assert d4s.cli.main([*EDIT, "--out", run]) == 130
     assert "2 edits were made before" in capsys.readouterr().err
     done(capsys, *EDIT, "--out", run)
     one, other = weights(whole), weights(run)
@@ -95,7 +95,7 @@ def test_another_command_in_the_same_folder_is_refused(capsys, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Editor, "edit", interrupted)
-        assert d4s.cli.main([*EDIT, "--out", run]) == 1
+        assert d4s.cli.main([*EDIT, "--out", run]) == 130
     line = failed(capsys, *EDIT, "--out", run, "--batch-size", "2")
     assert "is the journal of another sequence: schedule" in line
 

@@ -120,7 +120,10 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
         (("edit", "--method", "memit", "--preset", "paper"), "memit has no named presets"),
         (("edit", "--preset", "none.json"), "none.json: there is no such file"),
         (("edit", "--preset", "edits.json"), "not what d4s tune wrote"),
-        (("compare", "--methods", "memit", "--preset", "GIVEN"), "is of d4s, which is not among --methods"),
+        (
+            ("compare", "--methods", "memit", "--preset", "GIVEN"),
+            "is of d4s, and --methods names memit; add it",
+        ),
         (("edit", "--method", "memit", "--preset", "GIVEN"), "is of d4s, and memit was asked for"),
         (("compare", "--front", "a,b"), "must be numbers with commas"),
         (("compare", "--front", "1", "memit=2"), "not both"),

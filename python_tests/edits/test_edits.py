@@ -60,7 +60,7 @@ def test_an_edit_cannot_be_changed() -> None:
     ("fields", "says"),
     [
         ({"prompt": "The mother tongue is"}, r"'Ada Quist': 'prompt' has no '\{\}' for the subject.*; write"),
-        ({"prompt": "{} and {} speak"}, r"'prompt' has 2 '\{\}', one is right"),
+        ({"prompt": "{} and {} speak"}, r"'prompt' must have one '\{\}', not 2"),
         ({"prompt": 3}, "'prompt' must be text, not int"),
         ({"subject": "  "}, "'subject' is empty"),
         ({"subject": "{}"}, r"'subject' contains '\{\}'"),

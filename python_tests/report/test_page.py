@@ -242,7 +242,7 @@ def test_a_folder_without_a_run_or_with_a_damaged_one_is_said(folder, tmp_path):
     with pytest.raises(DataError, match="nowhere: there is no such folder"):
         runs_in([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: holds no sequence: neither a journal .* result\.json"):
+    with pytest.raises(DataError, match=r"empty: holds no sequence; must have a journal .* result\.json"):
         runs_in([tmp_path / "empty"])
     bad = tmp_path / "bad"
     bad.mkdir()

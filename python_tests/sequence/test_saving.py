@@ -100,7 +100,7 @@ def test_ctrl_c_while_saving_costs_nothing(capsys, monkeypatch):
 
     with monkeypatch.context() as broken:
         broken.setattr(GPT2LMHeadModel, "save_pretrained", interrupted)
-        assert main([*EDIT, "--out", "run"]) == 1
+        assert main([*EDIT, "--out", "run"]) == 130
     assert "the model was not saved; repeat the command with --out run" in capsys.readouterr().err
     assert main([*EDIT, "--out", "run"]) == 0
     assert main([*EDIT, "--out", "whole"]) == 0
@@ -181,7 +181,7 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 1)]
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 )
 def test_what_was_made_is_saved_when_the_program_is_asked_to_end(number, status, capsys, monkeypatch):
     from d4s.methods.ft import FTEditor
