@@ -51,8 +51,8 @@ def ended_by(error: BaseException, options: Namespace) -> tuple[str, int]:
     if isinstance(cause, (D4SError, RankEnded)):
         return str(error), WRONG if isinstance(error, ConfigError) else FAILED
     if isinstance(cause, OSError):
-        said = f"{cause.filename or ''} {cause.strerror or cause}".strip()
-        return said if error is cause else str(error), FAILED
+        place = f"{cause.filename}: " if cause.filename else ""
+        return f"{place}{cause.strerror or cause}" if error is cause else str(error), FAILED
     said = (
         f"{type(cause).__name__}: {_line(error)}"
         if error is cause

@@ -17,7 +17,7 @@ from d4s.cli.parser import VERBS, command_line
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, EditingStopped
 from d4s.interrupts import Terminated
 
-FULL = "d4s: standard output cannot be written (No space left on device)"
+FULL = "d4s: standard output: cannot be written (No space left on device)"
 ASKED = "evaluate m edits.json"  # reads its edits, where something may happen, before it loads a model
 
 CASES = {
@@ -197,4 +197,4 @@ def test_a_bug_with_a_long_text_is_still_a_line():
 
 def test_wrong_arguments_and_failures_differ():
     assert ended_by(ConfigError("--x 3: must be 4"), given()) == ("--x 3: must be 4", 2)
-    assert ended_by(FileNotFoundError(2, "No such file", "x.json"), given()) == ("x.json No such file", 1)
+    assert ended_by(FileNotFoundError(2, "No such file", "x.json"), given()) == ("x.json: No such file", 1)

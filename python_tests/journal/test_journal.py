@@ -217,7 +217,7 @@ def test_a_fact_with_two_answers_is_told_and_decided(rule, tmp_path, seed):
     made(tmp_path / "a", seed, EDITS[:3], ONE)
     made(tmp_path / "b", seed, [other, EDITS[2], EDITS[5]], ONE)
     if rule == "fail":
-        with pytest.raises(ConfigError, match="1 facts have different answers.*'Steve Jobs worked for'"):
+        with pytest.raises(ConfigError, match=r"1 facts have different answers.*'Steve Jobs worked for'"):
             merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", on_conflict=rule)
         assert not (tmp_path / "ab").exists()
         return

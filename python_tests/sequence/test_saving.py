@@ -130,13 +130,13 @@ def test_room_and_rights_are_looked_at_before_the_first_edit(capsys, monkeypatch
         usage = namedtuple("usage", "total used free")
         small.setattr(files.shutil, "disk_usage", lambda _path: usage(10, 7, 3))
         line = fails(capsys, *EDIT, "--out", "run")
-        assert line.startswith("d4s: run has 0.00 GB free, and ") and "are needed" in line
+        assert line.startswith("d4s: run: has 0.00 GB free, and ") and "are needed" in line
 
     def refused(**_options):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
-    assert "run cannot be written to (Permission denied)" in fails(capsys, *EDIT, "--out", "run")
+    assert "run: cannot be written to (Permission denied)" in fails(capsys, *EDIT, "--out", "run")
 
 
 VERBS = {
@@ -157,7 +157,7 @@ def test_every_verb_tries_its_place_before_it_works(verb, capsys, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("worked"))
     os.mkfifo("pipe")
     where = ("pipe", "edits.json") if verb == "tasks" else ("--out", "pipe")
-    assert "pipe is a device, pipe or socket" in fails(capsys, *VERBS[verb], *where)
+    assert "pipe: is a device, pipe or socket" in fails(capsys, *VERBS[verb], *where)
     assert stat.S_ISFIFO(os.stat("pipe").st_mode)
 
     def refused(**_options):
@@ -166,7 +166,7 @@ def test_every_verb_tries_its_place_before_it_works(verb, capsys, monkeypatch):
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
     out = "new/c" if verb == "covariance" else "new"
     where = (out, "edits.json") if verb == "tasks" else ("--out", out)
-    assert "new cannot be written to (Permission denied)" in fails(capsys, *VERBS[verb], *where)
+    assert "new: cannot be written to (Permission denied)" in fails(capsys, *VERBS[verb], *where)
 
 
 def test_a_device_is_never_replaced_by_a_file(tmp_path):
