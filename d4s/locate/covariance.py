@@ -124,11 +124,7 @@ class Covariance:
             wanted, found = anatomy.shape(layer)[1], self._held(layer).shape[-1]
             experts = anatomy.experts(layer)
             has = "one matrix" if experts is None else f"{experts.count} experts"
-            hold = (
-                f"{len(self.routed[layer])} experts; ask for one of them"
-                if layer in self.routed
-                else "one matrix"
-            )
+            hold = f"{len(self.routed[layer])} experts" if layer in self.routed else "one matrix"
             if has != hold:
                 raise CovarianceError(
                     f"layer {layer}: the key statistics are those of {hold}, the model has {has} there; they belong to "
