@@ -187,7 +187,7 @@ class Covariance:
         for name, of in said.items():
             if of(self) != of(other):
                 raise CovarianceError(
-                    "statistics that are added up must be of the same layers of the same model: "
+                    "statistics that are to add up must be of the same layers of the same model: "
                     f"{name} {of(self)} and {of(other)}"
                 )
 
