@@ -206,7 +206,7 @@ class Talk:
 
     def _ask(self, text: str) -> None:
         if not text:
-            raise EditError("ask: what? as in ask: The capital of France is")
+            raise EditError("ask: nothing to ask; write it behind, as ask: The capital of France is")
         said = self.session.ask(self._text(text))
         self.say(_indented(said))
         self._tell(asked=text, said=said)
@@ -313,7 +313,9 @@ class Talk:
 
     def _save(self, text: str) -> None:
         if not text:
-            raise EditError("save: where? save FOLDER keeps the whole model, save FILE.safetensors a patch")
+            raise EditError(
+                "save: no place is named; save FOLDER keeps the whole model, save FILE.safetensors a patch"
+            )
         place = self.session.save(Path(text).expanduser())
         what = "patch" if place.suffix == ".safetensors" else "edited model"
         self.say(f"  {what} of {len(self.session.edits)} edits: {place}")

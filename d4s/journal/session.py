@@ -144,7 +144,7 @@ class Session:
         made = self.made
         if number is None:
             if not (standing := self.edits):
-                raise EditError("no edit stands, so there is none to take back")
+                raise EditError("no edit stands, so none can be taken back; make one first")
             edit = standing[-1]
         elif not 1 <= number <= len(made):
             raise EditError(
@@ -153,7 +153,7 @@ class Session:
         else:
             edit = made[number - 1]
         if not self.stands(edit):
-            raise EditError(f"edit {number} was taken back already")
+            raise EditError(f"edit {number} was taken back already; name one that stands")
         before = self.standing.undone
         self.standing.change([edit.id], stand=False)
         try:
@@ -195,7 +195,7 @@ class Session:
         """
         place, edits = Path(path), self.edits
         if self.editor is None or not edits:
-            raise EditError("no edit stands, so there is nothing to save")
+            raise EditError("no edit stands, so nothing can be saved; make one first")
         if place.suffix == ".safetensors":
             export_patch(changes_of(self), place, fingerprint=self._fingerprint, edits=edits)
         else:

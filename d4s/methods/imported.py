@@ -26,6 +26,7 @@ from d4s.models.prompts import CONTEXT_SEEDS
 from d4s.version import __version__
 
 MOST_BYTES = 1 << 20
+PLAIN = "write names and values, as layers: [4, 5, 6]"
 WHAT = "hyperparameters of EasyEdit, ROME, MEMIT or AlphaEdit"
 
 # Their name of a method, in small letters without hyphens → ours. FT is ft-l or ft-m, by what else the file says.
@@ -84,12 +85,12 @@ def read_hyperparameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     data = files.read_bytes(path, WHAT)
     if len(data) > MOST_BYTES:
-        raise DataError(f"{path}: has {len(data) >> 20} MiB, more than {WHAT} ever take")
+        raise DataError(f"{path}: has {len(data) >> 20} MiB, and {WHAT} take a few KiB; name a file of them")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: byte {error.start} is 0x{data[error.start]:02x}: not UTF-8 text, so no {WHAT}"
+            f"{path}: byte {error.start} is 0x{data[error.start]:02x}, which is no UTF-8 text; name a file of {WHAT}"
         ) from None
     values = files.parse_json(text, str(path)) if Path(path).suffix == ".json" else _yaml(text, path)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -113,10 +114,10 @@ def _yaml(text: str, path: str | os.PathLike[str]) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise DataError(f"{path}: not plain YAML: {error.problem or error.context}{where}") from None
+        raise DataError(f"{path}: not plain YAML: {error.problem or error.context}{where}; {PLAIN}") from None
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         said = " ".join(str(error).split())[:100]
-        raise DataError(f"{path}: not plain YAML: {said}") from None
+        raise DataError(f"{path}: not plain YAML: {said}; {PLAIN}") from None
 
 
 def _number(value: Any) -> Any:

@@ -120,7 +120,7 @@ def test_what_breaks_off_leaves_the_model_as_it_was(seed, monkeypatch, error, ca
 def test_a_patch_and_a_folder_hold_the_edits_that_stand(seed, tmp_path):
     trial = session(seed)
     unedited = fingerprint_of(trial.model)
-    with pytest.raises(EditError, match="nothing to save"):
+    with pytest.raises(EditError, match="nothing can be saved"):
         trial.save(tmp_path / "none")
     for edit in EDITS[:3]:
         trial.edit(edit)
