@@ -101,7 +101,7 @@ def test_no_line_ends_the_session_and_what_was_wrong_with_each_is_said(lines, ca
         "unwatch": "must be a number",
         "unwatch 2": "there is no such text",
         "save": "save: where?",
-        "save here": "nothing to save",
+        "save here": "nothing can be saved",
         "word " * 200: "positions",
     }
     lines(*wrong, "", "   ", ASKED)
