@@ -86,13 +86,18 @@ SHELL = [block for block in BLOCKS if block.language == "sh"]
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a block of the shell, word by word, without comments."""
+    """The commands of a block of the shell, word by word, without comments, and without what they read and where they
+    write."""
+    text = re.sub(r"(?ms)<<'(\w+)'$.*?^\1$", "", text)  # lines that are given to a command
     for line in text.replace("\\\n", " ").splitlines():
-        reader = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+        reader = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
         reader.whitespace_split, reader.commenters = True, "#"
         command: list[str] = []
-        for word in (*reader, ";"):
-            if not set(word) <= set(";&|"):
+        words = iter((*reader, ";"))
+        for word in words:
+            if set(word) <= set("<>"):
+                next(words)
+            elif not set(word) <= set(";&|"):
                 command.append(word)
             elif command:
                 yield command
@@ -112,7 +117,8 @@ def arguments_of(command: list[str]) -> list[str] | None:
 def test_blocks_and_commands_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "```sh\npip install '.[gguf]' && d4s demo --out a  # words\nd4s methods; d4s models\n```\n\n"
+        "```sh\npip install '.[gguf]' && d4s demo --out a  # words\nd4s methods; d4s models\n"
+        "d4s try M < lines > said\nd4s try M <<'END'\nundo\nEND\n```\n\n"
         "<!-- not run: it is far away -->\n```python\nx = 1\n```\n"
     )
     shell, python = blocks_of(page)
@@ -123,6 +129,8 @@ def test_blocks_and_commands_are_found(tmp_path):
         ["d4s", "demo", "--out", "a"],
         ["d4s", "methods"],
         ["d4s", "models"],
+        ["d4s", "try", "M"],
+        ["d4s", "try", "M"],
     ]
     assert arguments_of(["torchrun", "-m", "d4s", "edit", "M"]) == ["edit", "M"]
     assert arguments_of(["vllm", "serve"]) is None
@@ -201,6 +209,7 @@ def small(embedded, tmp_path, monkeypatch) -> dict[str, Any]:
     return {"d4s": d4s, "model": model, "tokenizer": tokenizer, "edits": edits, "covariance": covariance}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked for by peft
 @pytest.mark.parametrize("page", PYTHON)
 def test_the_python_of_a_page_runs(page, small, tmp_path):
     blocks = [block for block in BLOCKS if block.page == page and block.language == "python"]
