@@ -38,7 +38,7 @@ from d4s.journal.changes import Change, changes_between, changes_of
 from d4s.journal.edits_card import write_edits_card
 from d4s.journal.lora import export_gguf_lora, export_lora
 from d4s.journal.patch import apply_patch, export_patch, remove_patch
-from d4s.locate.covariance import Covariance, estimate_covariance
+from d4s.locate.covariance import Covariance, covariance_at_subjects, estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
@@ -131,6 +131,7 @@ __all__ = [
     "changes_of",
     "compare",
     "consolidate",
+    "covariance_at_subjects",
     "edit_sequence",
     "estimate_covariance",
     "evaluate",
