@@ -36,6 +36,8 @@ html_title = f"d4s {__version__}"
 html_copy_source = html_show_sourcelink = False
 
 myst_enable_extensions = ["dollarmath"]
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # MathJax would be a request to another machine
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
