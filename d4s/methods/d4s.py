@@ -16,7 +16,8 @@ anchor="current": z, too, from the current weights, and the residual measured: M
 
 `refine_looks` is between the two. What an edit wants depends on those before it a little: rows before and behind the
 subject have changed with the layers. So a target of W0, found ahead in a batch, is searched on by a few looks on the
-weights as they are, from z and by Polyak's steps, of which the best is kept. It costs a tenth of a search.
+weights as they are, from z and by Polyak's steps, of which the best is kept. Four looks are a sixth of a search's
+passes.
 
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
