@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d4s
-from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics, to_retain
-from d4s.locate.covariance import covariance_at_subjects
+from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics, to_retain, with_facts
 from d4s.locate.kept_targets import KeptTargets
 from d4s.study.retained import Retained, paragraphs
 
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made, facts = split(edits, options.count, options.neighbors, options.seed)
     if options.retain:
         stay = to_retain(edits, made, facts, options.retain)
-        covariance = covariance.mixed(covariance_at_subjects(model, tokenizer, stay), 0.5)
+        covariance = with_facts(covariance, model, tokenizer, stay)
         print(f"{len(stay)} facts make half of the statistics")
     found = sequences_over(
         model,

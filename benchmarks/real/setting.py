@@ -11,7 +11,7 @@ from typing import Any
 import d4s
 from d4s.edits import Edit
 from d4s.files import write_json
-from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.locate.covariance import Covariance, covariance_at_subjects, fingerprint_of
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
 from d4s.methods import METHODS
@@ -46,9 +46,14 @@ FACTS = 200  # that no edit touches
 TOLD = ("anchor", "residual", "refine_looks")  # fields by which sequences of one method are told apart
 
 
-def split(edits: list[Edit], count: int, neighbors: int, seed: int) -> tuple[list[Edit], list[Edit]]:
-    """(the first edits of a seeded order, facts of the rest whose subjects none of them is about)."""
-    order = Random(seed).sample(edits, len(edits))
+def split(
+    edits: list[Edit], count: int, neighbors: int | None, seed: int, *, skip: int = 0
+) -> tuple[list[Edit], list[Edit]]:
+    """(edits of a seeded order, behind the first `skip`, and facts behind those whose subjects none of them is about).
+
+    neighbors: prompts that an edit keeps; None: all
+    """
+    order = Random(seed).sample(edits, len(edits))[skip:]
     made = [replace(edit, neighborhood=edit.neighborhood[:neighbors]) for edit in order[:count]]
     return made, untouched(order[count:], made)[:FACTS]
 
@@ -63,6 +68,11 @@ def to_retain(edits: list[Edit], made: list[Edit], facts: list[Edit], count: int
         if edit.subject not in measured and not any(edit.subject in prompt for prompt in asked)
     ]
     return found[:count]
+
+
+def with_facts(covariance: Covariance, model: Any, tokenizer: Any, facts: list[Edit]) -> Covariance:
+    """Half of it of facts that are to stay."""
+    return covariance.mixed(covariance_at_subjects(model, tokenizer, facts), 0.5)
 
 
 def statistics(model: Any, tokenizer: Any, corpus: Path, tokens: int, place: Path) -> Covariance:

@@ -14,14 +14,12 @@ setting 2 minutes.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import d4s
-from benchmarks.real.setting import to_retain
-from d4s.locate.covariance import Covariance, covariance_at_subjects
+from benchmarks.real.setting import split, to_retain, with_facts
+from d4s.locate.covariance import Covariance
 from d4s.methods import method_for
 from d4s.models.architectures import Anatomy
 
@@ -73,12 +71,11 @@ def main() -> None:
             f"--only: no setting is called {', '.join(sorted(unknown))}; there are {', '.join(labels)}"
         )
     edits = d4s.load_edits(options.edits)
-    order = Random(options.seed).sample(edits, len(edits))[options.skip : options.skip + options.count]
-    made = [replace(edit, neighborhood=edit.neighborhood[: options.neighbors]) for edit in order]
+    made, _ = split(edits, options.count, options.neighbors, options.seed, skip=options.skip)
     covariance = Covariance.load(options.covariance)
     if options.retain:
         stay = to_retain(edits, made, [], options.retain)
-        covariance = covariance.mixed(covariance_at_subjects(model, tokenizer, stay), 0.5)
+        covariance = with_facts(covariance, model, tokenizer, stay)
     found = d4s.compare(
         model,
         tokenizer,
