@@ -409,9 +409,7 @@ def estimate_covariance(
         return rows
 
     moments, routed = _none_yet(anatomy, chosen, dtype)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         rows = ranks.from_first(read)
         total, digest = sum(map(len, rows)), hashlib.sha256("".join(map(repr, rows)).encode())
         batches = _batches(rows, batch_tokens)
@@ -431,8 +429,6 @@ def estimate_covariance(
                         on_batch(counted)
 
         ranks.gather("key covariance", add)
-    finally:
-        model.train(training)
     if ranks.count > 1:
         for moment in moments.values():
             moment.copy_(ranks.sum_(moment.double()))

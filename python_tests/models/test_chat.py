@@ -158,29 +158,14 @@ def test_a_sequence_in_chat_form_writes_what_is_asked_so_and_says_it(seed, tmp_p
     tokenizer = chatting("turns with a system's")
     model, covariance = ready(seed)
     edits = in_chat(EDITS[:3], tokenizer)
-    result = sequence(
-        model,
-        covariance,
-        edits,
-        tokenizer=tokenizer,
-        config=FAST | {"steps": 8},
-        journal=tmp_path / "j",
-        original=False,
-    )
+    options = dict(tokenizer=tokenizer, config=FAST | {"steps": 8}, journal=tmp_path / "j", original=False)
+    result = sequence(model, covariance, edits, **options)
     # Search begins at what scoring says of the unedited model: both see one text, and the target where it is.
     scored = [math.exp(-row["nll_new"]) for row in result.evaluations[0].rows]
     assert [row["first_probability"] for row in result.edits_table] == pytest.approx(scored, rel=1e-3)
     (note,) = [note for note in result.evaluations[-1].notes if "chat" in note]
     assert note.startswith("asked in the model's chat template") and "as they are in the user's turn" in note
-    again = sequence(
-        ready(seed)[0],
-        covariance,
-        edits,
-        tokenizer=tokenizer,
-        config=FAST | {"steps": 8},
-        journal=tmp_path / "j",
-        original=False,
-    )
+    again = sequence(ready(seed)[0], covariance, edits, **options)
     assert again.history == result.history, "the same edits go on in the same journal"
     state = result.editor.snapshot()
     held = dict(result.editor.held)
