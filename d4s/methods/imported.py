@@ -26,6 +26,7 @@ from d4s.models.prompts import CONTEXT_SEEDS
 from d4s.version import __version__
 
 MOST_BYTES = 1 << 20
+DEEPEST = 100  # lists and mappings within each other; a row of settings has two
 PLAIN = "write names and values, as layers: [4, 5, 6]"
 WHAT = "hyperparameters of EasyEdit, ROME, MEMIT or AlphaEdit"
 
@@ -106,11 +107,26 @@ def read_hyperparameters(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _yaml(text: str, path: str | os.PathLike[str]) -> Any:
     import yaml
 
+    opening = (
+        yaml.FlowSequenceStartToken,
+        yaml.FlowMappingStartToken,
+        yaml.BlockSequenceStartToken,
+        yaml.BlockMappingStartToken,
+    )
+    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
     try:
-        # A few aliases of aliases are a value of any size.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise DataError(f"{path}: has an alias (*name); write the value itself in its place")
+        depth = 0
+        for token in yaml.scan(text):
+            # A few aliases of aliases are a value of any size.
+            if isinstance(token, yaml.AliasToken):
+                raise DataError(f"{path}: has an alias (*name); write the value itself in its place")
+            # Reading takes the square of the depth.
+            depth += isinstance(token, opening) - isinstance(token, closing)
+            if depth > DEEPEST:
+                raise DataError(f"{path}: not plain YAML: lists and mappings {depth} deep; {PLAIN}")
         return yaml.safe_load(text)
+    except DataError:  # a ValueError, too
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
