@@ -88,7 +88,8 @@ class Bar(Observer):
         self.bar: Any = None
 
     def began(self, result: Result) -> None:
-        self.bar = progress_bar(len(result.edits), "edit", result.method, shown=self.shown)
+        made = len(result.edits_table)  # by a run that this one goes on from
+        self.bar = progress_bar(len(result.edits), "edit", result.method, shown=self.shown, initial=made)
 
     def step(self, result: Result, batch: Sequence[Edit]) -> None:
         self.bar.update(len(batch))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
 from support.sequences import EDITS, FAST, ready, same, sequence, state, without_times
 
 import d4s
+from d4s import progress
 from d4s.errors import ConfigError, EditingFailed, EditingStopped
 from d4s.methods.base import Editor
 from d4s.sequence import journaling
@@ -218,3 +221,14 @@ def test_a_journal_tells_of_its_sequence_while_it_is_made_and_afterwards(monkeyp
     found = journaling.record_of(path)
     assert told(found) == told(whole) and found.failure is None
     assert (found.method, found.config) == ("d4s", json.loads(json.dumps(whole.record().config)))
+
+
+def test_a_bar_goes_on_where_the_sequence_was_broken_off(monkeypatch, tmp_path, capsys, seed):
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    broken_off(monkeypatch, 4)
+    for first, last in (("0/7", "3/7"), ("3/7", "7/7")):
+        model, covariance = ready(seed)
+        with suppress(EditingFailed):
+            sequence(model, covariance, **options("d4s", journal=tmp_path / "journal", progress=True))
+        counts = re.findall(r"^d4s: .* (\d/7) ", capsys.readouterr().err, re.MULTILINE)
+        assert (counts[0], counts[-1]) == (first, last)
