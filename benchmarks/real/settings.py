@@ -1,14 +1,14 @@
 """D4S's prior weight, layers, rule of the residual, and targets' search on a real model, each alone.
 
 python -m benchmarks.real.settings smollm2 counterfact.json --covariance c.safetensors --out settings [--count 100]
-    [--skip 1000] [--retain 500] [--only preset long]
+    [--skip 1000] [--retain 500] [--only preset long] [--generate]
 
 The edits are those of the comparison's order (`benchmarks.real.comparison`) behind the first --skip: what is chosen by
 them should be reported on others. With --retain, half of the statistics are of so many facts that are neither edited
 nor asked.
 
 Cost on two idle cores, SmolLM2-135M: 100 targets 4 minutes, unless an earlier comparison's are given by --targets; each
-setting 2 minutes.
+setting 2 minutes, and 5 more with --generate.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from d4s.locate.covariance import Covariance
 from d4s.methods import method_for
 from d4s.models.architectures import Anatomy
 
+# Whose targets are not the preset's.
+OTHER_TARGETS: dict[str, dict[str, Any]] = {
+    "polyak": {"optimizer": "polyak", "steps": 8, "bare_looks": 6, "stop_nll": 0.02},
+    "eos": {"target_eos": True},
+}
+
 
 def settings(preset: Any) -> dict[str, dict[str, Any]]:
     """Label → what differs from the preset; the last edited layer, on which the targets hang, is the same in all."""
@@ -36,7 +42,7 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     found[f"layers {layers[0] - 2}–{layers[-1]}"] = {"layers": list(range(layers[0] - 2, layers[-1] + 1))}
     found["once"] = {"residual": "once"}
     found["long"] = dict(preset.presets["long"])
-    found["polyak"] = {"optimizer": "polyak", "steps": 8, "bare_looks": 6, "stop_nll": 0.02}
+    found |= OTHER_TARGETS
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 
 
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--neighbors", type=int, help="neighbourhood prompts an edit that are asked")
     parser.add_argument("--retain", type=int, default=0, metavar="FACTS")
+    parser.add_argument("--generate", action="store_true", help="what is freely written, too")
     parser.add_argument(
         "--only", nargs="+", metavar="LABEL", help="of the settings; preset is the method's own"
     )
@@ -65,7 +72,7 @@ def main() -> None:
     anatomy = Anatomy(model)
     labels = {"preset": {"method": "d4s"}} | settings(method_for("d4s", anatomy))
     if options.targets is not None:
-        del labels["polyak"]  # whose targets are others
+        labels = {label: fields for label, fields in labels.items() if label not in OTHER_TARGETS}
     if unknown := set(options.only or ()) - set(labels):
         parser.error(
             f"--only: no setting is called {', '.join(sorted(unknown))}; there are {', '.join(labels)}"
@@ -84,6 +91,7 @@ def main() -> None:
         covariance=covariance,
         targets=options.targets,
         seeds=options.seed,
+        generate=options.generate,
         out=options.out,
     )
     found.save(options.out)
