@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 DELAYED_ROWS = 64  # rows of U, K and R gathered before they go into P, B and A
 PROBE_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4}  # residual of the probe that calls for a refresh
 PROBE_GROWTH = 10.0  # and by how much it must exceed that of a fresh inverse, which conditioning decides
+GPU_GENERATOR = 16  # bytes of the state of a GPU's generator, of which snapshots on GPUs once were
 
 
 class Prior:
@@ -210,8 +211,9 @@ class ClosedForm:
         return self._state(layer).current_delta()
 
     def image(self, keys: Tensor, layer: int) -> Tensor:
-        """Δ of the keys, [n, d_out]; equal to `keys @ delta(layer).T`."""
-        return keys @ self.delta(layer).T
+        """Δ of the keys, [n, d_out], on their device; equal to `keys @ delta(layer).T`."""
+        delta = self.delta(layer)
+        return (keys.to(delta.device) @ delta.T).to(keys.device)
 
     def settle_(self, bound: float = 1e-11) -> None:
         """Makes P and Δ afresh where a probe finds them further than `bound` from the sums.
@@ -352,7 +354,8 @@ class _Layer:
         self.residual_rows = zeros(DELAYED_ROWS, d_out)
         self.factor_rows = zeros(DELAYED_ROWS, prior.d_in)  # U
         self.signs = zeros(DELAYED_ROWS, 1)  # +1 added, −1 taken out
-        self.generator = torch.Generator(prior.matrix.device).manual_seed(seed)
+        # On the CPU wherever the sums are: what one place has begun another can go on with.
+        self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def nbytes(self) -> int:
@@ -413,6 +416,8 @@ class _Layer:
             "counts": (3,),
             "generator": tuple(self.generator.get_state().shape),
         }
+        if "generator" in state and state["generator"].shape == (GPU_GENERATOR,):
+            shapes["generator"] = (GPU_GENERATOR,)
         shapes |= {
             name: shape
             for name, shape in (("delta", (d_out, d_in)), ("inverse", (d_in, d_in)))
@@ -465,7 +470,8 @@ class _Layer:
                 self.waiting.append((residuals, keys, sign))
         self.fresh_residual = float(state["counts"][0])
         self.solved, self.refreshes = bool(state["counts"][1]), int(state["counts"][2])
-        self.generator.set_state(state["generator"].cpu())
+        if len(state["generator"]) != GPU_GENERATOR:  # else the probes, of which no Δ is made, begin anew
+            self.generator.set_state(state["generator"].cpu())
 
     def current_delta(self) -> Tensor:
         if self.delta is None or (self.waiting and not self.solved):
@@ -558,9 +564,8 @@ class _Layer:
     def _probe(self) -> float:
         """The larger of ‖(λC + B) P v − v‖ / ‖v‖ and ‖Δ (λC + B) P v − A P v‖ / ‖A P v‖ for one random v."""
         assert self.inverse is not None and self.delta is not None
-        v = torch.randn(
-            self.prior.d_in, dtype=self.inverse.dtype, device=self.inverse.device, generator=self.generator
-        )
+        v = torch.randn(self.prior.d_in, dtype=self.inverse.dtype, generator=self.generator)
+        v = v.to(self.inverse.device)
         solved = self.inverse @ v
         back = self.prior.matrix @ solved + self.key_sum @ solved
         image = self.residual_sum @ solved

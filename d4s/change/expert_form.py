@@ -201,13 +201,13 @@ class ExpertLayer:
             )
 
     def image(self, keys: Tensor) -> Tensor:
-        """Σ_j Δ_j of the keys, [n, d_out]."""
-        keys = self.prior.rows(keys)
-        found = keys.new_zeros(len(keys), self.d_out)
-        for j, k in self.prior.split(keys).items():
+        """Σ_j Δ_j of the keys, [n, d_out], on their device."""
+        rows = self.prior.rows(keys)
+        found = rows.new_zeros(len(rows), self.d_out)
+        for j, k in self.prior.split(rows).items():
             if j in self.delta:
                 found += k @ self.delta[j].T
-        return found
+        return found.to(keys.device)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next Δ hangs on; copies."""
@@ -337,7 +337,7 @@ class JointForm:
             self._dense.put_(rows)
 
     def image(self, keys: Tensor, layer: int) -> Tensor:
-        """Δ of the keys, [n, d_out]."""
+        """Δ of the keys, [n, d_out], on their device."""
         if layer in self._experts:
             return self._experts[layer].image(keys)
         return self._dense.image(keys, layer)

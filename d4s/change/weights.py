@@ -36,8 +36,12 @@ class EditedWeights:
     def write_(self, layer: int, delta: Tensor | Mapping[int, Tensor]) -> None:
         """W = round(W0 + delta). delta: [d_out, d_in], float32 | float64, relative to W0; of experts by their number.
 
+        From another device it is brought to W's, of experts one matrix at a time.
         Raises ModelError if the shape does not fit or delta is not finite; W is then left as it was.
         """
+        place = self.anatomy.device_of(layer)
+        if isinstance(delta, Tensor):
+            delta = delta.to(place)
         parts = {0: delta} if isinstance(delta, Tensor) else dict(delta)
         weights, base = _matrices(self.anatomy.weight(layer).data), _matrices(self.base[layer])
         shape, name = self.anatomy.shape(layer), self.anatomy.weight_name(layer)
@@ -55,10 +59,10 @@ class EditedWeights:
                     "a larger prior_weight or ridge keeps the step bounded"
                 )
             if weights[part].dtype == torch.float16:
-                self._check_range(layer, base[part], change)
+                self._check_range(layer, base[part], change.to(place))
         for part, change in parts.items():
             l1, square = ops.write_back_(
-                weights[part], base[part], change, transposed=self.anatomy.transposed(layer)
+                weights[part], base[part], change.to(place), transposed=self.anatomy.transposed(layer)
             )
             self._l1[layer][part], self._delta_square[layer][part] = float(l1), float(square)
         for part in self._written(layer) - set(parts):  # by an earlier Δ, and no longer changed
@@ -68,11 +72,14 @@ class EditedWeights:
 
     def add_(self, layer: int, change: Tensor | Mapping[int, Tensor]) -> None:
         """W = round(W + change), by way of W0: what `write_` makes of the layer's Δ and this together."""
+        place = self.anatomy.device_of(layer)
         if isinstance(change, Tensor):
-            self.write_(layer, self.delta(layer) + change)
+            self.write_(layer, self.delta(layer) + change.to(place))
             return
         before = self.expert_deltas(layer)
-        added = {part: before[part] + more if part in before else more for part, more in change.items()}
+        added = {
+            part: before[part] + more.to(place) if part in before else more for part, more in change.items()
+        }
         self.write_(layer, before | added)
 
     def _written(self, layer: int) -> set[int]:
