@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""Progress of long work: a bar on a terminal, plain lines in a log; bytes and seconds as they are told."""
 
 from __future__ import annotations
 
@@ -29,6 +29,27 @@ def progress_bar(total: int, unit: str, title: str, *, shown: bool = True, **opt
     if shown and not sys.stderr.isatty():
         options |= dict(file=_Lines(), delay=_SECONDS, mininterval=_SECONDS, maxinterval=_SECONDS, ncols=100)
     return tqdm(total=total, unit=unit, desc=title, disable=not shown, **options)
+
+
+def note(text: str, *, shown: bool = True) -> None:
+    """What has to be known before the work goes on, a line of standard error, on a terminal too."""
+    if shown and here().is_first:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+def amount(number: int) -> str:
+    """Bytes, as they are told."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} GB"
+    return f"{number / 1e6:.2f} MB" if number >= 1e4 else f"{number} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, as they are told."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def stage(text: str, *, shown: bool = True) -> None:

@@ -22,6 +22,7 @@ from d4s.journal.sums import Standing, by_edit
 from d4s.locate.covariance import Covariance, fingerprint_of
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import Method, Preset, Step, Workbench, method_for
+from d4s.methods.base import SumsOn
 from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
@@ -34,7 +35,7 @@ class Session:
     """A model that is edited with D4S one edit at a time, each of which can be taken back by itself.
 
     model: unedited at the start, and changed in place
-    config, covariance: as of `edit_sequence`
+    config, covariance, sums_on: as of `edit_sequence`
     tokens: that it writes at most when it is asked
     lines: whether what it writes may have several lines
 
@@ -52,13 +53,19 @@ class Session:
     tokens: int = 32
     lines: bool = False
     progress: bool = False
+    sums_on: SumsOn = "auto"
     standing: Standing = field(init=False, default_factory=Standing)
     editor: D4SEditor | None = field(init=False, default=None)
     chosen: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bench = Workbench(
-            self.model, self.tokenizer, covariance=self.covariance, seed=self.seed, progress=self.progress
+            self.model,
+            self.tokenizer,
+            covariance=self.covariance,
+            sums_on=self.sums_on,
+            seed=self.seed,
+            progress=self.progress,
         )
         self.method = method_for("d4s", self.bench.anatomy, self.config)
         layers = self.method.value("layers")

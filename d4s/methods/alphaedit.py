@@ -92,13 +92,14 @@ class AlphaEditEditor(D4SEditor):
     def priors(self) -> dict[int, Prior]:
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
         return {
-            layer: Prior.identity(d_in, self.method.l2, device=self.anatomy.device_of(layer))
+            layer: Prior.identity(d_in, self.method.l2, device=self.sums_device(layer))
             for layer, (_, d_in) in shapes.items()
         }
 
     def keys(self, rows: SubjectRows, layer: int) -> Tensor:
-        """Q = P K."""
-        keys, protected = super().keys(rows, layer), self.protected[layer]
+        """Q = P K, where the sums are."""
+        protected = self.protected[layer]
+        keys = super().keys(rows, layer).to(protected.device)
         return keys - keys @ protected @ protected.T
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import generate_contexts, prompt_and_target_ids
 from d4s.ranks import here
 
+# Where sums and priors live: "auto", beside W where there is room, else on the CPU (d4s/methods/sums_place.py).
+SumsOn = Literal["auto", "device", "cpu"]
+
 
 class Workbench:
     """A model ready to be edited: anatomy, tokenizer, key statistics, and contexts from the unedited model.
@@ -29,7 +32,11 @@ class Workbench:
     covariance: None: estimated when a method first needs it, from text the model samples, and cached on disk.
     targets: those of the unedited model that are there already; others are added as they are found. None: none are
         kept
+    sums_on: where sums and priors live, the layer's "device" or the "cpu"; "auto": on the device where there is room.
+        Nothing but rounding hangs on it
     seed: of everything random.
+
+    Raises ConfigError for a place that sums_on cannot be.
     """
 
     def __init__(
@@ -40,9 +47,15 @@ class Workbench:
         covariance: Covariance | None = None,
         targets: KeptTargets | None = None,
         architecture: Architecture | None = None,
+        sums_on: SumsOn = "auto",
         seed: int = 0,
         progress: bool = False,
     ) -> None:
+        if sums_on not in get_args(SumsOn):
+            raise ConfigError(unknown_name("sums_on", str(sums_on), get_args(SumsOn)))
+        self.sums_on: SumsOn = sums_on
+        # What was decided: by method and layers, those whose sums are on the CPU while their W is not.
+        self.sums_on_host: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         self.model, self.tokenizer, self.targets = model, tokenizer, targets
         self.anatomy = Anatomy(model, architecture)
         self.anatomy.check_placement()
@@ -115,7 +128,7 @@ class LayerSize:
 class Holding:
     """What an editor holds of one layer beside W and the copy of W0, in bytes.
 
-    parts: by name, on the layer's device
+    parts: by name, on the layer's device, or that of its sums
     state: of the layer's part in a snapshot
     """
 
@@ -172,6 +185,13 @@ class Method(Configuration, ABC):
     def holding(self, size: LayerSize, edits: int) -> Holding:
         """What its editor holds of a layer after so many edits; here nothing but the weights themselves."""
         return Holding({}, size.weight)
+
+    def crossing(self, size: LayerSize) -> int | None:
+        """Bytes that come to W's device for a write, of experts for each, where what `holding` tells is on the CPU.
+
+        None: it has to be where W is. A method that says a number makes its sums where `device_of_sums` says.
+        """
+        return None
 
     @property
     def keeps_sums(self) -> bool:

@@ -24,6 +24,7 @@ from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets, optimise_targets
 from d4s.methods.base import Editor, Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.published import spread_preset
+from d4s.methods.sums_place import device_of_sums, on_host
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import CONTEXT_SEEDS
 
@@ -73,6 +74,10 @@ class TargetMethod(Method):
     def rows_an_edit(self) -> int:
         """Of the bare prompt and behind each context."""
         return 1 + len(CONTEXT_SEEDS) * self.contexts * len(self.context_lengths)
+
+    def crossing(self, size: LayerSize) -> int | None:
+        """Δ in float64."""
+        return 8 * size.d_out * size.d_in
 
     def places_in(self, anatomy: Anatomy) -> tuple[Place, ...]:
         """`places`; the MLP's output, where what follows it makes a residual of the stream none of W."""
@@ -168,6 +173,7 @@ class LocateMethod(TargetMethod):
         assert isinstance(method, LocateMethod)
         if self.prior_weight is not None:
             return method
+        on_host(bench, self, len(edits))
         squares = self.key_squares(bench, edits)
         return method.weighed(weight_at_which(squares, ARRIVES, self.measures_again))
 
@@ -183,7 +189,7 @@ class LocateMethod(TargetMethod):
         rows = subject_rows(bench.tokenizer, edits[:PROBES], self.prefixes(bench))
         squares = []
         for layer in self.layers:
-            prior = prior_of(covariance, layer, 1.0, self.ridge, anatomy.device_of(layer))
+            prior = prior_of(covariance, layer, 1.0, self.ridge, device_of_sums(bench, self, layer))
             keys = prior.rows(keys_at(anatomy, rows, layer)).T
             squares.append((keys * prior.solve(keys)).sum(0).cpu())
         return torch.stack(squares, 1)
@@ -202,7 +208,7 @@ def holding_of_sums(size: LayerSize, edits: int, rows: int) -> Holding:
 def prior_of(
     covariance: Covariance, layer: int, weight: float, ridge: float, device: torch.device
 ) -> Prior | ExpertPriors:
-    """λ (C + ridge · mean(diag C) · I) of a layer; of several experts one each."""
+    """λ (C + ridge · mean(diag C) · I) of a layer; of several experts one each. device: of its sums"""
     if layer in covariance.routed:
         moments, routed = covariance.of_experts(layer)
         if len(routed) > 1:
@@ -248,6 +254,7 @@ class LocateEditor(Editor):
             # No edits to choose by: E[kᵀ C⁻¹ k] = d_in, of which half arrives in each of several layers.
             d_in = bench.anatomy.shape(method.layers[-1])[1]
             method = method.weighed(d_in if len(method.layers) > 1 else d_in / 10)
+        on_host(bench, method)  # before the copy of W0 takes of what is free
         super().__init__(method, bench, method.layers)
         self.prefixes = method.prefixes(bench)
         self.places = method.places_in(self.anatomy)
@@ -267,9 +274,13 @@ class LocateEditor(Editor):
     def last(self) -> int:
         return self.weights.layers[-1]
 
+    def sums_device(self, layer: int) -> torch.device:
+        """Where the prior of a layer, and what is solved with it, is."""
+        return device_of_sums(self.bench, self.method, layer)
+
     def second_moments(self) -> dict[int, Tensor]:
-        """C of every edited layer, on its device, float64."""
-        covariance, place = self.bench.covariance(self.weights.layers), self.anatomy.device_of
+        """C of every edited layer, where its sums are, float64."""
+        covariance, place = self.bench.covariance(self.weights.layers), self.sums_device
         return {layer: covariance.mean(layer).to(place(layer)) for layer in self.weights.layers}
 
     def plain_priors(self, weight: float) -> dict[int, Prior]:
@@ -280,9 +291,7 @@ class LocateEditor(Editor):
         """`prior_of` every edited layer."""
         method, covariance = self.method, self.bench.covariance(self.weights.layers)
         return {
-            layer: prior_of(
-                covariance, layer, method.prior_weight, method.ridge, self.anatomy.device_of(layer)
-            )
+            layer: prior_of(covariance, layer, method.prior_weight, method.ridge, self.sums_device(layer))
             for layer in self.weights.layers
         }
 
@@ -338,10 +347,10 @@ class LocateEditor(Editor):
     def projected(self, layer: int, change: Delta) -> Delta: ...
 
     def projected(self, layer: int, change: Delta) -> Delta:
-        """What of a change is written: [d_out, d_in], or of each expert."""
+        """What of a change is written: [d_out, d_in], or of each expert. It is projected where W is."""
         if layer not in self.projections or not isinstance(change, Tensor):
             return change
-        return self.projections[layer](change)
+        return self.projections[layer](change.to(self.anatomy.device_of(layer)))
 
 
 class Ahead:

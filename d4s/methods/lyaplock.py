@@ -87,7 +87,7 @@ class LyapLockEditor(LocateEditor):
         shapes = {layer: self.anatomy.shape(layer) for layer in self.weights.layers}
         priors = {
             layer: prior.matrix for layer, prior in self._priors.items()
-        }  # float64, on the layer's device
+        }  # float64, where the sums are to be
         self.value_sums = {layer: priors[layer].new_zeros(shape) for layer, shape in shapes.items()}
         self.key_sums = {layer: torch.zeros_like(matrix) for layer, matrix in priors.items()}
         self.pressure = dict.fromkeys(shapes, 1.0)  # y
@@ -102,13 +102,13 @@ class LyapLockEditor(LocateEditor):
         for i, layer in enumerate(layers):
             k = self.keys(rows, layer)
             r = ((targets.target.double() - self.state(bare)) / (len(layers) - i)).to(k.device)
-            now = self.weights.delta(layer)
-            asked = r + k @ now.T  # v − W0 k
-            self.key_sums[layer] += k.T @ k
-            step = self.solved(layer, self.value_sums[layer] + asked.T @ k) - now
-            self.weights.write_(layer, now + self.projected(layer, step))
+            now, there = self.weights.delta(layer), self.sums_device(layer)
+            asked, kept = r + k @ now.T, k.to(there)  # v − W0 k, and k beside the sums
+            self.key_sums[layer] += kept.T @ kept
+            solved = self.solved(layer, self.value_sums[layer] + asked.to(there).T @ kept)
+            self.weights.write_(layer, now + self.projected(layer, solved.to(now.device) - now))
             given = k @ self.weights.delta(layer).T
-            self.value_sums[layer] += (given if self.method.values == "given" else asked).T @ k
+            self.value_sums[layer] += (given if self.method.values == "given" else asked).to(there).T @ kept
             self.follow(layer)
         return step_of(targets)
 
@@ -125,7 +125,7 @@ class LyapLockEditor(LocateEditor):
 
     def damage(self, layer: int) -> float:
         """D = tr((W − W0) C (W − W0)ᵀ)"""
-        change = self.weights.delta(layer)
+        change = self.weights.delta(layer).to(self.sums_device(layer))
         return float(((change @ self._priors[layer].matrix) * change).sum()) / self.method.prior_weight
 
     def follow(self, layer: int) -> None:

@@ -76,6 +76,10 @@ class ROME(TargetMethod):
         """C and its factor."""
         return Holding({"statistics": 2 * 8 * size.d_in**2}, size.weight)
 
+    def crossing(self, size: LayerSize) -> int:
+        """u alone: C⁻¹ k̄ is all that C is for."""
+        return 8 * size.d_in
+
     def editor(self, bench: Workbench) -> ROMEEditor:
         return ROMEEditor(self, bench)
 
@@ -93,9 +97,7 @@ class ROMEEditor(LocateEditor):
     def __init__(self, method: ROME, bench: Workbench) -> None:
         super().__init__(method, bench)
         if method.identity_covariance:
-            self._prior = Prior.identity(
-                self.anatomy.shape(self.last)[1], device=self.anatomy.device_of(self.last)
-            )
+            self._prior = Prior.identity(self.anatomy.shape(self.last)[1], device=self.sums_device(self.last))
         else:
             self._prior = Prior(self.second_moments()[self.last], 1.0, method.ridge)
 
@@ -114,7 +116,7 @@ class ROMEEditor(LocateEditor):
 
 
 def rank_one(residual: Tensor, key: Tensor, mean_key: Tensor, prior: Prior) -> Tensor:
-    """(v* − v) uᵀ / (kᵀ u) with u ∝ C⁻¹ k̄. residual [d_out], keys [d_in]; returns [d_out, d_in]."""
-    u = prior.solve(mean_key.unsqueeze(1)).squeeze(1)
-    u = u / u.norm()
+    """(v* − v) uᵀ / (kᵀ u) with u ∝ C⁻¹ k̄. residual [d_out], keys [d_in]; returns [d_out, d_in], where the key is."""
+    u = prior.solve(prior.rows(mean_key).unsqueeze(1)).squeeze(1)
+    u = (u / u.norm()).to(key.device)
     return residual.outer(u) / key.dot(u)

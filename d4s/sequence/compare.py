@@ -23,6 +23,7 @@ from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, deciding
 from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
+from d4s.methods.base import SumsOn
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.methods.preset import without_probes
 from d4s.models.architectures import Anatomy, Architecture
@@ -62,6 +63,7 @@ def compare(
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
     out: str | os.PathLike[str] | None = None,
+    sums_on: SumsOn = "auto",
     observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> Comparison:
@@ -165,6 +167,7 @@ def compare(
                         covariance=covariance,
                         targets=own_targets,
                         architecture=architecture,
+                        sums_on=sums_on,
                         seed=seed,
                         progress=progress,
                     )

@@ -13,7 +13,8 @@ from d4s.interrupts import ending_signals_raise
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
-from d4s.methods import Method, Preset, Workbench, method_for
+from d4s.methods import Method, Preset, Workbench, method_for, sums_place
+from d4s.methods.base import SumsOn
 from d4s.methods.locate_then_edit import TargetMethod
 from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM
@@ -52,6 +53,7 @@ def edit_sequence(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     keep_vectors: bool = True,
+    sums_on: SumsOn = "auto",
     observers: Sequence[Observer] = (),
     progress: bool = True,
 ) -> Result:
@@ -84,6 +86,9 @@ def edit_sequence(
     journal: folder in which the sequence is kept as it is made (docs/formats/journal.md): what was done is durable, and
         the same call goes on in it after an interruption; None: nowhere
     keep_vectors: whether the journal keeps keys and residuals, without which no single edit can be taken back
+    sums_on: where key statistics, sums and Δ of a closed form live: on the layer's "device", on the "cpu", from which Δ
+        crosses to the device at each step, or "auto": on the device where there is room for them, decided before the
+        first edit and said where it is the CPU. The same results to rounding; a journal goes on either way
     observers: told of each step and point while it happens (`d4s.Observer`)
 
     Of several processes (`d4s.ranks`) all give the same arguments and have the same result. Targets and answers each
@@ -115,6 +120,7 @@ def edit_sequence(
         covariance=covariance,
         targets=targets,
         architecture=architecture,
+        sums_on=sums_on,
         seed=seed,
         progress=progress,
     )
@@ -195,6 +201,7 @@ def _begun(
     model, shown = bench.model, bench.progress
     if journal is not None:
         journal.check(method, bench, edits, schedule)
+    sums_place.on_host(bench, method, len(edits))
     settled = method.settled(bench, edits) if journal is None else journal.settled(method, bench, edits)
     if journal is not None and settled.searches_ahead:
         bench.targets = journal.targets(bench.targets)

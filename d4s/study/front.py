@@ -25,6 +25,7 @@ from d4s.figures.tables import aligned
 from d4s.files import finite_or_none, write_table, write_text
 from d4s.locate.covariance import Covariance
 from d4s.methods import Method, Preset, Workbench
+from d4s.methods.base import SumsOn
 from d4s.methods.preset import without_probes
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
@@ -216,6 +217,7 @@ def front(
     covariance: Covariance | str | os.PathLike[str] | None = None,
     architecture: Architecture | None = None,
     seeds: int | Sequence[int] = (0,),
+    sums_on: SumsOn = "auto",
     progress: bool = True,
     **options: Any,
 ) -> Front:
@@ -223,7 +225,8 @@ def front(
 
     grid: label → values of that method's strength; or values of λ for all methods that have one. Of the others, and
         with None: `FACTORS` times the method's own
-    options: as of `compare`, `out` among them, in which what has been made is kept; a sequence is labelled "d4s λ 300"
+    sums_on, options: as of `compare`, `out` among them, in which what has been made is kept; a sequence is labelled
+        "d4s λ 300"
 
     Raises ConfigError for a grid of no method, a value out of range, and a method without a strength.
     """
@@ -239,7 +242,13 @@ def front(
                 raise ConfigError(unknown_name("method of a grid", label, configured))
     first = seeds if isinstance(seeds, int) else next(iter(seeds), 0)
     bench = Workbench(
-        model, tokenizer, covariance=covariance, architecture=architecture, seed=first, progress=progress
+        model,
+        tokenizer,
+        covariance=covariance,
+        architecture=architecture,
+        sums_on=sums_on,
+        seed=first,
+        progress=progress,
     )
     points: dict[str, Method] = {}
     places: dict[str, tuple[str, str, float]] = {}
@@ -256,6 +265,7 @@ def front(
         covariance=covariance,
         architecture=architecture,
         seeds=seeds,
+        sums_on=sums_on,
         progress=progress,
         **options,
     )

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d4s import ops
-from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior
+from d4s.change.speed import Speed, seconds_a_call, speed_of
 from d4s.errors import ConfigError
 from d4s.figures.tables import aligned
 from d4s.locate.covariance import KEYS_A_DIMENSION
 from d4s.locate.targets import batch_tokens_of, frozen
-from d4s.methods import Method
-from d4s.methods.base import LayerSize
+from d4s.methods import Method, sums_place
+from d4s.methods.base import LayerSize, SumsOn
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
 from d4s.methods.locate_then_edit import EDITS_AHEAD, TargetMethod
@@ -32,6 +30,7 @@ from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import tokens_together
 from d4s.models.trace import Trace, head_reads
+from d4s.progress import amount, duration
 from d4s.sequence.journaling import bytes_of_journal
 from d4s.sequence.saving import bytes_of
 from d4s.sequence.schedule import Schedule
@@ -56,6 +55,7 @@ class Part:
     bytes: int
     certain: bool = True
     loaded: bool = False  # whether a model that is there already holds them
+    can_move: bool = False  # whether they are a closed form's, and go to the host with --sums-on cpu
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Rates:
     """What was measured on this machine, on one device.
 
     forward, search: seconds a token forward through the whole model, and both ways above the last edited layer
-    update: seconds of a single edit's update of one layer, an element of P and Δ; solve: seconds an operation
+    update, solve: of `Speed`, where the sums are
     """
 
     forward: float
@@ -85,7 +85,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sequence will take. ranks: devices that share the passes, each with a model of its own"""
+    """What a sequence will take. ranks: devices that share the passes, each with a model of its own
+
+    sums_on_host: layers whose sums live on the CPU while W does not
+    """
 
     method: str
     layers: tuple[int, ...]
@@ -96,6 +99,10 @@ class Plan:
     sizes: Mapping[int, LayerSize] = field(repr=False)
     rates: Rates | None = None
     solving: float | None = None  # seconds in closed forms
+    sums_on_host: tuple[int, ...] = ()
+    crossing: Mapping[str, int] = field(
+        default_factory=dict, repr=False
+    )  # place → bytes of `Method.crossing`
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -122,6 +129,7 @@ class Plan:
             "method": self.method,
             "layers": list(self.layers),
             "edits": self.edits,
+            "sums_on_host": list(self.sums_on_host),
             "ranks": self.ranks,
             "bytes": {place: self.bytes(place) for place in self.places},
             "parts": [
@@ -140,19 +148,33 @@ class Plan:
             f"{self.edits} edits with {self.method}, layers {', '.join(map(str, self.layers))}{each}",
             "",
         ]
-        rows = [(p.place, p.name, ("" if p.certain else "about ") + _amount(p.bytes)) for p in self.parts]
-        rows += [(place, "together", _amount(self.bytes(place))) for place in self.places]
+        rows = [(p.place, p.name, ("" if p.certain else "about ") + amount(p.bytes)) for p in self.parts]
+        rows += [(place, "together", amount(self.bytes(place))) for place in self.places]
         rows.sort(key=lambda row: self.places.index(row[0]))
         lines += _table(("place", "what", "bytes"), rows)
+        if self.sums_on_host:
+            crossing = ", ".join(
+                f"{amount(count)} a layer to {place}" for place, count in self.crossing.items()
+            )
+            lines.append(
+                f"sums of layers {', '.join(map(str, self.sums_on_host))} on the CPU: at each step {crossing}"
+            )
         heads = ("pass", "rows", "tokens", "of a forward pass", "seconds")
         told = [
-            (p.name, str(p.rows), str(p.tokens), f"{p.share:.2f}", _clock(p.seconds)) for p in self.passes
+            (
+                p.name,
+                str(p.rows),
+                str(p.tokens),
+                f"{p.share:.2f}",
+                "" if p.seconds is None else duration(p.seconds),
+            )
+            for p in self.passes
         ]
         if self.solving is not None:
-            told.append(("closed form", "", "", "", _clock(self.solving)))
+            told.append(("closed form", "", "", "", duration(self.solving)))
         lines += ["", *_table(heads, told)]
         if self.seconds is not None:
-            lines.append(f"together about {_clock(self.seconds)}, by rates measured here")
+            lines.append(f"together about {duration(self.seconds)}, by rates measured here")
         lines.append(
             f"for edits of {PROMPT} tokens a prompt, {TARGET} a target, {EDITED - 1} paraphrases and {NEIGHBORS} "
             "neighbours each"
@@ -169,17 +191,18 @@ class Plan:
             needed = self.bytes(place, certain=True, unloaded=loaded)
             if place in free and needed > free[place]:
                 raise ConfigError(
-                    f"{place} has {_amount(free[place])} free, and {self.edits} edits with {self.method} need "
-                    f"{_amount(needed)}: {self._largest(place, loaded)}; {self._cure(place, free[place], loaded)}"
+                    f"{place} has {amount(free[place])} free, and {self.edits} edits with {self.method} need "
+                    f"{amount(needed)}: {self._largest(place, loaded)}; {self._cure(place, free, loaded)}"
                 )
 
     def _largest(self, place: str, loaded: bool) -> str:
         parts = [p for p in self.parts if p.place == place and p.certain and not (p.loaded and loaded)]
         parts.sort(key=lambda part: -part.bytes)
-        return ", ".join(f"{part.name} {_amount(part.bytes)}" for part in parts[:4])
+        return ", ".join(f"{part.name} {amount(part.bytes)}" for part in parts[:4])
 
-    def _cure(self, place: str, free: int, loaded: bool) -> str:
-        """The options with which it would fit."""
+    def _cure(self, place: str, rooms: Mapping[str, int], loaded: bool) -> str:
+        """The options with which it would fit. rooms: place → bytes that are free"""
+        free = rooms[place]
         needed = self.bytes(place, certain=True, unloaded=loaded)
         # What goes with the layers: all but the model itself, and the host's copies of what does not.
         whole = sum(
@@ -188,7 +211,7 @@ class Plan:
         found = []
         vectors = sum(p.bytes for p in self.parts if p.place == place and p.name == VECTORS)
         if vectors and needed - vectors <= free:
-            found.append(f"--keep-vectors no (saves {_amount(vectors)})")
+            found.append(f"--keep-vectors no (saves {amount(vectors)})")
         if all(size.itemsize == 4 for size in self.sizes.values()):
             half = sum(
                 p.bytes for p in self.parts if p.place == place and p.name in _BY_DTYPE and not p.loaded
@@ -196,6 +219,11 @@ class Plan:
             half += sum(p.bytes for p in self.parts if p.place == place and p.loaded)
             if needed - half // 2 <= free:
                 found.append("--dtype bfloat16")
+        sums = sum(p.bytes for p in self.parts if p.place == place and p.can_move)
+        if place not in (DISK, sums_place.HOST) and needed - sums + self.crossing.get(place, 0) <= free:
+            host = self.bytes(sums_place.HOST, certain=True, unloaded=loaded) + sums
+            if sums and host <= rooms.get(sums_place.HOST, host):
+                found.append(f"--sums-on cpu (moves {amount(sums)})")
         count = len(self.layers)
         fits = int(count * (free - whole) / max(1, needed - whole)) if free > whole else 0
         if 1 <= fits < count:
@@ -213,9 +241,9 @@ class Plan:
 
 
 VECTORS = "journal: keys and residuals"
-MODEL, SAVED, COPIES = "model", "edited model", "copies of edited weights"
-_WHOLE = (MODEL, SAVED)
-_BY_DTYPE = (SAVED, COPIES)
+MODEL, SAVED = "model", "edited model"
+_WHOLE = (MODEL, SAVED, sums_place.CROSSING)
+_BY_DTYPE = (SAVED, sums_place.COPIES)
 
 
 def plan(
@@ -228,6 +256,7 @@ def plan(
     saves: bool = True,
     statistics: bool = True,
     ranks: int = 1,
+    sums_on: SumsOn = "auto",
     device: torch.device | str | None = None,
     measure: bool = False,
 ) -> Plan:
@@ -237,6 +266,7 @@ def plan(
     saves: whether the edited model is written, as d4s edit does
     statistics: whether key statistics, where the method needs them, are still to be estimated
     ranks: how many devices share the edits' searches and evaluations, each with the whole model
+    sums_on: as of `edit_sequence`; "auto": by what is free on the layers' devices now, the model not counted
     device: where a model without weights would be; None: cuda where there is one
     measure: take `MEASURED` seconds to measure this machine; not for a model without weights
 
@@ -256,16 +286,34 @@ def plan(
         raise ConfigError("nothing can be measured on a model without weights; --no-measure leaves it out")
     supposed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     places = {i: _name(supposed if bare else anatomy.device_of(i)) for i in layers}
+    of_model = _of_model(model, supposed if bare else None)
+    taken = {part.place: part.bytes for part in of_model if bare}
+    away = _on_host(method, sizes, places, edits, sums_on, taken)
+    crossing: dict[str, int] = {}
+    for layer in layers:
+        if places[layer] != sums_place.HOST and (count := method.crossing(sizes[layer])) is not None:
+            crossing[places[layer]] = max(crossing.get(places[layer], 0), count)
     parts = [
-        *_of_model(model, supposed if bare else None),
-        *_of_layers(method, sizes, places, edits),
+        *of_model,
+        *_of_layers(method, sizes, places, edits, away),
         *_of_statistics(method, sizes),
         *_of_texts(anatomy, method, places[layers[-1]], edits, schedule),
         *_of_disk(model, method, sizes, edits, keep_vectors, saves),
     ]
     passes = _passes(anatomy, method, sizes, edits, schedule, statistics, ranks)
-    rates = _measured(anatomy, method, sizes) if measure else None
-    found = Plan(method.name, layers, edits, ranks, _joined(parts), tuple(passes), sizes, rates)
+    rates = _measured(anatomy, method, sizes, bool(away)) if measure else None
+    found = Plan(
+        method.name,
+        layers,
+        edits,
+        ranks,
+        _joined(parts),
+        tuple(passes),
+        sizes,
+        rates,
+        sums_on_host=tuple(sorted(away)),
+        crossing=crossing,
+    )
     return found if rates is None else _timed(found, method, rates, schedule)
 
 
@@ -277,15 +325,11 @@ def _name(device: torch.device) -> str:
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Parts of one name and place together; without those that are nothing."""
-    sums: dict[tuple[str, str, bool, bool], int] = {}
+    sums: dict[Part, int] = {}
     for p in parts:
-        key = (p.place, p.name, p.certain, p.loaded)
+        key = replace(p, bytes=0)
         sums[key] = sums.get(key, 0) + p.bytes
-    return tuple(
-        Part(place, name, total, certain, loaded)
-        for (place, name, certain, loaded), total in sums.items()
-        if total
-    )
+    return tuple(replace(key, bytes=total) for key, total in sums.items() if total)
 
 
 def _of_model(model: CausalLM, supposed: torch.device | None) -> list[Part]:
@@ -297,15 +341,38 @@ def _of_model(model: CausalLM, supposed: torch.device | None) -> list[Part]:
     return [Part(place, MODEL, sum(found.values()), loaded=True) for place, found in by_place.items()]
 
 
+def _on_host(
+    method: Method,
+    sizes: Mapping[int, LayerSize],
+    places: Mapping[int, str],
+    edits: int,
+    sums_on: SumsOn,
+    taken: Mapping[str, int],
+) -> frozenset[int]:
+    """Layers whose sums go to the CPU. taken: place → bytes of what is free now that the model will have"""
+    if sums_on == "device" or method.crossing(next(iter(sizes.values()))) is None:
+        return frozenset()
+    if sums_on == "cpu":
+        return frozenset(layer for layer, place in places.items() if place != sums_place.HOST)
+    free = {place: room - taken.get(place, 0) for place, room in free_bytes(tuple(places.values())).items()}
+    return sums_place.without_room(method, sizes, places, edits, free)
+
+
 def _of_layers(
-    method: Method, sizes: Mapping[int, LayerSize], places: Mapping[int, str], edits: int
+    method: Method,
+    sizes: Mapping[int, LayerSize],
+    places: Mapping[int, str],
+    edits: int,
+    away: Collection[int],
 ) -> list[Part]:
     """W0, the copy that a step can go back to, and what the method's editor holds."""
-    parts = []
-    for layer, size in sizes.items():
-        parts.append(Part(places[layer], COPIES, 2 * size.weight))
-        parts += [Part(places[layer], n, b) for n, b in method.holding(size, edits).parts.items()]
-    return parts
+    moving = method.crossing(next(iter(sizes.values()))) is not None
+    fixed = (sums_place.COPIES, sums_place.CROSSING)
+    return [
+        Part(place, name, count, can_move=moving and place != sums_place.HOST and name not in fixed)
+        for place, parts in sums_place.held(method, sizes, places, edits, away).items()
+        for name, count in parts.items()
+    ]
 
 
 def _of_statistics(method: Method, sizes: Mapping[int, LayerSize]) -> list[Part]:
@@ -477,24 +544,7 @@ def _points(edits: int, schedule: Schedule) -> list[int]:
     return [*due, edits]
 
 
-def _repeated(work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Seconds a call, of calls that take about so long together, after one that is not counted."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    work()
-    wait()
-    began, calls = time.perf_counter(), 0
-    while calls < 1 or time.perf_counter() - began < seconds:
-        work()
-        wait()
-        calls += 1
-    return (time.perf_counter() - began) / calls
-
-
-def _measured(anatomy: Anatomy, method: Method, sizes: Mapping[int, LayerSize]) -> Rates:
+def _measured(anatomy: Anatomy, method: Method, sizes: Mapping[int, LayerSize], sums_on_host: bool) -> Rates:
     model, device = anatomy.model, anatomy.device
     last = method.value("layers")[-1]
     rows, length = 16, PROMPT + 2 * TARGET
@@ -518,35 +568,14 @@ def _measured(anatomy: Anatomy, method: Method, sizes: Mapping[int, LayerSize]) 
     training = model.training
     model.eval()
     try:
-        seconds = _repeated(forward, share, device) / ids.numel()
+        seconds = seconds_a_call(forward, share, device) / ids.numel()
         # The blocks up to δ run once a search, not at each look.
-        both = _repeated(search, share, device) / ids.numel() - seconds * (last + 1) / len(anatomy)
+        both = seconds_a_call(search, share, device) / ids.numel() - seconds * (last + 1) / len(anatomy)
     finally:
         model.train(training)
     size = max(sizes.values(), key=lambda one: one.d_in)
-    d_in, d_out = min(size.d_in, 1024), min(size.d_out, 512)
-    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    closed = ClosedForm({0: Prior.identity(d_in, float(d_in), device=device)}, d_out)
-    residuals, keys = torch.randn(DELAYED_ROWS, d_out, **like), torch.randn(DELAYED_ROWS, d_in, **like)
-
-    def update() -> None:
-        for i in range(DELAYED_ROWS):
-            closed.add_(residuals[i : i + 1], keys[i : i + 1], 0)
-            closed.delta(0)
-
-    matrix = torch.eye(d_in, **like)[None]
-
-    def solve() -> None:
-        ops.closed_form(torch.ones(1, d_out, d_in, **like), matrix, matrix)
-
-    elements = DELAYED_ROWS * d_in * (d_in + d_out)
-    operations = d_in**3 / 3 + 2 * d_out * d_in**2
-    return Rates(
-        seconds,
-        max(both, seconds * 0.01),
-        _repeated(update, share, device) / elements,
-        _repeated(solve, share, device) / operations,
-    )
+    closed = speed_of(size.d_out, size.d_in, torch.device(sums_place.HOST) if sums_on_host else device, share)
+    return Rates(seconds, max(both, seconds * 0.01), closed.update, closed.solve)
 
 
 def _changed_module(anatomy: Anatomy, layer: int) -> nn.Module:
@@ -565,9 +594,9 @@ def _timed(found: Plan, method: Method, rates: Rates, schedule: Schedule) -> Pla
     solving = 0.0
     steps = math.ceil(found.edits / schedule.batch_size)
     if isinstance(method, TargetMethod):
+        speed = Speed(rates.update, rates.solve)
         for size in found.sizes.values():
-            an_edit = size.d_in * (size.d_in + size.d_out) * rates.update
-            whole = (size.d_in**3 / 3 + 2 * size.d_out * size.d_in**2) * rates.solve
+            an_edit, whole = (of(size.d_out, size.d_in) for of in (speed.of_update, speed.of_solve))
             solving += min(found.edits * an_edit, steps * whole)
     return replace(found, passes=passes, solving=solving)
 
@@ -581,9 +610,10 @@ def free_bytes(places: Sequence[str], out: str | os.PathLike[str] | None = None)
         if place == DISK:
             if out is not None:
                 found[place] = shutil.disk_usage(out).free
-        elif place.startswith("cuda") and torch.cuda.is_available():
-            found[place] = torch.cuda.mem_get_info(torch.device(place))[0]
-        elif place == "cpu" and (free := _host_bytes()) is not None:
+        elif place == sums_place.HOST:
+            if (free := _host_bytes()) is not None:
+                found[place] = free
+        elif (free := sums_place.free_on(torch.device(place))) is not None:
             found[place] = free
     return found
 
@@ -603,24 +633,6 @@ def _host_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _amount(number: int) -> str:
-    return (
-        f"{number / 1e9:.2f} GB"
-        if number >= 1e9
-        else f"{number / 1e6:.2f} MB"
-        if number >= 1e4
-        else f"{number} B"
-    )
-
-
-def _clock(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -37,6 +37,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
+from d4s.methods.base import SumsOn
 from d4s.methods.locate_then_edit import PROBES, LocateMethod, TargetMethod, arriving, weight_at_which
 from d4s.methods.preset import model_facts
 from d4s.models.architectures import Anatomy, Architecture
@@ -269,6 +270,7 @@ def tune(
     probe_edits: Sequence[Edit] | None = None,
     covariance: Covariance | str | os.PathLike[str] | None = None,
     architecture: Architecture | None = None,
+    sums_on: SumsOn = "auto",
     seed: int = 0,
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
@@ -281,6 +283,7 @@ def tune(
     minutes: that the search may take, the estimation of key statistics, where they are not given, among them
     probes: edits a sequence of the last settings; None: as many as the time allows
     probe_edits: the probes, where they are not to be drawn from the edits
+    sums_on: as of `edit_sequence`
     clock: seconds
 
     With the same measured times the same is found. Weights come back bit for bit.
@@ -298,7 +301,13 @@ def tune(
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
     bench = Workbench(
-        model, tokenizer, covariance=covariance, architecture=architecture, seed=seed, progress=progress
+        model,
+        tokenizer,
+        covariance=covariance,
+        architecture=architecture,
+        sums_on=sums_on,
+        seed=seed,
+        progress=progress,
     )
     configured = method_for(method, bench.anatomy, config)
     search = _Search(bench, configured, pool, 60.0 * minutes, began, clock, progress, wanted=probes)
