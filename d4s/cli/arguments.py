@@ -148,6 +148,16 @@ def add_covariance(verb: ArgumentParser) -> None:
     verb.add_argument("--covariance", type=Path, help="file made by d4s covariance")
 
 
+def add_sums(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--sums-on",
+        choices=("auto", "device", "cpu"),
+        default="auto",
+        help="where statistics, sums and Δ of a closed form live: on the layer's device, on the cpu, or (auto) on the "
+        "cpu where the device has no room",
+    )
+
+
 def add_targets(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--targets",
@@ -355,6 +365,7 @@ def check_room(
     *,
     batch_size: int,
     keep_vectors: bool = True,
+    sums_on: Any = "auto",
     out: Path | None = None,
     saves: bool = True,
 ) -> None:
@@ -377,6 +388,7 @@ def check_room(
             schedule=Schedule(batch_size=batch_size),
             keep_vectors=keep_vectors,
             saves=saves,
+            sums_on=sums_on,
         )
         found.check(free_bytes(found.places, out), loaded=True)
 

@@ -15,6 +15,7 @@ from d4s.cli.arguments import (
     add_preset,
     add_scores,
     add_sequences,
+    add_sums,
     add_targets,
     add_tensorboard,
     as_asked,
@@ -56,6 +57,7 @@ def add(verb: ArgumentParser) -> None:
         help="along each method's strength: values of λ, as 30,300,3000, or those of a method, as ft-m=1e-4,1e-3; "
         "without: multiples of each one's own",
     )
+    add_sums(verb)
     add_collapse(verb)
     add_tensorboard(verb)
     add_scores(verb)
@@ -76,6 +78,7 @@ def run(options: Namespace) -> None:
         methods,
         min(len(edits), options.count or len(edits)),
         batch_size=options.batch_size or 1,
+        sums_on=options.sums_on,
         out=None if (options.out / "journals").exists() else options.out,
         saves=False,
     )
@@ -93,6 +96,7 @@ def run(options: Namespace) -> None:
         seeds=options.seeds or options.seed,
         shuffle=options.shuffle,
         count=options.count,
+        sums_on=options.sums_on,
         neighborhood_limit=options.neighborhood_limit,
         generate=options.generate,
         measure=task_scores(options, model, tokenizer),

@@ -18,6 +18,7 @@ from d4s.cli.arguments import (
     add_model,
     add_preset,
     add_scores,
+    add_sums,
     add_targets,
     add_tensorboard,
     as_asked,
@@ -67,6 +68,7 @@ def add(verb: ArgumentParser) -> None:
         default="yes",
         help="no: a smaller journal, from which no single edit can be undone",
     )
+    add_sums(verb)
     add_collapse(verb)
     add_tensorboard(verb)
     add_scores(verb)
@@ -98,6 +100,7 @@ def run(options: Namespace) -> None:
         len(edits),
         batch_size=options.batch_size,
         keep_vectors=options.keep_vectors == "yes",
+        sums_on=options.sums_on,
         out=ranks.from_first(
             lambda: None if _goes_on(out) else out
         ),  # what is on the disk takes no more room
@@ -122,6 +125,7 @@ def run(options: Namespace) -> None:
             seed=options.seed,
             journal=out / "journal",
             keep_vectors=options.keep_vectors == "yes",
+            sums_on=options.sums_on,
             observers=watchers,
         )
     except EditingInterrupted as error:

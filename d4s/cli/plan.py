@@ -9,6 +9,7 @@ from d4s.cli.arguments import (
     add_fields,
     add_model,
     add_preset,
+    add_sums,
     configured,
     count,
     hide_loading_bars,
@@ -36,6 +37,7 @@ def add(verb: ArgumentParser) -> None:
         default="yes",
         help="no: a journal without keys and residuals",
     )
+    add_sums(verb)
     verb.add_argument("--out", type=Path, help="folder whose disk has to hold it; default: this one")
     verb.add_argument(
         "--no-measure", action="store_true", help="leave out the 5 seconds that measure this machine"
@@ -63,6 +65,7 @@ def run(options: Namespace) -> None:
             keep_vectors=options.keep_vectors == "yes",
             statistics=options.covariance is None,
             ranks=options.ranks,
+            sums_on=options.sums_on,
             device=options.device,
             measure=measure,
         )

@@ -19,6 +19,7 @@ from d4s.cli.arguments import (
     add_fields,
     add_model,
     add_preset,
+    add_sums,
     configured,
     count,
     loaded_covariance,
@@ -64,6 +65,7 @@ def add(verb: ArgumentParser) -> None:
         help="text for key statistics; default: the embedded model's own, or sampled from the model and cached",
     )
     verb.add_argument("--tokens", type=count, help="that an answer has at most; default: 16, with --chat 64")
+    add_sums(verb)
     add_fields(verb)
     add_preset(verb)
 
@@ -90,6 +92,7 @@ def run(options: Namespace) -> None:
         tokenizer,
         config,
         covariance,
+        sums_on=options.sums_on,
         seed=options.seed,
         tokens=options.tokens or (64 if options.chat else 16),
         lines=options.chat,

@@ -12,6 +12,7 @@ from d4s.cli.arguments import (
     add_edits,
     add_fields,
     add_model,
+    add_sums,
     as_asked,
     check_file,
     configuration,
@@ -54,6 +55,7 @@ def add(verb: ArgumentParser) -> None:
         "--probe-edits", type=Path, metavar="FILE", help="take the probes from this file, and none from EDITS"
     )
     add_covariance(verb)
+    add_sums(verb)
     add_fields(verb)
 
 
@@ -83,6 +85,7 @@ def run(options: Namespace) -> None:
         probes=options.probes,
         probe_edits=own,
         covariance=loaded_covariance(options, model, tokenizer),
+        sums_on=options.sums_on,
         seed=options.seed,
     )
     found.save(options.out)
