@@ -87,7 +87,7 @@ def _at_last(
         ids, mask = padded(part, rows.fill)
         with Trace(module, stop=True) as trace, stopping():
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-        last = torch.as_tensor([len(row) - 1 for row in part], device=trace.output.device)
+        last = torch.tensor([len(row) - 1 for row in part]).to(trace.output.device)
         taken.update(zip(part, read(trace, ids.shape[1], last).float(), strict=True))
 
     run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))

@@ -7,6 +7,7 @@ import json
 import pytest
 from support.command import FAST, done, failed
 
+from d4s.errors import D4SError
 from d4s.study import plan as planning
 
 
@@ -92,3 +93,42 @@ def test_plan_tells_what_does_not_fit(capsys, monkeypatch):
     monkeypatch.setattr(planning, "_host_bytes", lambda: 60_000)
     text = done(capsys, "plan", "m", "--edits", "10", "--device", "cpu", *FAST)
     assert "does not fit: cpu has" in text and "by rates measured here" not in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "function", "more"),
+    [
+        (
+            "edit",
+            "d4s.sequence.run.edit_sequence",
+            ("edits.json", "--covariance", "c.safetensors", "--out", "o"),
+        ),
+        ("compare", "d4s.sequence.compare.compare", ("edits.json", "--out", "o")),
+        ("tune", "d4s.study.tune.tune", ("edits.json", "--out", "o.json")),
+        ("try", "d4s.journal.session.Session", ("--covariance", "c.safetensors")),
+        ("plan", "d4s.study.plan.plan", ("--edits", "3")),
+    ],
+)
+def test_every_verb_hands_on_where_the_sums_are_to_be(verb, function, more, capsys, monkeypatch, tmp_path):
+    found = []
+
+    def told(*_arguments, **options):
+        found.append(options["sums_on"])
+        raise D4SError("that is enough")
+
+    monkeypatch.setattr(function, told)
+    more = tuple(str(tmp_path / one) if one in ("o", "o.json") else one for one in more)
+    for asked in ((), ("--sums-on", "cpu"), ("--sums-on", "device")):
+        assert "that is enough" in failed(capsys, verb, "m", *more, *asked)
+    assert found == ["auto", "cpu", "device"]
+    assert "invalid choice: 'gpu'" in refused(capsys, verb, "m", *more, "--sums-on", "gpu")
+
+
+def test_on_a_model_on_the_cpu_the_place_of_the_sums_changes_nothing(capsys):
+    told = [
+        json.loads(
+            done(capsys, "plan", "m", "--edits", "9", "--no-measure", "--json", "--sums-on", place, *FAST)
+        )
+        for place in ("auto", "device", "cpu")
+    ]
+    assert told[0]["parts"] == told[1]["parts"] == told[2]["parts"] and told[2]["sums_on_host"] == []

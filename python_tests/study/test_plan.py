@@ -13,11 +13,11 @@ from support.tiny import tiny_model
 from support.workbench import STRONG, SUBJECT_LAST, bench_of, editor_of
 
 from d4s.errors import ConfigError
-from d4s.methods import METHODS, method_for
+from d4s.methods import METHODS, method_for, sums_place
 from d4s.methods.base import LayerSize
 from d4s.models.architectures import Anatomy
 from d4s.sequence.schedule import Schedule
-from d4s.study.plan import DISK, VECTORS, plan
+from d4s.study.plan import DISK, VECTORS, Plan, plan
 
 # What an editor has from elsewhere: the model, W0 (told as copies), what is counted with the statistics on the host.
 ELSEWHERE = {"bench", "anatomy", "tokenizer", "weights", "model", "module", "embeddings", "ahead", "method"}
@@ -239,6 +239,65 @@ def test_the_named_layers_do_fit(seed):
     free = int(0.7 * found.bytes("cpu", certain=True, unloaded=True))
     fewer = plan(model, method_for("d4s", anatomy, {"layers": [1, 2]}), 50)
     fewer.check({"cpu": free}, loaded=True)
+
+
+@pytest.fixture
+def gpu(seed, monkeypatch):
+    """A plan of a model without weights on a GPU, where so much is free."""
+    model = tiny_model("llama", seed).to("meta")
+    model.tie_weights()
+
+    def planned(free: int | None = None, name: str = "d4s", **options: Any) -> Plan:
+        monkeypatch.setattr(sums_place, "free_on", lambda device: free)
+        method = method_for(name, Anatomy(model), {"layers": [0, 1, 2]} if name == "d4s" else None)
+        return plan(model, method, 100, device="cuda:0", **options)
+
+    return planned
+
+
+def by_name(found: Plan, place: str) -> dict[str, int]:
+    return {part.name: part.bytes for part in found.parts if part.place == place and part.certain}
+
+
+@pytest.mark.parametrize("name", ["d4s", "memit", "lyaplock", "alphaedit", "rome"])
+def test_sums_on_the_cpu_are_counted_there_and_what_crosses_on_the_device(name, gpu):
+    there, away = gpu(name=name), gpu(name=name, sums_on="cpu")
+    moved = {"statistics", "sums", "change", "inverse", "rows"} & set(by_name(there, "cuda:0"))
+    assert moved and not moved & set(by_name(away, "cuda:0"))
+    for part in moved:
+        assert by_name(away, "cpu")[part] == by_name(there, "cuda:0")[part]
+    size = next(iter(there.sizes.values()))
+    crosses = 8 * size.d_in if name == "rome" else 8 * size.d_in * size.d_out
+    assert by_name(away, "cuda:0")[sums_place.CROSSING] == crosses
+    assert away.bytes("disk") == there.bytes("disk") and away.passes == there.passes
+    assert away.sums_on_host == away.layers and there.sums_on_host == ()
+    assert "on the CPU: at each step" in away.summary() and "on the CPU" not in there.summary()
+    assert away.to_dict()["sums_on_host"] == list(away.layers)
+
+
+@pytest.mark.parametrize("name", ["kn", "ft-m", "ultraedit", "grace"])
+def test_methods_without_sums_plan_the_same_wherever_they_are_to_be(name, gpu):
+    assert gpu(name=name, sums_on="cpu") == gpu(name=name) == gpu(0, name=name)
+
+
+def test_a_plan_says_where_auto_would_put_the_sums(gpu):
+    there = gpu()
+    needed = there.bytes("cuda:0", certain=True)  # the model, which is not there yet, among it
+    assert gpu(needed) == there == gpu(0, sums_on="device")
+    assert gpu(needed - 1) == gpu(sums_on="cpu")
+
+
+def test_what_does_not_fit_a_device_is_told_where_its_sums_would(gpu):
+    there, away = gpu(sums_on="device"), gpu(sums_on="cpu")
+    least, host = away.bytes("cuda:0", certain=True), away.bytes("cpu", certain=True)
+    away.check({"cuda:0": least, "cpu": host})
+    for free in ({"cuda:0": least, "cpu": host}, {"cuda:0": least}):
+        with pytest.raises(ConfigError, match=r"cuda:0 has .* it would fit with .*--sums-on cpu \(moves "):
+            there.check(free)
+    for free in ({"cuda:0": least - 1, "cpu": host}, {"cuda:0": least, "cpu": host - 1}):
+        with pytest.raises(ConfigError) as refused:
+            there.check(free)
+        assert "--sums-on" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("edits", "ranks"), [(0, 1), (1, 0)])

@@ -54,6 +54,10 @@ class Elsewhere(Tensor):
     def tolist(self) -> Any:
         return self.held.tolist()
 
+    def cpu(self, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
+        """torch itself takes a tensor of any CPU for one that is there already."""
+        return self.to(FIRST)
+
     def new_tensor(self, data: Any) -> Tensor:  # type: ignore[override]
         return Elsewhere(self.held.new_tensor(data))
 
