@@ -32,6 +32,7 @@ CONFIGS = {
     "lyaplock": LAYERS,
     "rome": {"layers": (1,), "steps": 2},
 }
+AGAIN = replace(SUBJECT_LAST[0], target_new="Lyon", id="again")
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def bench_on(model: Any, seed: int, **options: Any) -> Workbench:
     tokenizer = tiny_tokenizer()
     covariance = estimate_covariance(
-        model, tokenizer, TEXTS * 4, tokens=300, dtype=torch.float64, progress=False
+        model, tokenizer, TEXTS * 2, tokens=150, dtype=torch.float64, progress=False
     )
     return Workbench(model, tokenizer, covariance=covariance, seed=seed, **options)
 
@@ -54,12 +55,13 @@ def away(monkeypatch: pytest.MonkeyPatch, seed: int, model_type: str = "llama", 
 
 
 def edited(name: str, bench: Workbench, **more: Any) -> tuple[Editor, dict[str, torch.Tensor]]:
-    """The editor, and the weights and its snapshot after three steps, of which the last edits a prompt again."""
+    """The editor, and the weights and its snapshot after two steps; of d4s the second edits the same prompt again."""
     own = name.split(",")[0]
     method = method_for(own, bench.anatomy, STRONG[own] | CONFIGS[name] | more)
     editor = method.settled(bench, SUBJECT_LAST).editor(bench)
-    editor.announce(SUBJECT_LAST)
-    for edit in (*SUBJECT_LAST, SUBJECT_LAST[0]):
+    edits = (SUBJECT_LAST[0], AGAIN if own == "d4s" else SUBJECT_LAST[1])
+    editor.announce(edits)
+    for edit in edits:
         editor.edit([edit])
     found = {n: plain(p.detach()).clone() for n, p in bench.model.named_parameters()}
     state = editor.snapshot()
@@ -107,7 +109,7 @@ def test_a_journal_goes_on_wherever_the_sums_are(seed, monkeypatch, tmp_path):
     plain_ops(monkeypatch)
     model = tiny_model("llama", seed, attn_implementation="eager")
     covariance = bench_on(model, seed).covariance((1, 2))
-    edits = (*SUBJECT_LAST, replace(SUBJECT_LAST[0], target_new="Lyon", id="again"))
+    edits = (*SUBJECT_LAST, AGAIN)
     options: dict[str, Any] = dict(config=STRONG["d4s"] | LAYERS, covariance=covariance, original=False)
     options |= dict(progress=False, neighborhood_limit=0)
     edit_sequence(model, tiny_tokenizer(), edits, **options)
