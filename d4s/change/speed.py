@@ -39,7 +39,11 @@ def speed_of(d_out: int, d_in: int, device: torch.device, seconds: float) -> Spe
     d_out, d_in = min(d_out, WIDEST[0]), min(d_in, WIDEST[1])
     like: dict[str, Any] = {"dtype": torch.float64, "device": device}
     closed = ClosedForm({0: Prior.identity(d_in, float(d_in), device=device)}, d_out)
-    residuals, keys = torch.randn(DELAYED_ROWS, d_out, **like), torch.randn(DELAYED_ROWS, d_in, **like)
+    own = torch.Generator().manual_seed(0)
+    residuals, keys = (
+        torch.randn(DELAYED_ROWS, width, dtype=torch.float64, generator=own).to(device)
+        for width in (d_out, d_in)
+    )
 
     def update() -> None:
         for i in range(DELAYED_ROWS):

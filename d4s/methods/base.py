@@ -156,6 +156,8 @@ class Method(Configuration, ABC):
     # Named presets: what of the configuration differs from the model's own.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     edits_experts: ClassVar[bool] = False  # whether its layers may be mixtures of experts
+    # Whether its editor makes what `holding` tells where `device_of_sums` says, and not where W is.
+    sums_move: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -186,12 +188,9 @@ class Method(Configuration, ABC):
         """What its editor holds of a layer after so many edits; here nothing but the weights themselves."""
         return Holding({}, size.weight)
 
-    def crossing(self, size: LayerSize) -> int | None:
-        """Bytes that come to W's device for a write, of experts for each, where what `holding` tells is on the CPU.
-
-        None: it has to be where W is. A method that says a number makes its sums where `device_of_sums` says.
-        """
-        return None
+    def crossing(self, size: LayerSize) -> int:
+        """Bytes that come to W's device for a write, of experts for each, where sums are on the CPU: Δ in float64."""
+        return 8 * size.d_out * size.d_in
 
     @property
     def keeps_sums(self) -> bool:

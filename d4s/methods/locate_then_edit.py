@@ -40,6 +40,7 @@ class TargetMethod(Method):
 
     # Where δ is added in the last edited layer, and targets are measured: the first of these.
     places: ClassVar[tuple[Place, ...]] = ("block",)
+    sums_move: ClassVar[bool] = True
 
     layers: Annotated[tuple[int, ...], "whose W is changed; targets are those of the last"]
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -74,10 +75,6 @@ class TargetMethod(Method):
     def rows_an_edit(self) -> int:
         """Of the bare prompt and behind each context."""
         return 1 + len(CONTEXT_SEEDS) * self.contexts * len(self.context_lengths)
-
-    def crossing(self, size: LayerSize) -> int | None:
-        """Δ in float64."""
-        return 8 * size.d_out * size.d_in
 
     def places_in(self, anatomy: Anatomy) -> tuple[Place, ...]:
         """`places`; the MLP's output, where what follows it makes a residual of the stream none of W."""

@@ -47,7 +47,7 @@ def held(
         for name, count in method.holding(size, edits).parts.items():
             there[name] = there.get(name, 0) + count
         if layer in away and places[layer] != HOST:  # one layer after another
-            own[CROSSING] = max(own.get(CROSSING, 0), method.crossing(size) or 0)
+            own[CROSSING] = max(own.get(CROSSING, 0), method.crossing(size))
     return found
 
 
@@ -59,7 +59,7 @@ def without_room(
     free: Mapping[str, int],
 ) -> frozenset[int]:
     """Layers for whose sums there is no room beside W. free: place → bytes; others are taken to have room"""
-    if method.crossing(next(iter(sizes.values()))) is None:
+    if not method.sums_move:
         return frozenset()
     needed = {place: sum(parts.values()) for place, parts in held(method, sizes, places, edits).items()}
     return frozenset(
@@ -84,7 +84,9 @@ def on_host(bench: Workbench, method: Method, edits: int = 1) -> frozenset[int]:
     Of several processes each asks at the same place; what has no room in one is on the CPU in all.
     Raises ConfigError for layers that the model has not, or that the method does not edit.
     """
-    layers: tuple[int, ...] = tuple(method.value("layers") or ())
+    if not method.sums_move:
+        return frozenset()
+    layers: tuple[int, ...] = tuple(method.value("layers"))
     key = (method.name, layers)
     if key in bench.sums_on_host:
         return bench.sums_on_host[key]
@@ -96,20 +98,19 @@ def on_host(bench: Workbench, method: Method, edits: int = 1) -> frozenset[int]:
     places = {layer: str(device) for layer, device in devices.items()}
     away: frozenset[int] = frozenset()
     free: dict[str, int] = {}
-    if method.crossing(sizes[layers[0]]) is not None:
-        if bench.sums_on == "cpu":
-            away = frozenset(layer for layer, place in places.items() if place != HOST)
-        elif bench.sums_on == "auto":
+    if bench.sums_on == "cpu":
+        away = frozenset(layer for layer, place in places.items() if place != HOST)
+    elif bench.sums_on == "auto":
 
-            def lacking() -> list[int]:
-                for place, device in dict(zip(places.values(), devices.values(), strict=True)).items():
-                    if place != HOST and (room := free_on(device)) is not None:
-                        free[place] = room
-                return sorted(without_room(method, sizes, places, edits, free))
+        def lacking() -> list[int]:
+            for place, device in dict(zip(places.values(), devices.values(), strict=True)).items():
+                if place != HOST and (room := free_on(device)) is not None:
+                    free[place] = room
+            return sorted(without_room(method, sizes, places, edits, free))
 
-            away = frozenset(layer for part in here().gather("place of sums", lacking) for layer in part)
+        away = frozenset(layer for part in here().gather("place of sums", lacking) for layer in part)
     bench.sums_on_host[key] = away
-    if away:
+    if away and here().is_first:
         needed = held(method, sizes, places, edits)
         why = [
             f"{place} has {amount(free[place])} free, and {amount(sum(needed[place].values()))} would be held there"
@@ -131,7 +132,7 @@ def _said(method: Method, sizes: Mapping[int, LayerSize], why: list[str]) -> str
     """That these layers' sums live on the CPU, why, and what it costs."""
     widest = max(sizes.values(), key=lambda size: size.d_in)
     speed = speed_of(widest.d_out, widest.d_in, torch.device(HOST), MEASURED)
-    crossing = max(method.crossing(size) or 0 for size in sizes.values())
+    crossing = max(method.crossing(size) for size in sizes.values())
     update = sum(speed.of_update(size.d_out, size.d_in) for size in sizes.values())
     solve = sum(speed.of_solve(size.d_out, size.d_in) for size in sizes.values())
     of = " of each expert that is changed" if widest.experts > 1 else ""

@@ -88,6 +88,7 @@ class Plan:
     """What a sequence will take. ranks: devices that share the passes, each with a model of its own
 
     sums_on_host: layers whose sums live on the CPU while W does not
+    crossing: place → bytes of `Method.crossing`, of its widest layer
     """
 
     method: str
@@ -100,9 +101,7 @@ class Plan:
     rates: Rates | None = None
     solving: float | None = None  # seconds in closed forms
     sums_on_host: tuple[int, ...] = ()
-    crossing: Mapping[str, int] = field(
-        default_factory=dict, repr=False
-    )  # place → bytes of `Method.crossing`
+    crossing: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -291,8 +290,8 @@ def plan(
     away = _on_host(method, sizes, places, edits, sums_on, taken)
     crossing: dict[str, int] = {}
     for layer in layers:
-        if places[layer] != sums_place.HOST and (count := method.crossing(sizes[layer])) is not None:
-            crossing[places[layer]] = max(crossing.get(places[layer], 0), count)
+        if places[layer] != sums_place.HOST and method.sums_move:
+            crossing[places[layer]] = max(crossing.get(places[layer], 0), method.crossing(sizes[layer]))
     parts = [
         *of_model,
         *_of_layers(method, sizes, places, edits, away),
@@ -350,7 +349,7 @@ def _on_host(
     taken: Mapping[str, int],
 ) -> frozenset[int]:
     """Layers whose sums go to the CPU. taken: place → bytes of what is free now that the model will have"""
-    if sums_on == "device" or method.crossing(next(iter(sizes.values()))) is None:
+    if sums_on == "device" or not method.sums_move:
         return frozenset()
     if sums_on == "cpu":
         return frozenset(layer for layer, place in places.items() if place != sums_place.HOST)
@@ -366,10 +365,9 @@ def _of_layers(
     away: Collection[int],
 ) -> list[Part]:
     """W0, the copy that a step can go back to, and what the method's editor holds."""
-    moving = method.crossing(next(iter(sizes.values()))) is not None
     fixed = (sums_place.COPIES, sums_place.CROSSING)
     return [
-        Part(place, name, count, can_move=moving and place != sums_place.HOST and name not in fixed)
+        Part(place, name, count, can_move=method.sums_move and place != sums_place.HOST and name not in fixed)
         for place, parts in sums_place.held(method, sizes, places, edits, away).items()
         for name, count in parts.items()
     ]

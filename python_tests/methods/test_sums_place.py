@@ -190,7 +190,9 @@ def test_sums_stay_where_there_is_room_for_all_that_is_certain(rule, capsys):
 def test_sums_go_to_the_cpu_where_a_byte_is_lacking_and_stay_there(rule, capsys):
     bench, method, needed, set_free = rule
     set_free(needed - 1)
+    drawn = torch.get_rng_state()
     assert sums_place.on_host(bench, method, 5) == {1, 2}
+    assert torch.equal(torch.get_rng_state(), drawn), "what is measured draws from a generator of its own"
     (said,) = capsys.readouterr().err.splitlines()
     crossing = 8 * 32 * bench.anatomy.shape(1)[1]
     assert "the sums of layers 1, 2 live on the CPU, for cpu:0 has" in said
