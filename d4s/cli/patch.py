@@ -197,7 +197,7 @@ def _change(
         tokenizer.save_pretrained(beside)
         card(patch, beside)
     if options.json:
-        weights = [weight.name for weight in patch.weights]
+        weights = [weight.label for weight in patch.weights]
         print_json({"model": str(out), "weights": weights, "edits": [edit.id for edit in patch.edits]})
     else:
         print(f"{out}: the model {said} {options.patch} ({len(patch.weights)} weights)")

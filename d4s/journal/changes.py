@@ -1,9 +1,9 @@
-"""What editing changed: one `Change` a weight, from two models or from a sequence of edits."""
+"""What editing changed: one `Change` a matrix, from two models or from a sequence of edits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,13 @@ from d4s.models.causal_lm import CausalLM
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One edited weight.
+    """One edited weight; of a parameter that holds one matrix an expert, one of these.
 
     name: of the parameter, as "model.layers.4.mlp.down_proj.weight"
     base, edited: as stored in the model, in its dtype and layout
-    transposed: the weight lies as [d_in, d_out] (GPT-2's Conv1D)
+    transposed: the weight lies as [d_in, d_out] (GPT-2's Conv1D, the experts of gpt_oss)
     left [d_out, r], right [r, d_in]: exact factors of Δ in float64 where they are known, else None
+    expert: which matrix of the parameter; None: the parameter is one matrix
     """
 
     name: str
@@ -33,6 +34,12 @@ class Change:
     transposed: bool = False
     left: Tensor | None = None
     right: Tensor | None = None
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`matrix_label` of it."""
+        return matrix_label(self.name, self.expert)
 
     @property
     def module(self) -> str:
@@ -75,25 +82,30 @@ class Change:
         """Raises ModelError for what no edit of d4s leaves: types, shapes, values, factors that do not fit."""
         base, edited = self.base, self.edited
         if base.ndim == 3:
-            raise ModelError(_of_experts(self.name))
+            raise ModelError(
+                f"{self.name} holds the matrices of several experts; give one change for each that differs, with its "
+                "number (expert), as changes_of and changes_between do"
+            )
         if base.ndim != 2 or not base.numel() or base.shape != edited.shape or base.dtype != edited.dtype:
             raise ModelError(
-                f"{self.name}: {list(base.shape)} {base.dtype} before and {list(edited.shape)} {edited.dtype} after; "
+                f"{self.label}: {list(base.shape)} {base.dtype} before and {list(edited.shape)} {edited.dtype} after; "
                 "must be matrices of one shape and type"
             )
+        if self.expert is not None and self.expert < 0:
+            raise ModelError(f"{self.name}: expert {self.expert}; experts must be counted from 0 on")
         if base.dtype not in INTEGERS:
-            raise ModelError(f"{self.name} is {base.dtype}; weights must be float32, float16 or bfloat16")
+            raise ModelError(f"{self.label} is {base.dtype}; weights must be float32, float16 or bfloat16")
         if not (torch.isfinite(base).all() and torch.isfinite(edited).all()):
-            raise ModelError(f"{self.name} holds NaN or infinity; get the model from intact files")
+            raise ModelError(f"{self.label} holds NaN or infinity; get the model from intact files")
         if (self.left is None) != (self.right is None):
-            raise ModelError(f"{self.name}: of its factors one is missing; give both, or none")
+            raise ModelError(f"{self.label}: of its factors one is missing; give both, or none")
         if self.left is None or self.right is None:
             return
         d_out, d_in = self.shape
         rank = self.left.shape[-1]
         if rank < 1 or self.left.shape != (d_out, rank) or self.right.shape != (rank, d_in):
             raise ModelError(
-                f"{self.name}: its factors are {list(self.left.shape)} and {list(self.right.shape)}; must be "
+                f"{self.label}: its factors are {list(self.left.shape)} and {list(self.right.shape)}; must be "
                 f"[{d_out}, r] and [r, {d_in}]"
             )
         off = float((self.delta() - self.left.cpu().double() @ self.right.cpu().double()).norm())
@@ -101,7 +113,7 @@ class Change:
         most = torch.finfo(base.dtype).eps * float(edited.double().norm()) + 1e-6 * float(self.delta().norm())
         if not off <= most:
             raise ModelError(
-                f"{self.name}: its factors give another change than the weights have (they are {off:.3g} apart, and "
+                f"{self.label}: its factors give another change than the weights have (they are {off:.3g} apart, and "
                 f"rounding makes {most:.3g} at most); give those of this change, or none"
             )
 
@@ -109,7 +121,8 @@ class Change:
 def changes_between(
     base: CausalLM, edited: CausalLM, architecture: Architecture | None = None
 ) -> list[Change]:
-    """Every weight in which two models differ, bit for bit; the tensors are the models' own, not copies.
+    """Every weight in which two models differ, bit for bit; the tensors are the models' own, not copies. Of a layer of
+    experts every expert that differs.
 
     Raises ModelError if they are not one model, do not differ at all, or differ in anything but projections within
     blocks, which alone d4s edits. The text names what.
@@ -131,13 +144,19 @@ def changes_between(
             )
     modules = dict(base.named_modules())
     blocks = f"{anatomy.architecture.blocks}."
-    of_experts = {anatomy.weight_name(i) for i in range(len(anatomy)) if anatomy.experts(i) is not None}
-    changes, foreign = [], []
+    of_experts = {
+        anatomy.weight_name(i): anatomy.transposed(i)
+        for i in range(len(anatomy))
+        if anatomy.experts(i) is not None
+    }
+    changes: list[Change] = []
+    foreign = []
     for name, tensor in before.items():
         if _same_bits(tensor, after[name]):
             continue
         if name in of_experts:
-            raise ModelError(_of_experts(name))
+            changes += changes_within(name, tensor, after[name], of_experts[name])
+            continue
         module = modules.get(name.removesuffix(".weight"))
         if not (name.startswith(blocks) and name.endswith(".weight") and is_projection(module)):
             foreign.append(name)
@@ -147,8 +166,8 @@ def changes_between(
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise ModelError(
             f"they differ in {', '.join(foreign[:3])}{more}, which editing does not change: only weights of "
-            f"projections (nn.Linear, Conv1D) in {anatomy.architecture.blocks} can be put into a patch; name "
-            "a model and one that was made from it by editing, not by training"
+            f"projections (nn.Linear, Conv1D, down_proj of experts) in {anatomy.architecture.blocks} can be put "
+            "into a patch; name a model and one that was made from it by editing, not by training"
         )
     if not changes:
         raise ModelError(
@@ -158,21 +177,22 @@ def changes_between(
 
 
 def changes_of(result: Any) -> list[Change]:
-    """What a sequence of edits (`d4s.Result`) changed, as the model is now; copies.
+    """What a sequence of edits (`d4s.Result`) changed, as the model is now; copies. Of a layer of experts every expert
+    that differs.
 
     Raises ModelError if no weight has changed, as with methods that keep their edits beside the weights (GRACE).
     """
     weights = result.editor.weights
     anatomy = weights.anatomy
     changes = [
-        Change(
+        replace(change, edited=change.edited.clone())
+        for layer in weights.layers
+        for change in changes_within(
             anatomy.weight_name(layer),
             weights.base[layer],
-            anatomy.weight(layer).detach().clone(),
+            anatomy.weight(layer).detach(),
             anatomy.transposed(layer),
         )
-        for layer in weights.layers
-        if not _same_bits(weights.base[layer], anatomy.weight(layer).detach())
     ]
     if not changes:
         raise ModelError(
@@ -182,11 +202,24 @@ def changes_of(result: Any) -> list[Change]:
     return changes
 
 
-def _of_experts(name: str) -> str:
-    return (
-        f"{name} holds the matrices of several experts; patches and adapters take single ones; save the edited model "
-        "itself (save_pretrained)"
-    )
+def changes_within(name: str, base: Tensor, edited: Tensor, transposed: bool) -> list[Change]:
+    """What differs between a parameter before and after, bit for bit: it, or of experts each that does.
+
+    base, edited: [rows, columns], or [experts, rows, columns]
+    """
+    if base.ndim != 3 or base.shape != edited.shape:
+        return [] if _same_bits(base, edited) else [Change(name, base, edited, transposed)]
+    return [
+        Change(name, before, after, transposed, expert=expert)
+        for expert, (before, after) in enumerate(zip(base, edited, strict=True))
+        if not _same_bits(before, after)
+    ]
+
+
+def matrix_label(name: str, expert: int | None) -> str:
+    """One matrix of a model in words: the parameter's name, and of one that holds experts' matrices the expert's
+    number, as "model.layers.4.mlp.experts.down_proj[17]"."""
+    return name if expert is None else f"{name}[{expert}]"
 
 
 def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:

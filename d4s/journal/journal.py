@@ -17,7 +17,7 @@ from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
-from d4s.journal.changes import Change
+from d4s.journal.changes import Change, changes_within
 from d4s.journal.edits_card import write_edits_card
 from d4s.journal.folder import CHANGED_AFTER, Folder, now
 from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
@@ -325,7 +325,8 @@ class Journal:
         raise DataError(f"{self.path}: has no snapshot yet; go on with its sequence to its end")
 
     def changes(self) -> list[Change]:
-        """What the edits that stand have changed, a weight each, with exact factors where the method keeps sums."""
+        """What the edits that stand have changed, a weight each, with exact factors where the method keeps sums; of a
+        layer of experts those that differ."""
         head, base, weights = self.head, self.folder.load("base").tensors, self.weights()
         factors = (
             self.sums.factors() if self.folder.place("priors").exists() and head["keeps_vectors"] else {}
@@ -333,10 +334,13 @@ class Journal:
         found = []
         for layer in head["layers"]:
             name = head["weights"][str(layer)]
+            transposed = bool(head["transposed"][str(layer)])
+            if base[f"{layer}"].ndim == 3:
+                found += changes_within(name, base[f"{layer}"], weights[name], transposed)
+                continue
             left, right = factors.get(layer, (None, None))
             if left is not None and not left.shape[1]:
                 left = right = None  # no edit stands
-            transposed = bool(head["transposed"][str(layer)])
             found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
         return found
 

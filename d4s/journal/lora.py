@@ -146,6 +146,7 @@ def export_gguf_lora(
     place = Path(path)
     if place.is_dir():
         raise ConfigError(f"{place}: is a folder; name a file in it, as {place / 'adapter.gguf'}")
+    _check_single(changes)
     architecture = _gguf_architecture(model)
     names = {change.name: _gguf_name(change.name, model, architecture) for change in changes}
     pairs, fits = _factored(changes, rank)
@@ -176,6 +177,7 @@ def _factored(
         raise ConfigError(f"rank={rank!r}, must be a whole number from 1 on, or None for the exact rank")
     if not changes:
         raise ModelError("nothing was changed, so there is nothing to make an adapter of; make an edit first")
+    _check_single(changes)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     fits = {}
     for change in sorted(changes, key=lambda change: change.name):
@@ -188,6 +190,15 @@ def _factored(
         pairs[change.name] = left.float().contiguous(), right.float().contiguous()
         fits[change.name] = Fit(taken, factors.rank, *factors.missing(taken))
     return pairs, fits
+
+
+def _check_single(changes: Sequence[Change]) -> None:
+    """ModelError for a change of an expert: adapters hang on modules, and a module holds all of its experts."""
+    if of_expert := next((change for change in changes if change.expert is not None), None):
+        raise ModelError(
+            f"{of_expert.label} is one expert's matrix of several in a parameter, of which adapters take none; write "
+            "a patch (export_patch, d4s patch export), or save the edited model itself (save_pretrained)"
+        )
 
 
 def _targets(model: CausalLM, changes: Sequence[Change]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from d4s.edits import Edit
 from d4s.errors import D4SError, DataError, ModelError, shown
 from d4s.files import as_json, as_list, as_object, as_text, checking, digest, parse_json
 from d4s.interrupts import deferred
-from d4s.journal.changes import Change, changes_between, changes_of
+from d4s.journal.changes import Change, changes_between, changes_of, matrix_label
 from d4s.journal.stored_bits import Step, bits, dense, factored, part_types, taken
 from d4s.locate.covariance import fingerprint_of
 from d4s.models.architectures import check_bare, check_on_devices
@@ -41,11 +41,15 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _STORED = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 _FACTS = ("format", "fingerprint", "weights", "edits")
 _FIELDS = ("name", "dtype", "shape", "transposed", "base", "edited", "exponent")
+_OF_EXPERT = "expert"  # a further field, which only a matrix within a parameter of experts has
 
 
 @dataclass(frozen=True)
 class PatchedWeight:
-    """What a patch says of one weight. base, edited: digests of its bits; exponent: as in `stored_bits.Step`"""
+    """What a patch says of one weight.
+
+    base, edited: digests of its bits; exponent: as in `stored_bits.Step`; expert: as in `Change`
+    """
 
     name: str
     dtype: torch.dtype
@@ -54,11 +58,25 @@ class PatchedWeight:
     base: str
     edited: str
     exponent: int | None
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`matrix_label` of it, under which its parts stand in the file."""
+        return matrix_label(self.name, self.expert)
+
+    def held(self, own: Mapping[str, Tensor]) -> Tensor:
+        """The weight itself, among a model's parameters; a view of its memory."""
+        parameter = own[self.name].data
+        return parameter if self.expert is None else parameter[self.expert]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch as read. fingerprint: of the unedited model; edits: the facts in it, as far as whoever made it said"""
+    """A patch as read.
+
+    fingerprint: of the unedited model; edits: the facts in it, as far as whoever made it said; steps: by `label`
+    """
 
     path: str
     fingerprint: str
@@ -74,7 +92,7 @@ def export_patch(
     fingerprint: str,
     edits: Sequence[Edit] = (),
 ) -> dict[str, int]:
-    """Writes the changes as one file, whole or not at all; returns the bytes of each weight's part.
+    """Writes the changes as one file, whole or not at all; returns the bytes of each weight's part, by its `label`.
 
     fingerprint: of the unedited model (`d4s.locate.covariance.fingerprint_of`), which alone the patch can be applied to
     edits: the facts that the changes write, for whoever reads the file
@@ -88,13 +106,13 @@ def export_patch(
     tensors: dict[str, Tensor] = {}
     weights: list[dict[str, Any]] = []
     sizes: dict[str, int] = {}
-    for change in sorted(changes, key=lambda change: change.name):
-        if change.name in sizes:
-            raise ModelError(f"{change.name} is changed twice; put both changes into one")
+    for change in sorted(changes, key=lambda change: (change.name, change.expert or 0)):
+        if change.label in sizes:
+            raise ModelError(f"{change.label} is changed twice; put both changes into one")
         change.check()
         step = _smallest(change)
-        tensors |= {f"{change.name}:{part}": tensor for part, tensor in step.parts.items()}
-        sizes[change.name] = step.bytes
+        tensors |= {f"{change.label}:{part}": tensor for part, tensor in step.parts.items()}
+        sizes[change.label] = step.bytes
         weights.append(
             {
                 "name": change.name,
@@ -104,6 +122,7 @@ def export_patch(
                 "base": _digest(change.base),
                 "edited": _digest(change.edited),
                 "exponent": step.exponent,
+                **({} if change.expert is None else {_OF_EXPERT: change.expert}),
             }
         )
     facts = {
@@ -124,18 +143,18 @@ def apply_patch(model: CausalLM, path: str | os.PathLike[str]) -> Patch:
     """
     own = _own(model)
     patch = read_patch(path, own)
-    held = {weight.name: _digest(own[weight.name]) for weight in patch.weights}
-    if all(held[weight.name] == weight.edited for weight in patch.weights):
+    held = {weight.label: _digest(weight.held(own)) for weight in patch.weights}
+    if all(held[weight.label] == weight.edited for weight in patch.weights):
         raise ModelError(f"{path}: is applied to this model already; remove_patch takes it off")
     for weight in patch.weights:
-        if held[weight.name] != weight.base:
+        if held[weight.label] != weight.base:
             has = (
                 "has this patch already"
-                if held[weight.name] == weight.edited
+                if held[weight.label] == weight.edited
                 else "is not the unedited model's"
             )
             raise ModelError(
-                f"{path}: belongs to another model: {weight.name} {has}; apply it to the unedited model, in the dtype "
+                f"{path}: belongs to another model: {weight.label} {has}; apply it to the unedited model, in the dtype "
                 "in which it was edited"
             )
     if (mine := fingerprint_of(model)) != patch.fingerprint:
@@ -158,14 +177,14 @@ def remove_patch(model: CausalLM, path: str | os.PathLike[str]) -> Patch:
     own = _own(model)
     patch = read_patch(path, own)
     for weight in patch.weights:
-        if (held := _digest(own[weight.name])) != weight.edited:
+        if (held := _digest(weight.held(own))) != weight.edited:
             has = (
                 "is the unedited model's"
                 if held == weight.base
                 else "was changed since, or is another model's"
             )
             raise ModelError(
-                f"{path}: is not applied to this model: {weight.name} {has}; name the one that it is applied to"
+                f"{path}: is not applied to this model: {weight.label} {has}; name the one that it is applied to"
             )
     _write(own, patch, back=True)
     return patch
@@ -197,9 +216,9 @@ def read_patch(path: str | os.PathLike[str], own: Mapping[str, Tensor] | None = 
         made = tuple(Edit.from_dict(as_object(as_json(edit, "an edit"), "an edit")) for edit in edits)
     steps = {}
     for weight in weights:
-        prefix = f"{weight.name}:"
+        prefix = f"{weight.label}:"
         parts = {n.removeprefix(prefix): t for n, t in file.tensors.items() if n.startswith(prefix)}
-        steps[weight.name] = Step(parts, weight.exponent)
+        steps[weight.label] = Step(parts, weight.exponent)
     return Patch(os.fspath(path), file.facts["fingerprint"], weights, made, steps)
 
 
@@ -230,26 +249,26 @@ def _write(own: Mapping[str, Tensor], patch: Patch, *, back: bool) -> None:
     new = {}
     for weight in patch.weights:
         try:
-            made = taken(patch.steps[weight.name], own[weight.name], weight.transposed, back=back)
+            made = taken(patch.steps[weight.label], weight.held(own), weight.transposed, back=back)
         except ValueError as error:
             raise DataError(
-                f"{patch.path}: not what {WRITER} wrote ({weight.name}: {error}); get the patch again"
+                f"{patch.path}: not what {WRITER} wrote ({weight.label}: {error}); get the patch again"
             ) from None
         if _digest(made) != (weight.base if back else weight.edited):
             raise DataError(
-                f"{patch.path}: does not lead to the weight that it names ({weight.name}); nothing was written"
+                f"{patch.path}: does not lead to the weight that it names ({weight.label}); nothing was written"
             )
-        new[weight.name] = made
+        new[weight.label] = made
     written: list[PatchedWeight] = []
     with deferred():
         try:
             for weight in patch.weights:
-                own[weight.name].data.copy_(new[weight.name])
+                weight.held(own).copy_(new[weight.label])
                 written.append(weight)
         except BaseException:
             for weight in written:
-                step = patch.steps[weight.name]
-                own[weight.name].data.copy_(taken(step, new[weight.name], weight.transposed, back=not back))
+                step = patch.steps[weight.label]
+                weight.held(own).copy_(taken(step, new[weight.label], weight.transposed, back=not back))
             raise
 
 
@@ -274,8 +293,10 @@ def _weights(facts: Mapping[str, str], path: str) -> tuple[PatchedWeight, ...]:
     records = as_list(parse_json(facts["weights"], f"{path}: 'weights'"), "weights")
     weights: dict[str, PatchedWeight] = {}
     for record in records:
-        if as_object(record, "a weight").keys() != set(_FIELDS):
-            raise wrong(f"the fields of a weight must be {', '.join(_FIELDS)}")
+        if as_object(record, "a weight").keys() - {_OF_EXPERT} != set(_FIELDS):
+            raise wrong(
+                f"the fields of a weight must be {', '.join(_FIELDS)}, and of an expert's {_OF_EXPERT}"
+            )
         name, dtype = as_text(record["name"], "a weight's name"), as_text(record["dtype"], "dtype")
         shape, exponent = as_list(record["shape"], "shape"), record["exponent"]
         if dtype not in _DTYPES:
@@ -284,11 +305,15 @@ def _weights(facts: Mapping[str, str], path: str) -> tuple[PatchedWeight, ...]:
             raise wrong(f"the shape of {shown(name)} must be two whole numbers")
         if type(record["transposed"]) is not bool or not (exponent is None or type(exponent) is int):
             raise wrong(f"'transposed' or 'exponent' of {shown(name)} is of a wrong type")
-        if name in weights:
-            raise wrong(f"it has {shown(name)} twice")
+        expert = record.get(_OF_EXPERT)
+        if _OF_EXPERT in record and not (type(expert) is int and 0 <= expert < 2**31):
+            raise wrong(f"{_OF_EXPERT!r} of {shown(name)} must be a whole number")
+        label = matrix_label(name, expert)
+        if label in weights:
+            raise wrong(f"it has {shown(label)} twice")
         base, edited = as_text(record["base"], "base"), as_text(record["edited"], "edited")
-        weights[name] = PatchedWeight(
-            name, _DTYPES[dtype], (shape[0], shape[1]), record["transposed"], base, edited, exponent
+        weights[label] = PatchedWeight(
+            name, _DTYPES[dtype], (shape[0], shape[1]), record["transposed"], base, edited, exponent, expert
         )
     if not weights:
         raise wrong("it has no weight")
@@ -302,10 +327,18 @@ def _check_fits(weight: PatchedWeight, own: Mapping[str, Tensor], path: str | os
             "name the one it was made of"
         )
     parameter = own[weight.name]
-    if tuple(parameter.shape) != weight.shape:
+    # Of experts the number is not in the patch: it names those that changed, of more or fewer others.
+    of_experts = weight.expert is not None
+    if parameter.ndim != 2 + of_experts or tuple(parameter.shape[-2:]) != weight.shape:
+        there = ["experts", *weight.shape] if of_experts else list(weight.shape)
         raise ModelError(
-            f"{path}: belongs to another model: {weight.name} is {list(weight.shape)} there and "
+            f"{path}: belongs to another model: {weight.name} is [{', '.join(map(str, there))}] there and "
             f"{list(parameter.shape)} here; name the one it was made of"
+        )
+    if weight.expert is not None and weight.expert >= len(parameter):
+        raise ModelError(
+            f"{path}: belongs to another model: it changes expert {weight.expert} of {weight.name}, which has "
+            f"{len(parameter)} here; name the one it was made of"
         )
     if parameter.dtype != weight.dtype:
         raise ModelError(
@@ -328,7 +361,7 @@ def _check_outlines(
         d_out, d_in = (columns, rows) if weight.transposed else (rows, columns)
         shapes: dict[str, tuple[int, ...]] = {}
         for part, wanted in part_types(weight.exponent, weight.dtype).items():
-            name = f"{weight.name}:{part}"
+            name = f"{weight.label}:{part}"
             dtype, shape = outlines.get(name, ("nothing", ()))
             if dtype != _STORED[wanted]:
                 raise wrong(f"{shown(name)} is {shown(dtype)}")
@@ -350,6 +383,6 @@ def _check_outlines(
                 )
             )
         if not fits:
-            raise wrong(f"the parts of {shown(weight.name)} are not of its shape")
+            raise wrong(f"the parts of {shown(weight.label)} are not of its shape")
     if left_over:
         raise wrong(f"it holds {shown(min(left_over))}, which no weight of it needs")

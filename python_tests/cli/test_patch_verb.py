@@ -49,6 +49,28 @@ def test_a_patch_goes_from_folder_to_folder_and_back(tmp_path, edited, capsys):
     assert "already holds files" in failed(capsys, "patch", "apply", "m", str(patch), "--out", str(there))
 
 
+def test_a_patch_of_experts_goes_from_folder_to_folder_and_back(tmp_path, capsys):
+    model = tiny_model("mixtral", 1)
+    for folder in ("moe", "edited"):
+        model.save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+        Anatomy(model).weight(1).data[2, 0] += 0.5  # after the first is saved
+    moe, edited, patch, there, back = (str(tmp_path / n) for n in ("moe", "edited", "p.st", "there", "back"))
+    sizes = json.loads(done(capsys, "patch", "export", moe, edited, patch, "--json"))["patch"]["bytes"]
+    label = "model.layers.1.mlp.experts.down_proj[2]"
+    assert list(sizes) == [label] and sizes[label] <= 32 * 48 * 4
+    made = json.loads(done(capsys, "patch", "apply", moe, patch, "--out", there, "--json"))
+    assert made["weights"] == [label]
+    done(capsys, "patch", "remove", there, patch, "--out", back)
+
+    def bytes_of(folder: str) -> bytes:
+        return (Path(folder) / "model.safetensors").read_bytes()
+
+    assert bytes_of(there) == bytes_of(edited) and bytes_of(back) == bytes_of(moe) != bytes_of(edited)
+    out = failed(capsys, "patch", "export", moe, edited, "--as-lora", str(tmp_path / "lora"))
+    assert f"{label} is one expert's matrix" in out and "write a patch" in out
+
+
 def test_adapters_are_written_with_a_patch_or_alone(tmp_path, edited, capsys):
     lora, gguf = tmp_path / "lora", tmp_path / "a.gguf"
     pytest.importorskip("gguf")

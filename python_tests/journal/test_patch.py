@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from support.patches import DTYPES, all_bits, changed_, refused, same
 from support.tiny import tiny_model
 from support.workbench import EDITS, SUBJECT_LAST, bench_of, editor_of
 
@@ -23,32 +24,6 @@ from d4s.journal.stored_bits import Step, _change, _gaps, _places, bits, dense, 
 from d4s.locate.covariance import fingerprint_of
 from d4s.models.architectures import Anatomy
 from d4s.tensor_files import load_tensors, save_tensors
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def changed_(model, seed: int, ranks: dict[int, int], size: float = 0.01) -> list[Change]:
-    """Adds a random Δ of a given rank to W of each layer, rounding once; the changes, with exact factors."""
-    generator = torch.Generator().manual_seed(seed)
-    anatomy, changes = Anatomy(model), []
-    for layer, rank in ranks.items():
-        d_out, d_in = anatomy.shape(layer)
-        left = torch.randn(d_out, rank, generator=generator, dtype=torch.float64) * size
-        right = torch.randn(rank, d_in, generator=generator, dtype=torch.float64)
-        weight, transposed = anatomy.weight(layer), anatomy.transposed(layer)
-        base, delta = weight.detach().clone(), left @ right
-        edited = (base.double() + (delta.T if transposed else delta)).to(torch.float32).to(weight.dtype)
-        weight.data.copy_(edited)
-        changes.append(Change(anatomy.weight_name(layer), base, edited, transposed, left, right))
-    return changes
-
-
-def all_bits(model) -> dict[str, torch.Tensor]:
-    return {name: bits(tensor).clone() for name, tensor in model.named_parameters()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,13 +130,6 @@ def exported(tmp_path: Path, seed: int, model_type: str = "llama", dtype=torch.f
     path = tmp_path / "p.safetensors"
     export_patch(changes_between(base, edited), path, fingerprint=fingerprint_of(base), edits=EDITS)
     return base, edited, path
-
-
-def refused(action, model, path, match: str, error=ModelError) -> None:
-    before = all_bits(model)
-    with pytest.raises(error, match=match):
-        action(model, path)
-    assert same(all_bits(model), before), "refused, and yet something was written"
 
 
 def test_a_patch_is_refused_where_it_does_not_belong(tmp_path, seed):
