@@ -15,6 +15,9 @@ L D Lᵀ, grown by the new rows alone. With T = L⁻¹ R and U_j = L⁻¹ Y_j,
 where a prime says "of the new rows". Nothing is dropped or rounded away: Δ is the solution of the joint problem, an
 expert that no key was routed to has none, and its weights keep their bits.
 
+Since S has the products of all rows with one another, any of them can be left out again without their keys
+(`JointRows.selected`).
+
 A layer holds, for n rows: n² of L, n · d_out of T, and of each row d_in for each expert that it is routed to (of all
 its contexts); beside them Δ_j, d_out · d_in, and λC_j with its factor, d_in² twice, of each expert that was touched. A
 single edit costs O(n² + n · d_in · experts) and d_out · d_in for each touched expert.
@@ -23,7 +26,9 @@ single edit costs O(n² + n · d_in · experts) and d_out · d_in for each touch
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -136,84 +141,81 @@ def solve_jointly(residuals: Tensor, keys: Tensor, prior: Prior | ExpertPriors) 
     return layer.delta
 
 
-class ExpertLayer:
+class JointRows:
     """The rows of one layer in their n × n form, and the Δ_j that follow from them.
 
     factor: L, signs: the diagonal of D, steps: T; parts: of each touched expert its rows and their Y_j
     """
 
-    def __init__(self, prior: ExpertPriors, d_out: int, name: str) -> None:
-        self.prior, self.d_out, self.name = prior, d_out, name
-        nothing = torch.zeros(0, dtype=torch.float64, device=prior.device)
+    def __init__(self, experts: int, d_in: int, d_out: int, name: str, device: torch.device) -> None:
+        self.experts, self.d_in, self.d_out = experts, d_in, d_out
+        self.name, self.device = name, device
+        nothing = torch.zeros(0, dtype=torch.float64, device=device)
         self.factor, self.signs, self.steps = nothing.view(0, 0), nothing, nothing.view(0, d_out)
         self.parts: dict[int, tuple[Tensor, Tensor]] = {}
         self.delta: dict[int, Tensor] = {}
 
-    @property
-    def nbytes(self) -> int:
-        held = [self.factor, self.signs, self.steps, *self.delta.values()]
-        held += [tensor for part in self.parts.values() for tensor in part]
-        return self.prior.nbytes + sum(tensor.nbytes for tensor in held)
-
-    def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
-        """Rows put in (sign +1) or taken out (−1). NotPositiveDefiniteError if more is taken out than was in."""
-        prior = self.prior
-        check_rows(residuals, keys, self.d_out, prior.experts * prior.d_in, self.name)
-        n, m = len(self.signs), len(keys)
-        if m == 0:
-            return
-        residuals, new = prior.rows(residuals), prior.split(prior.rows(keys))
-        weighted = {j: prior.of(j).solve(k.T).T for j, k in new.items()}  # Y'
-        inner = sign * torch.eye(m, dtype=torch.float64, device=prior.device)
-        cross = inner.new_zeros(n, m)  # Y K'ᵀ
-        for j, k in new.items():
-            inner += weighted[j] @ k.T
-            if j in self.parts:
-                rows, held = self.parts[j]
-                cross[rows] += held @ k.T
+    def _corner(
+        self, residuals: Tensor, inner: Tensor, cross: Tensor, sign: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(L', D X, T') of new rows. inner: D' + Y' K'ᵀ; cross: Y K'ᵀ; NotPositiveDefiniteError if there is no L'."""
         x = torch.linalg.solve_triangular(self.factor, cross, upper=False)
         signed = self.signs.unsqueeze(1) * x  # D X, which is also the transpose of L's new rows
         inner = sign * (inner - x.T @ signed)
         what = f"{self.name}: D + K (λC)⁻¹ Kᵀ" + (" less the rows taken out" if sign < 0 else "")
         corner = cholesky((inner + inner.T) / 2, what)
         steps = torch.linalg.solve_triangular(corner, residuals - signed.T @ self.steps, upper=False)
-        mixing = torch.linalg.solve_triangular(self.factor.T, signed, upper=True)  # L⁻ᵀ D X
-        for j in sorted({*self.parts, *new}):
-            own = weighted[j].clone() if j in new else inner.new_zeros(m, prior.d_in)
-            if j in self.parts:
-                rows, held = self.parts[j]
-                own -= mixing[rows].T @ held
-            own = torch.linalg.solve_triangular(corner, own, upper=False)  # U'
-            change = sign * (steps.T @ own)
-            self.delta[j] = self.delta[j] + change if j in self.delta else change
+        return corner, signed, steps
 
-        factor = inner.new_zeros(n + m, n + m)
+    def _append(self, corner: Tensor, signed: Tensor, steps: Tensor, sign: float) -> None:
+        n, m = signed.shape
+        factor = corner.new_zeros(n + m, n + m)
         factor[:n, :n], factor[n:, :n], factor[n:, n:] = self.factor, signed.T, corner
         self.factor = factor
         self.signs = torch.cat([self.signs, self.signs.new_full((m,), sign)])
         self.steps = torch.cat([self.steps, steps])
-        for j, k in new.items():
-            here = (k != 0).any(1).nonzero().squeeze(1)
-            added = (here + n, weighted[j][here])
-            old = self.parts.get(j)
-            self.parts[j] = (
-                added if old is None else (torch.cat([old[0], added[0]]), torch.cat([old[1], added[1]]))
-            )
 
-    def image(self, keys: Tensor) -> Tensor:
-        """Σ_j Δ_j of the keys, [n, d_out], on their device."""
-        rows = self.prior.rows(keys)
-        found = rows.new_zeros(len(rows), self.d_out)
-        for j, k in self.prior.split(rows).items():
-            if j in self.delta:
-                found += k @ self.delta[j].T
-        return found.to(keys.device)
+    def _take_part(self, expert: int, rows: Tensor, weighted: Tensor) -> None:
+        old = self.parts.get(expert)
+        self.parts[expert] = (
+            (rows, weighted) if old is None else (torch.cat([old[0], rows]), torch.cat([old[1], weighted]))
+        )
+
+    def selected(self, rows: Sequence[tuple[int, float]]) -> JointRows:
+        """Some of the rows alone, as if no other had ever been put in: (number, sign) of each, in this order.
+
+        Neither keys nor the prior are needed: S = L D Lᵀ = D + G has the product G = Y Kᵀ of any two rows, and R = L T.
+        Raises NotPositiveDefiniteError if more is taken out than is in.
+        """
+        products = self.factor * self.signs @ self.factor.T - self.signs.diag()
+        residuals = self.factor @ self.steps
+        found = JointRows(self.experts, self.d_in, self.d_out, self.name, self.device)
+        before = torch.zeros(0, dtype=torch.long, device=self.device)
+        for sign, run in groupby(rows, key=itemgetter(1)):
+            at = torch.tensor([number for number, _ in run], dtype=torch.long, device=self.device)
+            inner = products[at][:, at] + sign * torch.eye(len(at), dtype=products.dtype, device=self.device)
+            made = found._corner(residuals[at], inner, products[before][:, at], sign)
+            found._append(*made, sign)
+            for j, (held, weighted) in self.parts.items():
+                place, which = (at.unsqueeze(1) == held).nonzero(as_tuple=True)
+                if len(place):
+                    found._take_part(j, place + len(before), weighted[which])
+            before = torch.cat([before, at])
+        found.delta = {j: left @ right for j, (left, right) in found.factors().items()}
+        return found
+
+    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Δ_j = (S⁻¹ R)ᵀ Y_j of each touched expert as left [d_out, r] and right [r, d_in], r its rows."""
+        solved = torch.linalg.solve_triangular(
+            self.factor.T, self.signs.unsqueeze(1) * self.steps, upper=True
+        )
+        return {j: (solved[rows].T, weighted) for j, (rows, weighted) in self.parts.items()}
 
     def state(self) -> dict[str, Tensor]:
         """All that the next Δ hangs on; copies."""
         touched = sorted(self.parts)
         count = len(touched)
-        d_in, new = self.prior.d_in, self.factor.new_zeros
+        d_in, new = self.d_in, self.factor.new_zeros
         rows = [self.parts[j][0] for j in touched]
         return {
             "factor": self.factor.clone(),
@@ -232,7 +234,7 @@ class ExpertLayer:
         own = self.state()
         if set(state) != set(own):
             raise D4SError(f"{self.name}: a state of experts holds {sorted(state)}, must hold {sorted(own)}")
-        n, groups, d_in = len(state["signs"]), state["experts"], self.prior.d_in
+        n, groups, d_in = len(state["signs"]), state["experts"], self.d_in
         sound = groups.ndim == 2 and groups.shape[1] == 2 and groups.dtype == torch.long
         sound = sound and bool((groups[:, 1] >= 1).all())
         held = int(groups[:, 1].sum()) if sound else -1
@@ -258,7 +260,7 @@ class ExpertLayer:
                 )
         rows, experts = state["rows"], groups[:, 0]
         if (held and not 0 <= int(rows.min()) <= int(rows.max()) < n) or any(
-            not 0 <= j < self.prior.experts for j in experts.tolist()
+            not 0 <= j < self.experts for j in experts.tolist()
         ):
             raise D4SError(
                 f"{self.name}: a state of experts names rows or experts that it has not; "
@@ -267,7 +269,7 @@ class ExpertLayer:
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """What `state` gave and `check` has passed."""
-        place = self.prior.device
+        place = self.device
         held = {name: tensor.to(place, copy=True) for name, tensor in state.items()}
         self.factor, self.signs, self.steps = held["factor"], held["signs"], held["steps"]
         groups = state["experts"].tolist()
@@ -275,6 +277,60 @@ class ExpertLayer:
         rows, weighted = held["rows"].split(lengths), held["weighted"].split(lengths)
         self.parts = {j: (rows[i], weighted[i]) for i, (j, _) in enumerate(groups)}
         self.delta = {j: held["delta"][i] for i, (j, _) in enumerate(groups)}
+
+
+class ExpertLayer(JointRows):
+    """`JointRows` that grow: by keys, with the prior of each expert."""
+
+    def __init__(self, prior: ExpertPriors, d_out: int, name: str) -> None:
+        super().__init__(prior.experts, prior.d_in, d_out, name, prior.device)
+        self.prior = prior
+
+    @property
+    def nbytes(self) -> int:
+        held = [self.factor, self.signs, self.steps, *self.delta.values()]
+        held += [tensor for part in self.parts.values() for tensor in part]
+        return self.prior.nbytes + sum(tensor.nbytes for tensor in held)
+
+    def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
+        """Rows put in (sign +1) or taken out (−1). NotPositiveDefiniteError if more is taken out than was in."""
+        prior = self.prior
+        check_rows(residuals, keys, self.d_out, self.experts * self.d_in, self.name)
+        n, m = len(self.signs), len(keys)
+        if m == 0:
+            return
+        residuals, new = prior.rows(residuals), prior.split(prior.rows(keys))
+        weighted = {j: prior.of(j).solve(k.T).T for j, k in new.items()}  # Y'
+        inner = sign * torch.eye(m, dtype=torch.float64, device=self.device)
+        cross = inner.new_zeros(n, m)  # Y K'ᵀ
+        for j, k in new.items():
+            inner += weighted[j] @ k.T
+            if j in self.parts:
+                rows, held = self.parts[j]
+                cross[rows] += held @ k.T
+        corner, signed, steps = self._corner(residuals, inner, cross, sign)
+        mixing = torch.linalg.solve_triangular(self.factor.T, signed, upper=True)  # L⁻ᵀ D X
+        for j in sorted({*self.parts, *new}):
+            own = weighted[j].clone() if j in new else inner.new_zeros(m, self.d_in)
+            if j in self.parts:
+                rows, held = self.parts[j]
+                own -= mixing[rows].T @ held
+            own = torch.linalg.solve_triangular(corner, own, upper=False)  # U'
+            change = sign * (steps.T @ own)
+            self.delta[j] = self.delta[j] + change if j in self.delta else change
+        self._append(corner, signed, steps, sign)
+        for j, k in new.items():
+            here = (k != 0).any(1).nonzero().squeeze(1)
+            self._take_part(j, here + n, weighted[j][here])
+
+    def image(self, keys: Tensor) -> Tensor:
+        """Σ_j Δ_j of the keys, [n, d_out], on their device."""
+        rows = self.prior.rows(keys)
+        found = rows.new_zeros(len(rows), self.d_out)
+        for j, k in self.prior.split(rows).items():
+            if j in self.delta:
+                found += k @ self.delta[j].T
+        return found.to(keys.device)
 
 
 def bytes_of_experts(d_out: int, d_in: int, experts: int, routed: int, rows: int) -> dict[str, int]:
@@ -296,6 +352,7 @@ class JointForm:
 
     priors: layer → Prior, or ExpertPriors
     d_out, transposed, seed: as in `ClosedForm`
+    dense, of_experts: what holds the layers of either kind
     """
 
     def __init__(
@@ -307,13 +364,13 @@ class JointForm:
         seed: int = 0,
     ) -> None:
         self.layers = tuple(priors)
-        self._dense = ClosedForm(
+        self.dense = ClosedForm(
             {layer: prior for layer, prior in priors.items() if isinstance(prior, Prior)},
             d_out,
             transposed=transposed,
             seed=seed,
         )
-        self._experts = {
+        self.of_experts = {
             layer: ExpertLayer(prior, d_out, f"layer {layer}")
             for layer, prior in priors.items()
             if isinstance(prior, ExpertPriors)
@@ -322,29 +379,31 @@ class JointForm:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, priors included."""
-        return self._dense.nbytes + sum(layer.nbytes for layer in self._experts.values())
+        return self.dense.nbytes + sum(layer.nbytes for layer in self.of_experts.values())
 
     @property
     def growing(self) -> frozenset[str]:
         """Parts of the state whose size grows with the rows."""
-        return frozenset(f"{layer}.{name}" for layer, held in self._experts.items() for name in held.state())
+        return frozenset(
+            f"{layer}.{name}" for layer, held in self.of_experts.items() for name in held.state()
+        )
 
     def put_(self, rows: Rows) -> None:
         """The rows into their layer, or out of it, by their sign. Errors as `ClosedForm.add_`."""
-        if rows.layer in self._experts:
-            self._experts[rows.layer].add_(rows.residuals, rows.keys, rows.sign)
+        if rows.layer in self.of_experts:
+            self.of_experts[rows.layer].add_(rows.residuals, rows.keys, rows.sign)
         else:
-            self._dense.put_(rows)
+            self.dense.put_(rows)
 
     def image(self, keys: Tensor, layer: int) -> Tensor:
-        """Δ of the keys, [n, d_out], on their device."""
-        if layer in self._experts:
-            return self._experts[layer].image(keys)
-        return self._dense.image(keys, layer)
+        """Δ of the keys, [n, d_out]."""
+        if layer in self.of_experts:
+            return self.of_experts[layer].image(keys)
+        return self.dense.image(keys, layer)
 
     def delta(self, layer: int) -> Delta:
         """Δ relative to W0: of one matrix, or of each expert that was touched. Overwritten by the next rows."""
-        return self._experts[layer].delta if layer in self._experts else self._dense.delta(layer)
+        return self.of_experts[layer].delta if layer in self.of_experts else self.dense.delta(layer)
 
     def deltas(self) -> dict[int, Delta]:
         """`delta` of every layer."""
@@ -352,47 +411,47 @@ class JointForm:
 
     def state_dict(self) -> dict[str, Tensor]:
         """'{layer}.{name}': of dense layers the sums, of experts `ExpertLayer.state`."""
-        return self._dense.state_dict() | self._states()
+        return self.dense.state_dict() | self._states()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes what `state_dict` gave in place of what is held. D4SError if names or shapes differ."""
         dense, experts = self._divided(state)
-        self._dense.load_state_dict(dense)
+        self.dense.load_state_dict(dense)
         self._take(experts)
 
     def snapshot(self) -> dict[str, Tensor]:
         """All that the next Δ hangs on; `resume_` takes it."""
-        return self._dense.snapshot() | self._states()
+        return self.dense.snapshot() | self._states()
 
     def resume_(self, state: Mapping[str, Tensor]) -> None:
         """Takes what `snapshot` gave in place of what is held. D4SError, before that, if it does not fit."""
         dense, experts = self._divided(state)
-        self._dense.resume_(dense)
+        self.dense.resume_(dense)
         self._take(experts)
 
     def _states(self) -> dict[str, Tensor]:
         return {
             f"{layer}.{name}": tensor
-            for layer, held in self._experts.items()
+            for layer, held in self.of_experts.items()
             for name, tensor in held.state().items()
         }
 
     def _divided(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
         """The dense layers' part of a state, and that of each layer of experts, which is checked."""
         dense: dict[str, Tensor] = {}
-        experts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._experts}
+        experts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.of_experts}
         for name, tensor in state.items():
             layer, _, part = name.partition(".")
             if layer.isdecimal() and int(layer) in experts:
                 experts[int(layer)][part] = tensor
             else:
                 dense[name] = tensor
-        for number, held in self._experts.items():
+        for number, held in self.of_experts.items():
             held.check(experts[number])
         return dense, experts
 
     def _take(self, experts: Mapping[int, Mapping[str, Tensor]]) -> None:
-        for layer, held in self._experts.items():
+        for layer, held in self.of_experts.items():
             held.take(experts[layer])
 
 

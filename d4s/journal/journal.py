@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from d4s.change.closed_form import Rows
+from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
@@ -33,6 +34,9 @@ from d4s.models.loading import load_model
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# The parameter of all experts' matrices, and as which weights saved models may have it, expert by expert.
+_TOGETHER = "mlp.experts.down_proj"
+_APART = (("mlp.experts", "down_proj.weight"), ("block_sparse_moe.experts", "w2.weight"))
 WORTH_WITHIN = 1e-6  # relative: what two ways of rebuilding Δ may differ by
 
 
@@ -138,7 +142,8 @@ class Journal:
     def undo(self, ids: str | Iterable[str]) -> None:
         """The edits no longer stand: sums and weights are what the other edits put into them.
 
-        O(d²) an edit, whatever the number of edits. What is exact is said in `d4s.journal.sums`.
+        O(d²) an edit, whatever the number of edits; with experts O(n³) for n edits. What is exact is said in
+        `d4s.journal.sums`.
         Raises EditError for an edit that was not made or was undone already; nothing is changed then.
         """
         self._change(ids, stand=False)
@@ -153,7 +158,7 @@ class Journal:
             raise EditError("no edit was named; the journal's log has their ids (d4s log)")
         with self._writing():
             self.sums.change(named, stand=stand)
-            self.sums.closed_form.settle_()  # fails, if it does, before anything is written
+            self.sums.settle_()  # fails, if it does, before anything is written
             self.folder.append("redone" if stand else "undone", ids=named)
             self._snapshot()
 
@@ -182,11 +187,12 @@ class Journal:
             model, tokenizer = self._unedited(model, tokenizer)
             with evaluating(model):
                 editor = self._summing_editor(model, tokenizer, covariance)
-                editor.closed_form.resume_(self.sums.closed_form.snapshot())
+                self.sums.give(editor.closed_form)
                 editor.hold(self.sums.standing.edits)
                 editor.write()
                 made = editor.edit([new])
-            number = self._segment(editor.put)
+            put, state = self._taken_in(editor)
+            number = self._segment(put)
             self.folder.append(
                 "revised",
                 id=edit_id,
@@ -196,7 +202,7 @@ class Journal:
                 last_probability=list(made.last_probability),
             )
             self._sums = None
-            self._snapshot()
+            self._snapshot(state)
         return new
 
     def consolidate(
@@ -223,10 +229,11 @@ class Journal:
                 editor = self._summing_editor(model, tokenizer, covariance)
                 editor.announce(batch)
                 editor.edit(batch)
-            number = self._segment(editor.put)
+            put, state = self._taken_in(editor)
+            number = self._segment(put)
             self.folder.append("consolidated", ids=[edit.id for edit in batch], step=number)
             self._sums = None
-            self._snapshot()
+            self._snapshot(state)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -255,8 +262,14 @@ class Journal:
         self.folder.add_segment(number, number, packed({number: put}))
         return number
 
-    def _snapshot(self) -> None:
-        self.folder.add_snapshot(self.sums.closed_form.snapshot())
+    def _taken_in(self, editor: D4SEditor) -> tuple[Sequence[Rows], dict[str, Tensor] | None]:
+        """(what the editor has put in, as segments hold it, and the snapshot with it, where vectors do not give it)."""
+        if not isinstance(editor.closed_form, JointForm):
+            return editor.put, None
+        return self.sums.with_rows_of(editor.closed_form, editor.put, editor.weights.current())
+
+    def _snapshot(self, state: Mapping[str, Tensor] | None = None) -> None:
+        self.folder.add_snapshot(self.sums.snapshot() if state is None else state)
 
     def _unedited(self, model: CausalLM | None, tokenizer: Any) -> tuple[CausalLM, Any]:
         if model is None:
@@ -336,9 +349,11 @@ class Journal:
             name = head["weights"][str(layer)]
             transposed = bool(head["transposed"][str(layer)])
             if base[f"{layer}"].ndim == 3:
-                found += changes_within(name, base[f"{layer}"], weights[name], transposed)
+                for change in changes_within(name, base[f"{layer}"], weights[name], transposed):
+                    left, right = factors.get((layer, change.expert), (None, None))
+                    found.append(replace(change, left=left, right=right))
                 continue
-            left, right = factors.get(layer, (None, None))
+            left, right = factors.get((layer, None), (None, None))
             if left is not None and not left.shape[1]:
                 left = right = None  # no edit stands
             found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
@@ -386,10 +401,11 @@ class Journal:
 
         Raises ModelError for a folder that has not all of them.
         """
-        left = self.weights()
+        files = sorted(Path(folder).glob("*.safetensors"))
+        left = _as_saved(self.weights(), files)
         shapes = {name: weight.shape for name, weight in left.items()}
         holding: dict[Path, list[str]] = {}
-        for path in sorted(Path(folder).glob("*.safetensors")):
+        for path in files:
             with safe_open(path, "pt") as file:
                 names = [name for name in file.keys() if name in shapes]  # noqa: SIM118
                 for name in names:
@@ -498,6 +514,8 @@ class Journal:
                 editor.restore()
 
     def _difference(self) -> float:
+        if self.sums.kept:
+            return self.sums.apart()
         alone = Sums(self.folder, snapshots=False).closed_form
         largest = 0.0
         for layer, delta in self.sums.closed_form.deltas().items():
@@ -506,8 +524,10 @@ class Journal:
         return largest
 
     def _beside(self, weights: Mapping[str, Tensor]) -> list[str]:
+        files = sorted(self.folder.model.glob("*.safetensors"))
+        weights = _as_saved(weights, files)
         left, problems = set(weights), []
-        for path in sorted(self.folder.model.glob("*.safetensors")):
+        for path in files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name in weights:
@@ -515,6 +535,30 @@ class Journal:
                         if not torch.equal(file.get_tensor(name), weights[name].cpu()):
                             problems.append(f"{path}: {name} is not what the journal comes to")
         return [*problems, *(f"{self.folder.model}: holds no {name}" for name in sorted(left))]
+
+
+def _as_saved(weights: Mapping[str, Tensor], files: Sequence[Path]) -> dict[str, Tensor]:
+    """The weights by the names that a saved model has for them: where transformers has put the experts of a block apart
+    as it saved them, one each."""
+    there: set[str] = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            there |= set(file.keys())
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        apart = [
+            names
+            for block, expert in _APART
+            if name.endswith(_TOGETHER)
+            and there.issuperset(
+                names := [name.replace(_TOGETHER, f"{block}.{j}.{expert}") for j in range(len(weight))]
+            )
+        ]
+        if name in there or not apart:
+            found[name] = weight
+        else:
+            found |= dict(zip(apart[0], weight, strict=True))
+    return found
 
 
 def standing_of(folder: Folder) -> Standing:

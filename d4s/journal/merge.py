@@ -131,8 +131,13 @@ def _joined(rows: Iterable[Rows]) -> list[Rows]:
 
 
 def _check_files(journals: Sequence[Journal]) -> None:
-    """W0 and priors of the same bits. DataError where a journal keeps no vectors."""
+    """W0 and priors of the same bits. DataError where a journal keeps no vectors, or is of experts."""
     for journal in journals:
+        if any(w.ndim == 3 for w in journal.folder.load("base").tensors.values()):
+            raise DataError(
+                f"{journal.path}: is of a mixture of experts, whose rows are kept by their products with one another "
+                "and add up with no others; make all edits in one sequence"
+            )
         if not journal.head["keeps_vectors"]:
             raise DataError(
                 f"{journal.path}: keeps no vectors of its edits ({journal.head['method']}, or --keep-vectors no), so "

@@ -70,12 +70,6 @@ class Session:
         self.method = method_for("d4s", self.bench.anatomy, self.config)
         layers = self.method.value("layers")
         self.bench.anatomy.check_layers(layers)
-        for layer in layers:
-            if (experts := self.bench.anatomy.experts(layer)) is not None:
-                raise ConfigError(
-                    f"{experts.name} is a mixture of {experts.count} experts, of which single edits cannot be taken "
-                    "back; d4s edit edits it"
-                )
         if self.method.searches_ahead:
             self.bench.targets = KeptTargets()  # a fact that is edited again is not searched again
         self._fingerprint = fingerprint_of(self.model)

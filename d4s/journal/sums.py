@@ -9,10 +9,15 @@ Exact is that the sums are those rows'. They are also those of a sequence that n
 one layer is edited without contexts by the paper's rule of the residual, or no other edit has the prompt. With several
 layers the keys above the lowest, and residuals that were measured on weights which held the edit, are those of the
 sequence that was; `Journal.consolidate` takes all of them anew.
+
+A layer of experts has no sums. Its rows stay in the state of its snapshot, whose factor holds the product of any two of
+them (`d4s.change.expert_form.JointRows`): a row is there known by its number, and what stands is solved for from the
+numbers of the rows that do, in O(n³) for n rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +27,7 @@ from torch import Tensor
 
 from d4s import ops
 from d4s.change.closed_form import ClosedForm, Prior, Rows
+from d4s.change.expert_form import Delta, ExpertLayer, JointForm, JointRows
 from d4s.change.projection import Projection
 from d4s.edits import Edit
 from d4s.errors import D4SError, DataError, EditError, unknown_name
@@ -167,38 +173,51 @@ class Sums:
     """
 
     def __init__(self, folder: Folder, *, snapshots: bool = True) -> None:
-        """snapshots: False: from vectors alone"""
+        """snapshots: False: from vectors alone, where all layers are dense"""
         self.folder = folder
         head = folder.head
-        if not folder.place("priors").exists() and any(
-            w.ndim == 3 for w in folder.load("base").tensors.values()
-        ):
-            raise DataError(
-                f"{folder.root}: edits of a mixture of experts are kept as the weights that they gave, so single edits "
-                "cannot be taken back; restore() of the sequence's result takes back all of them"
-            )
+        base = folder.load("base").tensors
         if not folder.place("priors").exists():
+            if any(w.ndim == 3 for w in base.values()):
+                raise DataError(
+                    f"{folder.root}: of its edits of a mixture of experts the weights alone are kept ({head['method']}"
+                    f"{'' if head['keeps_vectors'] else ', no vectors'}), so single edits cannot be taken back; d4s "
+                    "and memit-seq keep their rows, with --keep-vectors yes"
+                )
             raise DataError(
                 f"{folder.root}: {head['method']} keeps no sums, so single edits cannot be taken back; d4s, memit-seq, "
                 "alphaedit, nas, sphere and encore do"
             )
         self.layers: list[int] = head["layers"]
         self.transposed = {layer: bool(head["transposed"][str(layer)]) for layer in self.layers}
-        priors, base = folder.load("priors").tensors, folder.load("base").tensors
+        priors = folder.load("priors").tensors
         try:
             self.base = {layer: base[f"{layer}"] for layer in self.layers}
             shapes = {
-                layer: (w.shape[1], w.shape[0]) if self.transposed[layer] else (w.shape[0], w.shape[1])
+                layer: tuple(w.shape[:-3:-1] if self.transposed[layer] else w.shape[-2:])
                 for layer, w in self.base.items()
             }
-            self.priors = {layer: _prior(priors[f"{layer}"], shapes[layer][1]) for layer in self.layers}
+            self.shapes = {layer: (d_out, d_in) for layer, (d_out, d_in) in shapes.items()}
+            # Of the layers that have experts all rows that were ever put in.
+            self.kept = {
+                layer: JointRows(
+                    len(w), self.shapes[layer][1], self.shapes[layer][0], f"layer {layer}", w.device
+                )
+                for layer, w in self.base.items()
+                if w.ndim == 3
+            }
+            self.priors = {
+                layer: _prior(priors[f"{layer}"], self.shapes[layer][1])
+                for layer in self.layers
+                if layer not in self.kept
+            }
         except (KeyError, IndexError, D4SError) as error:
             raise DataError(
                 f"{folder.root}: base or priors are not those of its layers ({error}); "
                 "put the right files in their place"
             ) from None
-        self.shapes = shapes
         self._projections: dict[int, Projection] = {}
+        self._stored: dict[str, Tensor] = {}  # of a journal of experts the weights of what stands, once known
         self.closed_form = self._empty()
         self.standing = Standing(replaces=head["method"] == "d4s")
         self._replay(snapshots)
@@ -217,29 +236,104 @@ class Sums:
         begin = 0
         for number, event in reversed(self.folder.sound("snapshots") if snapshots else []):
             try:
-                state = self.folder.load("snapshots", number, event["digest"]).tensors
-                self.closed_form.resume_({name: t for name, t in state.items() if name != "held"})
+                self._resume(self.folder.load("snapshots", number, event["digest"]).tensors)
             except D4SError:
                 self.closed_form = self._empty()
                 continue
             begin = number + 1
             break
+        if self.kept and not begin:
+            raise DataError(
+                f"{self.folder.root}: has no sound snapshot, which has the rows of its experts; "
+                "go on with its sequence to its end (the same command again)"
+            )
         segments = Segments(self.folder)
         for event in self.folder.events:
             put, taken, anew = self.standing.follow(event, self.folder, segments.rows)
+            for rows in put:
+                self._check_kept(rows)
             if event["n"] < begin:
                 continue
             if anew:
                 self.closed_form = self._empty()
-            for rows in put:
-                self.closed_form.put_(rows)
-            for rows in taken:
-                self.closed_form.put_(negated(rows))
+            self._put(put, taken)
             if taken:
                 self.closed_form.settle_()
             elif put:
-                for layer in self.layers:
-                    self.closed_form.delta(layer)
+                self.closed_form.deltas()
+
+    def _resume(self, state: Mapping[str, Tensor]) -> None:
+        """From a snapshot. D4SError where it is none of these layers."""
+        parts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.kept}
+        dense: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            layer, _, part = name.partition(".")
+            if layer.isdecimal() and int(layer) in parts:
+                parts[int(layer)][part] = tensor
+            elif layer == "weight":
+                weights[name] = tensor
+            elif name != "held":
+                dense[name] = tensor
+        for number, rows in self.kept.items():
+            rows.check(parts[number])
+        self.closed_form.resume_(dense)
+        for number, rows in self.kept.items():
+            rows.take(parts[number])
+        self._stored = weights if self.kept else {}
+
+    def _check_kept(self, rows: Rows) -> None:
+        """DataError for a row of experts that the snapshot does not have."""
+        if rows.layer in self.kept and (
+            rows.keys.is_floating_point()
+            or not len(rows.keys)
+            or int(rows.keys.max()) >= len(self.kept[rows.layer].signs)
+        ):
+            raise DataError(
+                f"{self.folder.root}: its last sound snapshot has not all rows of layer {rows.layer}; "
+                "go on with its sequence to its end (the same command again)"
+            )
+
+    def _put(self, put: Sequence[Rows], taken: Sequence[Rows]) -> None:
+        for rows in (*put, *map(negated, taken)):
+            if rows.layer not in self.kept:
+                self.closed_form.put_(rows)
+        if put or taken:
+            self._stored = {}
+
+    def _chosen(self, layer: int) -> JointRows:
+        """Of a layer of experts the rows that stand. NotPositiveDefiniteError as `JointRows.selected`."""
+        net: dict[int, float] = {}
+        for place in self.standing.by_place:
+            for rows in self.standing.rows(place, self.standing.undone).values():
+                if rows.layer == layer:
+                    for number in rows.keys[:, 0].tolist():
+                        net[number] = net.get(number, 0.0) + rows.sign
+        # What is taken out comes behind all that is in.
+        ordered = sorted(net, key=lambda number: (net[number] < 0, number))
+        return self.kept[layer].selected(
+            [
+                (number, math.copysign(1.0, net[number]))
+                for number in ordered
+                for _ in range(int(abs(net[number])))
+            ]
+        )
+
+    def apart(self) -> float:
+        """Of layers of experts how far Δ, as it grew row by row, is from that of all rows at once, relative."""
+        largest = 0.0
+        for rows in self.kept.values():
+            order = sorted(enumerate(rows.signs.tolist()), key=lambda row: (row[1] < 0, row[0]))
+            alone = rows.selected(order).delta
+            size = sum(float(delta.square().sum()) for delta in rows.delta.values())
+            off = sum(float((alone[j] - delta).square().sum()) for j, delta in rows.delta.items())
+            largest = max(largest, math.sqrt(off / size) if size else 0.0)
+        return largest
+
+    def deltas(self) -> dict[int, Delta]:
+        """Δ of every layer, of what stands."""
+        found: dict[int, Delta] = dict(self.closed_form.deltas())
+        return found | {layer: self._chosen(layer).delta for layer in self.kept}
 
     def change(self, ids: Sequence[str], *, stand: bool) -> None:
         """The edits stand again, or no longer: into the sums, in O(d²) an edit.
@@ -252,21 +346,61 @@ class Sums:
                 raise EditError(
                     f"edit {edit_id!r} {'stands' if stand else 'was undone'} already; name another, or none"
                 )
-        put, taken = self.standing.change(ids, stand=stand)
-        for rows in put:
-            self.closed_form.put_(rows)
-        for rows in taken:
-            self.closed_form.put_(negated(rows))
+        self._put(*self.standing.change(ids, stand=stand))
+
+    def settle_(self) -> None:
+        """What stands is solved for, as well as it can be. NotPositiveDefiniteError where that cannot be."""
+        self.closed_form.settle_()
+        self.weights()
 
     def weights(self) -> dict[int, Tensor]:
         """W = round(W0 + Δ) of every edited layer, as the model stores it."""
-        found = {}
-        for layer in self.layers:
-            weight = self.base[layer].clone()
-            delta = self.projected(layer, self.closed_form.delta(layer))
-            ops.write_back_(weight, self.base[layer], delta, transposed=self.transposed[layer])
-            found[layer] = weight
-        return found
+        if not self._stored:
+            found = {}
+            for layer, delta in self.deltas().items():
+                found[layer] = weight = self.base[layer].clone()
+                parts = (
+                    {0: (weight, self.base[layer], self.projected(layer, delta))}
+                    if isinstance(delta, Tensor)
+                    else {j: (weight[j], self.base[layer][j], d) for j, d in delta.items()}
+                )
+                for part, before, change in parts.values():
+                    ops.write_back_(part, before, change, transposed=self.transposed[layer])
+            if not self.kept:
+                return found
+            self._stored = {f"weight.{layer}": weight for layer, weight in found.items()}
+        return {layer: self._stored[f"weight.{layer}"] for layer in self.layers}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What a journal's snapshot holds: the sums of what stands; of experts all rows, and the weights as well."""
+        found = self.closed_form.snapshot() | _states(self.kept)
+        if self.kept:
+            self.weights()
+        return found | self._stored
+
+    def give(self, form: ClosedForm | JointForm) -> None:
+        """What stands into an editor's own closed form, in place of what it holds."""
+        chosen = {layer: self._chosen(layer) for layer in self.kept}
+        form.resume_(self.closed_form.snapshot() | _states(chosen))
+
+    def with_rows_of(
+        self, form: JointForm, put: Sequence[Rows], weights: Mapping[int, Tensor]
+    ) -> tuple[list[Rows], dict[str, Tensor]]:
+        """(rows that an editor of experts has put in, known by their numbers, the snapshot with them).
+
+        form: of the editor, with what stands; weights: what it has written
+        """
+        state = form.dense.snapshot()
+        ends = {}
+        for layer, kept in self.kept.items():
+            grown = ExpertLayer(form.of_experts[layer].prior, kept.d_out, kept.name)
+            grown.take(kept.state())
+            for rows in put:
+                if rows.layer == layer:
+                    grown.add_(rows.residuals, rows.keys, rows.sign)
+            state |= _states({layer: grown})
+            ends[layer] = len(grown.signs)
+        return _numbered(put, ends), state | {f"weight.{layer}": w for layer, w in weights.items()}
 
     def projected(self, layer: int, change: Tensor) -> Tensor:
         """What of a change was written, by the configuration of the sequence. change: [any, d_in]"""
@@ -284,13 +418,18 @@ class Sums:
             self._projections[layer] = Projection(weight, strength, share)
         return self._projections[layer](change)
 
-    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Δ = left · right of every edited layer, left [d_out, rows], right [rows, d_in], float64: a row an edit.
+    def factors(self) -> dict[tuple[int, int | None], tuple[Tensor, Tensor]]:
+        """Δ = left · right of every edited layer and expert, left [d_out, rows], right [rows, d_in], float64: a row an
+        edit. By layer and None, or expert.
 
         Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P, projected where W is.
         """
-        found = {}
-        for layer in self.layers:
+        found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {
+            (layer, expert): pair
+            for layer in self.kept
+            for expert, pair in self._chosen(layer).factors().items()
+        }
+        for layer in self.priors:
             rows = [
                 one
                 for place in self.standing.by_place
@@ -299,14 +438,39 @@ class Sums:
             ]
             d_out, d_in = self.shapes[layer]
             if not rows:
-                found[layer] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
+                found[layer, None] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
                 continue
             residuals = torch.cat([one.sign * one.residuals.double() for one in rows])
             keys = torch.cat([one.keys.double() for one in rows])
             signs = torch.cat([torch.full((len(one.keys), 1), one.sign).double() for one in rows])
             matrix = self.priors[layer].matrix.double() + (signs * keys).T @ keys
-            found[layer] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
+            found[layer, None] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
         return found
+
+
+def _states(layers: Mapping[int, JointRows]) -> dict[str, Tensor]:
+    return {
+        f"{layer}.{name}": tensor for layer, rows in layers.items() for name, tensor in rows.state().items()
+    }
+
+
+def numbered(put: Sequence[Rows], form: JointForm) -> list[Rows]:
+    """What a step has put into layers of experts, known by its numbers there: keys are then these, [n, 1] int64, and
+    residuals [n, 0]. Rows of dense layers are as they were. form: after the step"""
+    return _numbered(put, {layer: len(rows.signs) for layer, rows in form.of_experts.items()})
+
+
+def _numbered(put: Sequence[Rows], ends: Mapping[int, int]) -> list[Rows]:
+    left = {layer: end - sum(len(r.edits) for r in put if r.layer == layer) for layer, end in ends.items()}
+    found = []
+    for rows in put:
+        if rows.layer in left:
+            begin, count = left[rows.layer], len(rows.edits)
+            numbers = torch.arange(begin, begin + count).unsqueeze(1)
+            left[rows.layer] += count
+            rows = replace(rows, residuals=torch.zeros(count, 0, dtype=torch.float64), keys=numbers)
+        found.append(rows)
+    return found
 
 
 def negated(rows: Rows) -> Rows:
@@ -377,9 +541,12 @@ def packed(steps: Mapping[int, Sequence[Rows]]) -> dict[str, Tensor]:
     for step, put in steps.items():
         for layer in dict.fromkeys(rows.layer for rows in put):
             own = [rows for rows in put if rows.layer == layer]
-            name = f"{step}.{layer}"
-            tensors[f"{name}.keys"] = _narrow(torch.cat([rows.keys for rows in own]))
-            tensors[f"{name}.residuals"] = _narrow(torch.cat([rows.residuals for rows in own]))
+            name, keys = f"{step}.{layer}", torch.cat([rows.keys for rows in own])
+            if keys.is_floating_point():
+                tensors[f"{name}.keys"] = _narrow(keys)
+                tensors[f"{name}.residuals"] = _narrow(torch.cat([rows.residuals for rows in own]))
+            else:
+                tensors[f"{name}.rows"] = keys.flatten()
             tensors[f"{name}.signs"] = torch.tensor(
                 [rows.sign for rows in own for _ in rows.edits], dtype=torch.int8
             )
@@ -401,9 +568,15 @@ def unpacked(tensors: Mapping[str, Tensor], path: str) -> dict[int, list[Rows]]:
     try:
         names = dict.fromkeys(tuple(map(int, name.split(".")[:2])) for name in tensors)
         for step, layer in sorted(names):
-            keys, residuals, signs, edits = (
-                tensors[f"{step}.{layer}.{part}"] for part in ("keys", "residuals", "signs", "edits")
-            )
+            signs, edits = (tensors[f"{step}.{layer}.{part}"] for part in ("signs", "edits"))
+            if (numbers := tensors.get(f"{step}.{layer}.rows")) is not None:
+                keys, residuals = numbers.long().unsqueeze(1), numbers.double().unsqueeze(1)[:, :0]
+                if len(keys) and int(keys.min()) < 0:
+                    raise ValueError(f"step {step}, layer {layer}: a row has a number below 0")
+            else:
+                keys, residuals = (
+                    tensors[f"{step}.{layer}.{part}"].double() for part in ("keys", "residuals")
+                )
             if (
                 keys.ndim != 2
                 or residuals.ndim != 2
@@ -418,8 +591,8 @@ def unpacked(tensors: Mapping[str, Tensor], path: str) -> dict[int, list[Rows]]:
                         layer,
                         float(sign),
                         tuple(edits[here].tolist()),
-                        residuals[here].double(),
-                        keys[here].double(),
+                        residuals[here],
+                        keys[here],
                     )
                 )
     except (KeyError, TypeError, ValueError) as error:

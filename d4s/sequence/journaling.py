@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from d4s.change.closed_form import ClosedForm, Rows
+from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
@@ -27,7 +28,7 @@ from d4s.journal.folder import (
     now,
     versions,
 )
-from d4s.journal.sums import Segments, edits_of, packed
+from d4s.journal.sums import Segments, edits_of, numbered, packed
 from d4s.locate.covariance import fingerprint_of
 from d4s.locate.kept_targets import KeptTargets, tokenizer_fingerprint
 from d4s.locate.targets import Targets
@@ -194,7 +195,10 @@ class Journaling(Observer):
         if not folder.events:  # nothing was done: whatever is there may be half of it
             weights = editor.weights
             folder.save("base", None, {f"{layer}": weights.base[layer] for layer in weights.layers})
-            if (sums := _sums_of(editor)) is not None:
+            sums, form = _sums_of(editor), _joint_form_of(editor)
+            if form is not None and folder.head["keeps_vectors"]:
+                sums = form.dense  # of experts none is needed: their rows' products are in the state
+            if sums is not None:
                 folder.save("priors", None, {f"{i}": _stored_prior(p.matrix) for i, p in sums.priors.items()})
             result.baseline.save(self.path / "baseline.json")
         if isinstance(bench.targets, KeptInJournal) and bench.targets.folder is None:
@@ -221,6 +225,7 @@ class Journaling(Observer):
         editor, anatomy = result.editor, result.editor.anatomy
         layers = editor.weights.layers
         again = _sums_of(editor) is not None and self.keep_vectors
+        joint = _joint_form_of(editor) is not None and self.keep_vectors
         every = SNAPSHOT_EVERY if again else max(10, math.ceil(state / BYTES_A_STEP))
         moment = now()
         head = {
@@ -234,7 +239,7 @@ class Journaling(Observer):
             "layers": list(layers),
             "weights": {str(layer): anatomy.weight_name(layer) for layer in layers},
             "transposed": {str(layer): anatomy.transposed(layer) for layer in layers},
-            "keeps_vectors": again,
+            "keeps_vectors": again or joint,
             "snapshot_every": every,
             "segment_every": SEGMENT_EVERY,
             "source": _source(anatomy.model),
@@ -417,7 +422,8 @@ class Journaling(Observer):
     def _take_vectors(self, editor: Editor, number: int) -> None:
         assert self.folder is not None
         if isinstance(editor, D4SEditor) and self.folder.head["keeps_vectors"]:
-            self.waiting[number] = list(editor.put)
+            form = _joint_form_of(editor)
+            self.waiting[number] = list(editor.put) if form is None else numbered(editor.put, form)
 
     def _segment(self) -> None:
         """What waits, each stretch of neighbouring steps by itself: a segment holds all steps from its first on."""
@@ -493,8 +499,15 @@ def _take_tested(event: Mapping[str, Any], table: Sequence[dict[str, Any]]) -> N
 
 
 def _sums_of(editor: Editor) -> ClosedForm | None:
-    """The sums of an editor that keeps any; of experts, whose keys go together, none are kept."""
+    """The sums of an editor that keeps any, by which its steps can be made again from their vectors."""
     if isinstance(editor, D4SEditor) and editor.keeps_sums and isinstance(editor.closed_form, ClosedForm):
+        return editor.closed_form
+    return None
+
+
+def _joint_form_of(editor: Editor) -> JointForm | None:
+    """Of an editor of experts the rows that it has put in, if it keeps them."""
+    if isinstance(editor, D4SEditor) and isinstance(editor.closed_form, JointForm):
         return editor.closed_form
     return None
 

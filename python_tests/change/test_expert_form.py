@@ -10,6 +10,7 @@ from d4s.change.closed_form import ClosedForm, Prior, Rows
 from d4s.change.expert_form import (
     THIN,
     THIN_RIDGE,
+    ExpertLayer,
     ExpertPriors,
     JointForm,
     closed_form_over,
@@ -202,3 +203,34 @@ def test_experts_that_saw_few_tokens_get_the_ridge_that_is_stated(seed):
     assert relative_error(priors.of(0).matrix, WEIGHT * (c + RIDGE * c.diagonal().mean() * eye)) < 1e-12
     with pytest.raises(CovarianceError, match="no expert of the layer saw a token"):
         ExpertPriors(sums, torch.zeros(EXPERTS, dtype=torch.long))
+
+
+def test_rows_that_are_selected_are_all_that_was_ever_put_in(world):
+    """Of rows of which one was taken out: any others, with any signs, without their keys."""
+    generator, sums, routed, priors = world
+    keys, residuals = joint_keys(generator, 6), random(generator, 6, D_OUT)
+    signs = torch.tensor([1.0, 1, 1, 1, -1, 1], dtype=torch.float64)
+    keys[4], residuals[4] = keys[1], residuals[1]
+    layer = ExpertLayer(priors, D_OUT, "layer 3")
+    for i in range(6):
+        layer.add_(residuals[i : i + 1], keys[i : i + 1], float(signs[i]))
+    prior = dense_prior(sums, routed)
+    for chosen in ([5, 0], [1, 2, 3], [0, 1, 2, 4], [0, 2, 2], []):
+        found = layer.selected([(i, float(signs[i])) for i in chosen])
+        truth = dense(residuals[chosen], keys[chosen], signs[chosen], prior)
+        delta = side_by_side(found.delta)
+        assert float((delta - truth).norm()) <= 1e-10 * float(truth.norm())
+        hit = (keys[chosen].view(-1, EXPERTS, D_IN) != 0).any(2).any(0).nonzero().flatten().tolist()
+        assert sorted(found.delta) == hit
+        factors = found.factors()
+        assert all(len(factors[j][1]) <= len(chosen) for j in hit)
+        twice = found.selected([(i, 1.0 if s > 0 else -1.0) for i, s in enumerate(found.signs.tolist())])
+        assert float((side_by_side(twice.delta) - truth).norm()) <= 1e-10 * float(truth.norm())
+    found = layer.selected([(0, 1.0), (2, 1.0)])
+    again = ExpertLayer(priors, D_OUT, "layer 3")  # what is selected grows on
+    again.take(found.state())
+    again.add_(residuals[5:], keys[5:], 1.0)
+    at = [0, 2, 5]
+    assert relative_error(side_by_side(again.delta), dense(residuals[at], keys[at], signs[at], prior)) < 1e-10
+    with pytest.raises(NotPositiveDefiniteError, match="layer 3"):
+        layer.selected([(0, -1.0), (0, -1.0)])

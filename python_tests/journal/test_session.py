@@ -154,6 +154,32 @@ def test_what_the_configuration_leaves_open_is_decided_by_the_first_edit(seed):
     assert trial.chosen == {"prior_weight": chosen}
 
 
-def test_a_mixture_of_experts_is_refused(seed):
-    with pytest.raises(ConfigError, match="a mixture of 4 experts, of which"):
-        Session(tiny_model("mixtral", seed), tiny_tokenizer(), config=FAST)
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_edits_of_experts_are_taken_back_one_by_one(seed, model_type, tmp_path):
+    model, covariance = ready(seed, model_type)
+    trial = Session(
+        model, tokenizer=tiny_tokenizer(), config=FAST | {"layers": [1]}, covariance=covariance, seed=seed
+    )
+    unedited, states, put = state(model), [], []
+    for edit in EDITS[:3]:
+        trial.edit(edit)
+        states.append(state(model))
+        put.append(list(trial.editor.put))
+    trial.save(tmp_path / "p.safetensors")
+    trial.undo()
+    assert same(state(model), states[1]), "the last one: the bits that were there before it"
+    trial.undo(1)
+    prior = trial.editor.closed_form.of_experts[1].prior
+    (rows,) = put[1]
+    keys, residuals = rows.keys.double(), rows.residuals.double()
+    matrix = torch.block_diag(*(prior.of(j).matrix for j in range(prior.experts))) + keys.T @ keys
+    right = torch.linalg.solve(matrix, keys.T @ residuals).T.chunk(prior.experts, 1)
+    base, found = trial.editor.weights.base[1].double(), trial.editor.anatomy.weight(1).double()
+    for expert, delta in enumerate(right):
+        change = delta.T if trial.editor.anatomy.transposed(1) else delta
+        wanted = base[expert] + change
+        assert (found[expert] - wanted).norm() < 1e-5 * change.norm() + 1e-6 * wanted.norm()
+    trial.undo()
+    assert same(state(model), unedited) and trial.unsaved == 3
+    apply_patch(model, tmp_path / "p.safetensors")
+    assert same(state(model), states[2])
