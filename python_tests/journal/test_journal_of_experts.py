@@ -87,8 +87,9 @@ def written(model, layer: int = 1) -> torch.Tensor:
     return model.model.layers[layer].mlp.experts.down_proj.detach().clone()
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("ids", [["e2"], ["e3", "e0"]])
+@pytest.mark.parametrize(
+    ("model_type", "ids"), [("mixtral", ["e3", "e0"]), ("qwen3_moe", ["e2"]), ("gpt_oss", ["e2"])]
+)
 def test_an_undone_edit_of_experts_was_never_made(model_type, ids, tmp_path, seed):
     made = Made(tmp_path / "j", seed, model_type)
     journal = Journal(tmp_path / "j")
@@ -120,9 +121,7 @@ def test_an_undone_answer_gives_its_place_back(tmp_path, seed):
     journal = Journal(tmp_path / "j")
 
     def near(*ids) -> bool:
-        return (
-            off(joint(journal, 1), made.truth(1, ids)) < 1e-6
-        )  # taking out what was much of a sum costs digits
+        return off(joint(journal, 1), made.truth(1, ids)) < 1e-9
 
     assert near("e1", "e2", "later")  # the later answer stands in the earlier one's place
     journal.undo("later")
@@ -149,8 +148,8 @@ def test_dense_layers_below_experts_go_along(method, tmp_path, seed):
         assert off(joint(journal, layer), made.truth(layer, ["e0", "e1", "e2", "e3"])) < 1e-9
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_a_revised_edit_has_another_answer_and_the_old_one_may_come_back(model_type, tmp_path, seed):
+def test_a_revised_edit_has_another_answer_and_the_old_one_may_come_back(tmp_path, seed):
+    model_type = "gpt_oss"
     made = Made(tmp_path / "j", seed, model_type)
     journal = Journal(tmp_path / "j")
     new = journal.revise("e2", "Paris", **made.arguments)
@@ -189,6 +188,8 @@ def test_consolidating_is_one_batch_of_the_edits_that_stand(tmp_path, seed):
 def test_a_patch_of_a_journal_holds_what_stands(tmp_path, seed):
     made = Made(tmp_path / "j", seed, "gpt_oss")
     journal, path = Journal(tmp_path / "j"), tmp_path / "p.safetensors"
+    again = journal.verify(**made.arguments)
+    assert again.sound and "made again from the log alone" in str(again)
     journal.undo(["e0", "e2"])
     assert all(change.left is not None for change in journal.changes())
     journal.export_patch(path)
@@ -201,7 +202,7 @@ def test_a_patch_of_a_journal_holds_what_stands(tmp_path, seed):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_saved_model_follows_however_its_experts_are_kept(model_type, tmp_path, seed):
-    made = Made(tmp_path / "j", seed, model_type)
+    made = Made(tmp_path / "j", seed, model_type, EDITS[1:3])
     made.model.save_pretrained(tmp_path / "j" / "model")
     journal = Journal(tmp_path / "j")
     assert any("is not what the journal comes to" in text for text in journal.verify().problems)
