@@ -341,19 +341,19 @@ class Journal:
         """What the edits that stand have changed, a weight each, with exact factors where the method keeps sums; of a
         layer of experts those that differ."""
         head, base, weights = self.head, self.folder.load("base").tensors, self.weights()
-        factors = (
-            self.sums.factors() if self.folder.place("priors").exists() and head["keeps_vectors"] else {}
-        )
+        summed = self.folder.place("priors").exists() and head["keeps_vectors"]
+        factors = self.sums.factors() if summed else {}
+        of_experts = self.sums.factors_of_experts() if summed else {}
         found = []
         for layer in head["layers"]:
             name = head["weights"][str(layer)]
             transposed = bool(head["transposed"][str(layer)])
             if base[f"{layer}"].ndim == 3:
                 for change in changes_within(name, base[f"{layer}"], weights[name], transposed):
-                    left, right = factors.get((layer, change.expert), (None, None))
+                    left, right = of_experts.get((layer, change.expert or 0), (None, None))
                     found.append(replace(change, left=left, right=right))
                 continue
-            left, right = factors.get((layer, None), (None, None))
+            left, right = factors.get(layer, (None, None))
             if left is not None and not left.shape[1]:
                 left = right = None  # no edit stands
             found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))

@@ -418,17 +418,20 @@ class Sums:
             self._projections[layer] = Projection(weight, strength, share)
         return self._projections[layer](change)
 
-    def factors(self) -> dict[tuple[int, int | None], tuple[Tensor, Tensor]]:
-        """Δ = left · right of every edited layer and expert, left [d_out, rows], right [rows, d_in], float64: a row an
-        edit. By layer and None, or expert.
-
-        Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P, projected where W is.
-        """
-        found: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {
+    def factors_of_experts(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+        """`factors` of every expert that is changed, by layer and expert."""
+        return {
             (layer, expert): pair
             for layer in self.kept
             for expert, pair in self._chosen(layer).factors().items()
         }
+
+    def factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Δ = left · right of every dense layer, left [d_out, rows], right [rows, d_in], float64: a row an edit.
+
+        Δ = A P with A = Σ ± r kᵀ = Rᵀ S K and P = (λC + B)⁻¹, so left = Rᵀ S and right = K P, projected where W is.
+        """
+        found = {}
         for layer in self.priors:
             rows = [
                 one
@@ -438,13 +441,13 @@ class Sums:
             ]
             d_out, d_in = self.shapes[layer]
             if not rows:
-                found[layer, None] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
+                found[layer] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
                 continue
             residuals = torch.cat([one.sign * one.residuals.double() for one in rows])
             keys = torch.cat([one.keys.double() for one in rows])
             signs = torch.cat([torch.full((len(one.keys), 1), one.sign).double() for one in rows])
             matrix = self.priors[layer].matrix.double() + (signs * keys).T @ keys
-            found[layer, None] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
+            found[layer] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
         return found
 
 
