@@ -100,7 +100,7 @@ def test_experts_have_their_rows_on_the_cpu_with_the_bits_of_one_place(seed, mon
     with TwoDevices():
         editor, found = edited("d4s", bench_on(model, seed, sums_on="cpu"), **one_layer)
         assert isinstance(editor.weights.base[1], Elsewhere)
-        assert not isinstance(editor.closed_form._experts[1].factor, Elsewhere)
+        assert not isinstance(editor.closed_form.of_experts[1].factor, Elsewhere)
     assert found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
 
 
