@@ -1,7 +1,7 @@
 """D4S's prior weight, layers, rule of the residual, and targets' search on a real model, each alone.
 
 python -m benchmarks.real.settings smollm2 counterfact.json --covariance c.safetensors --out settings [--count 100]
-    [--skip 1000] [--retain 500] [--only preset long] [--generate]
+    [--skip 1000] [--retain 500] [--only preset long] [--generate] [--batch 500]
 
 The edits are those of the comparison's order (`benchmarks.real.comparison`) behind the first --skip: what is chosen by
 them should be reported on others. With --retain, half of the statistics are of so many facts that are neither edited
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--neighbors", type=int, help="neighbourhood prompts an edit that are asked")
     parser.add_argument("--retain", type=int, default=0, metavar="FACTS")
+    parser.add_argument("--batch", type=int, default=1, help="edits a step")
     parser.add_argument("--generate", action="store_true", help="what is freely written, too")
     parser.add_argument(
         "--only", nargs="+", metavar="LABEL", help="of the settings; preset is the method's own"
@@ -91,6 +92,7 @@ def main() -> None:
         covariance=covariance,
         targets=options.targets,
         seeds=options.seed,
+        batch_size=options.batch,
         generate=options.generate,
         out=options.out,
     )
