@@ -27,6 +27,7 @@ from d4s.models.architectures import Anatomy
 OTHER_TARGETS: dict[str, dict[str, Any]] = {
     "polyak": {"optimizer": "polyak", "steps": 8, "bare_looks": 6, "stop_nll": 0.02},
     "eos": {"target_eos": True},
+    "stop": {"target_stop": True},
 }
 
 

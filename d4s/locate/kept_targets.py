@@ -22,7 +22,7 @@ from d4s.tensor_files import load_tensors, save_tensors
 FORMAT = "d4s-targets-1"
 Fact = tuple[str | None, ...]
 # Fields of the configuration that came later: as they are by default, targets are what they were before them.
-_LATER = ("target_eos", "optimizer", "stop_nll", "bare_looks", "search_precision")
+_LATER = ("target_eos", "target_stop", "optimizer", "stop_nll", "bare_looks", "search_precision")
 _PARTS = ("start", "delta", "first_probability", "last_probability")
 
 

@@ -12,8 +12,9 @@ and z = v0 + δ (Meng et al., arXiv 2202.05262 and 2210.07229). As in the releas
 times, and the last look is followed by no step.
 
 With `target_eos` the token that ends a text is one more token of the target in every row: without it a model says the
-new object and goes on. The probabilities told are those of the target's own tokens, so that they compare with p after
-the edit; the loss, and whether the target is the argmax, take in its end.
+new object and goes on. With `target_stop` it is a full stop, unless the target has one: behind the object of a sentence
+that is likely already, where the end of the text has to be forced. The probabilities told are those of the target's own
+tokens, so that they compare with p after the edit; the loss, and whether the target is the argmax, take in its end.
 
 All other fields are the releases' by default. Of no release: steps whose length the loss itself gives
 (`d4s.locate.moves`), looks at the bare prompt before those at every context, an end by the NLL alone (KL keeps the loss
@@ -38,14 +39,14 @@ from torch import Tensor
 
 from d4s.configuration import Above, AtLeast, Configuration
 from d4s.edits import Edit
-from d4s.errors import ModelError
+from d4s.errors import ConfigError, ModelError
 from d4s.locate.moves import Adam, Moves, Polyak
 from d4s.locate.precision import Precision, products_in
 from d4s.locate.request_rows import Place, Request, RequestRows, bare, request_of, spares, width_of
 from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
-from d4s.models.prompts import end_of_text, pad_id
+from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id
 from d4s.models.trace import Trace
 from d4s.ranks import here
 
@@ -70,6 +71,7 @@ class TargetConfig(Configuration):
         float | None, "a search ends below it once the target is the argmax in every context"
     ] = None
     target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
+    target_stop: Annotated[bool, "a target ends as a sentence does: with a full stop"] = False
     # Of no release: a search at a fraction of the passes (docs/results/smollm2.md).
     optimizer: Annotated[
         Literal["adam", "polyak"],
@@ -86,6 +88,13 @@ class TargetConfig(Configuration):
         "of the search's float32 products; reduced: bfloat16 on CPUs that have it, TF32 on GPUs; what is kept of a "
         "target beside δ is taken in float32",
     ] = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_eos and self.target_stop:
+            raise ConfigError(
+                "target_eos and target_stop are both set; a target has one end, so set one of them"
+            )
 
 
 REFINED = 0.02  # nats: a target whose NLL is below is not searched on
@@ -159,7 +168,11 @@ def optimise_targets(
     if batch_tokens is None:
         batch_tokens = batch_tokens_of(anatomy.device_of(layer))
     end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
-    requests = [request_of(tokenizer, edit, prefixes, end) for edit in edits]
+    stop = full_stop(tokenizer) if config.target_stop else ()
+    requests = [
+        request_of(tokenizer, edit, prefixes, end or (() if is_stopped(edit.target_new) else stop))
+        for edit in edits
+    ]
     most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
         length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))

@@ -94,6 +94,21 @@ def end_of_text(model: CausalLM, tokenizer: Any) -> list[int]:
     return ids
 
 
+def full_stop(tokenizer: Any) -> list[int]:
+    """The ids of a full stop behind a text. TokenizerError for a tokenizer that cannot write one."""
+    ids = _ids_behind_a_text(tokenizer, ".")
+    if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} has no full stop by which a target could end; set target_stop=False"
+        )
+    return ids
+
+
+def is_stopped(text: str) -> bool:
+    """Whether a text ends as a sentence does."""
+    return text.rstrip().endswith((".", "!", "?", "。", "！", "？"))
+
+
 def prompt_and_target_ids(tokenizer: Any, prompt: str, target: Target) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the target that follows it, with what `d4s.edits.spacing.joint` puts between them.
 

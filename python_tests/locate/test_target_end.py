@@ -1,4 +1,5 @@
-"""target_eos: a target ends as a text does. The end is one more token of it, and no part of the p that is told."""
+"""target_eos, target_stop: a target ends as a text does, or as a sentence. The end is one more token of it, and no part
+of the p that is told."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from d4s.locate.targets import (
 )
 from d4s.methods import METHODS
 from d4s.models.architectures import Anatomy
-from d4s.models.prompts import end_of_text, subject_row
+from d4s.models.prompts import end_of_text, full_stop, subject_row
 from d4s.sequence.compare import decides_targets
 
 PREFIXES = ("The capital. ", "You play the piano because. ")
@@ -156,13 +157,35 @@ def test_a_tokenizer_without_an_end_token_ends_by_a_full_stop(seed):
     assert not torch.equal(found.first_probability, spelled.first_probability)
 
 
-def test_an_end_that_cannot_be_written_is_refused(seed):
-    model = Bigram({"a": {"b": 0.6}})
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model.tokenizer.backend_tokenizer, pad_token="other", unk_token="other"
+def test_a_target_may_end_as_a_sentence_does(seed):
+    """The same δ as for the target with its full stop spelled; one that has it gets no second."""
+    anatomy, tokenizer = Anatomy(tiny_model("llama", seed)), tiny_tokenizer()
+    stopping = replace(ENDING, target_eos=False, target_stop=True)
+    plain = replace(stopping, target_stop=False)
+    found = optimise_targets(anatomy, tokenizer, EDITS[:1], PREFIXES, 1, stopping)
+    stopped = [replace(EDITS[0], target_new=EDITS[0].target_new + ".")]
+    spelled = optimise_targets(anatomy, tokenizer, stopped, PREFIXES, 1, plain)
+    assert torch.equal(found.delta, spelled.delta)  # "English" and "." are two pieces here
+    assert not torch.equal(found.first_probability, spelled.first_probability)
+    again = optimise_targets(anatomy, tokenizer, stopped, PREFIXES, 1, stopping)
+    assert torch.equal(again.delta, spelled.delta)
+    with pytest.raises(ConfigError, match="target_eos and target_stop are both set"):
+        replace(ENDING, target_stop=True)
+    with pytest.raises(TokenizerError, match="no full stop by which"):
+        full_stop(unable_to_stop())
+
+
+def unable_to_stop():
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Bigram({"a": {"b": 0.6}}).tokenizer.backend_tokenizer,
+        pad_token="other",
+        unk_token="other",
     )
+
+
+def test_an_end_that_cannot_be_written_is_refused(seed):
     with pytest.raises(TokenizerError, match="neither an end token nor a full stop"):
-        end_of_text(tiny_model("llama", seed), tokenizer)
+        end_of_text(tiny_model("llama", seed), unable_to_stop())
     longer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     longer.add_special_tokens({"eos_token": "<over>"})
     with pytest.raises(ModelError, match=r"'<over>' \(id 320\), and the model's embeddings end at 319"):
