@@ -193,11 +193,16 @@ class Sums:
         priors = folder.load("priors").tensors
         try:
             self.base = {layer: base[f"{layer}"] for layer in self.layers}
+            for layer, w in self.base.items():
+                if w.ndim not in (2, 3):
+                    raise D4SError(f"the weight of layer {layer} is {list(w.shape)}")
             shapes = {
                 layer: tuple(w.shape[:-3:-1] if self.transposed[layer] else w.shape[-2:])
                 for layer, w in self.base.items()
             }
             self.shapes = {layer: (d_out, d_in) for layer, (d_out, d_in) in shapes.items()}
+            if len({d_out for d_out, _ in self.shapes.values()}) != 1:
+                raise D4SError(f"its layers' weights are of several heights: {list(self.shapes.values())}")
             # Of the layers that have experts all rows that were ever put in.
             self.kept = {
                 layer: JointRows(
