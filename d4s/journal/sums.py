@@ -356,7 +356,8 @@ class Sums:
     def settle_(self) -> None:
         """What stands is solved for, as well as it can be. NotPositiveDefiniteError where that cannot be."""
         self.closed_form.settle_()
-        self.weights()
+        if self.kept:
+            self.weights()
 
     def weights(self) -> dict[int, Tensor]:
         """W = round(W0 + Δ) of every edited layer, as the model stores it."""

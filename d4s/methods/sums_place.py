@@ -11,12 +11,12 @@ of W among it, is held against the memory that is free there, once, before the m
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
 from d4s.change.speed import speed_of
-from d4s.methods.base import LayerSize, Method, Workbench
+from d4s.methods.base import LayerSize, Method, SumsOn, Workbench
 from d4s.progress import amount, duration, note
 from d4s.ranks import here
 
@@ -69,6 +69,17 @@ def without_room(
     )
 
 
+def moved(
+    method: Method, places: Mapping[int, str], sums_on: SumsOn, lacking: Callable[[], Iterable[int]]
+) -> frozenset[int]:
+    """Layers whose sums are on the CPU while their W is not. lacking: for "auto", those without room"""
+    if sums_on == "device" or not method.sums_move:
+        return frozenset()
+    if sums_on == "cpu":
+        return frozenset(layer for layer, place in places.items() if place != HOST)
+    return frozenset(lacking())
+
+
 def free_on(device: torch.device) -> int | None:
     """Bytes that can still be had on a GPU, those that torch keeps in reserve among them; None: not known."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -96,19 +107,18 @@ def on_host(bench: Workbench, method: Method, edits: int = 1) -> frozenset[int]:
     sizes = {layer: LayerSize.of(anatomy, layer) for layer in layers}
     devices = {layer: anatomy.device_of(layer) for layer in layers}
     places = {layer: str(device) for layer, device in devices.items()}
-    away: frozenset[int] = frozenset()
     free: dict[str, int] = {}
-    if bench.sums_on == "cpu":
-        away = frozenset(layer for layer, place in places.items() if place != HOST)
-    elif bench.sums_on == "auto":
 
-        def lacking() -> list[int]:
-            for place, device in dict(zip(places.values(), devices.values(), strict=True)).items():
-                if place != HOST and (room := free_on(device)) is not None:
-                    free[place] = room
-            return sorted(without_room(method, sizes, places, edits, free))
+    def lacking() -> list[int]:
+        for place, device in dict(zip(places.values(), devices.values(), strict=True)).items():
+            if place != HOST and (room := free_on(device)) is not None:
+                free[place] = room
+        return sorted(without_room(method, sizes, places, edits, free))
 
-        away = frozenset(layer for part in here().gather("place of sums", lacking) for layer in part)
+    def anywhere() -> Iterable[int]:
+        return (layer for part in here().gather("place of sums", lacking) for layer in part)
+
+    away = moved(method, places, bench.sums_on, anywhere)
     bench.sums_on_host[key] = away
     if away and here().is_first:
         needed = held(method, sizes, places, edits)

@@ -78,8 +78,8 @@ def end_of_text(model: CausalLM, tokenizer: Any) -> list[int]:
     Raises TokenizerError for a tokenizer that can write neither, ModelError for an end token that the model lacks.
     """
     end = tokenizer.eos_token_id
-    ids = [int(end)] if end is not None else _ids_behind_a_text(tokenizer, ".")
-    if not ids or (end is None and getattr(tokenizer, "unk_token_id", None) in ids):
+    ids = [int(end)] if end is not None else _stop_ids(tokenizer)
+    if not ids:
         raise TokenizerError(
             f"{type(tokenizer).__name__} has neither an end token nor a full stop by which a target could end; name "
             "one (tokenizer.eos_token = …), or set target_eos=False"
@@ -96,12 +96,18 @@ def end_of_text(model: CausalLM, tokenizer: Any) -> list[int]:
 
 def full_stop(tokenizer: Any) -> list[int]:
     """The ids of a full stop behind a text. TokenizerError for a tokenizer that cannot write one."""
-    ids = _ids_behind_a_text(tokenizer, ".")
-    if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
+    ids = _stop_ids(tokenizer)
+    if not ids:
         raise TokenizerError(
             f"{type(tokenizer).__name__} has no full stop by which a target could end; set target_stop=False"
         )
     return ids
+
+
+def _stop_ids(tokenizer: Any) -> list[int]:
+    """Of a full stop behind a text; none where the tokenizer cannot write one."""
+    ids = _ids_behind_a_text(tokenizer, ".")
+    return [] if getattr(tokenizer, "unk_token_id", None) in ids else ids
 
 
 def is_stopped(text: str) -> bool:

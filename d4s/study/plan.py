@@ -349,12 +349,13 @@ def _on_host(
     taken: Mapping[str, int],
 ) -> frozenset[int]:
     """Layers whose sums go to the CPU. taken: place → bytes of what is free now that the model will have"""
-    if sums_on == "device" or not method.sums_move:
-        return frozenset()
-    if sums_on == "cpu":
-        return frozenset(layer for layer, place in places.items() if place != sums_place.HOST)
-    free = {place: room - taken.get(place, 0) for place, room in free_bytes(tuple(places.values())).items()}
-    return sums_place.without_room(method, sizes, places, edits, free)
+
+    def lacking() -> frozenset[int]:
+        now = free_bytes(tuple(places.values()))
+        free = {place: room - taken.get(place, 0) for place, room in now.items()}
+        return sums_place.without_room(method, sizes, places, edits, free)
+
+    return sums_place.moved(method, places, sums_on, lacking)
 
 
 def _of_layers(

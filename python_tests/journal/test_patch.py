@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from support.patches import DTYPES, all_bits, changed_, refused, same
+from support.patches import DTYPES, all_bits, changed_, interrupted, refused, same
 from support.tiny import tiny_model
 from support.workbench import EDITS, SUBJECT_LAST, bench_of, editor_of
 
@@ -158,17 +158,7 @@ def test_a_patch_of_which_one_weight_was_changed_since_is_neither_applied_nor_re
 
 def test_a_failure_while_weights_are_written_leaves_all_of_them(tmp_path, seed, monkeypatch):
     base, _, path = exported(tmp_path, seed)
-    before, last, copy = all_bits(base), Anatomy(base).weight(2), torch.Tensor.copy_
-
-    def full(self, *arguments, **options):
-        if self.data_ptr() == last.data_ptr():
-            raise torch.OutOfMemoryError("no room")
-        return copy(self, *arguments, **options)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        apply_patch(base, path)
-    assert same(all_bits(base), before)
+    interrupted(monkeypatch, apply_patch, base, path, Anatomy(base).weight(2))
 
 
 def test_what_editing_does_not_change_is_refused_by_name(seed):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.patches import DTYPES, all_bits, changed_, refused, same
+from support.patches import DTYPES, all_bits, changed_, interrupted, refused, same
 from support.sequences import EDITS, FAST, ready, sequence
 from support.tiny import tiny_model
 
@@ -154,17 +154,7 @@ def test_a_patch_of_which_one_expert_was_changed_since_is_neither_applied_nor_re
 
 def test_a_failure_while_experts_are_written_leaves_all_of_them(tmp_path, seed, monkeypatch):
     base, _, path = exported(tmp_path, seed)
-    before, last, copy = all_bits(base), Anatomy(base).weight(2)[3], torch.Tensor.copy_
-
-    def full(self, *arguments, **options):
-        if self.data_ptr() == last.data_ptr():
-            raise torch.OutOfMemoryError("no room")
-        return copy(self, *arguments, **options)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        apply_patch(base, path)
-    assert same(all_bits(base), before)
+    interrupted(monkeypatch, apply_patch, base, path, Anatomy(base).weight(2)[3])
 
 
 def test_hostile_numbers_of_experts_are_refused(tmp_path, seed):

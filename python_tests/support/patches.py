@@ -40,6 +40,21 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def interrupted(monkeypatch, action, model, path, last: torch.Tensor) -> None:
+    """The action fails for want of memory as it writes `last`, and leaves every weight as it was."""
+    before, copy = all_bits(model), torch.Tensor.copy_
+
+    def full(self, *arguments, **options):
+        if self.data_ptr() == last.data_ptr():
+            raise torch.OutOfMemoryError("no room")
+        return copy(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        action(model, path)
+    assert same(all_bits(model), before)
+
+
 def refused(action, model, path, match: str, error=ModelError) -> None:
     before = all_bits(model)
     with pytest.raises(error, match=match):
