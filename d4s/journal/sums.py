@@ -195,7 +195,10 @@ class Sums:
             self.base = {layer: base[f"{layer}"] for layer in self.layers}
             for layer, w in self.base.items():
                 if w.ndim not in (2, 3):
-                    raise D4SError(f"the weight of layer {layer} is {list(w.shape)}")
+                    raise D4SError(
+                        f"the weight of layer {layer} is {list(w.shape)}; it must be [d_out, d_in], or of experts "
+                        "[E, d_out, d_in]"
+                    )
             shapes = {
                 layer: tuple(w.shape[:-3:-1] if self.transposed[layer] else w.shape[-2:])
                 for layer, w in self.base.items()
