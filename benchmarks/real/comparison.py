@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d4s
-from benchmarks.real.setting import SEQUENCES, sequences_over, split, statistics, to_retain, with_facts
+from benchmarks.real.setting import (
+    SEQUENCES,
+    Generate,
+    sequences_over,
+    split,
+    statistics,
+    to_retain,
+    with_facts,
+)
 from d4s.locate.kept_targets import KeptTargets
 from d4s.study.retained import Retained, paragraphs
 
@@ -41,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         metavar="FACTS",
         help="so many other facts make half of the statistics; in an OUT of its own",
+    )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="what each sequence's model answers freely to its edits at the end, in OUT/generated",
     )
     parser.add_argument("--targets", type=Path, help="of an earlier run on the same edits and model")
     parser.add_argument("--seed", type=int, default=0)
@@ -67,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points=[point for point in POINTS if point <= options.count],
         seed=options.seed,
         targets=None if options.targets is None else KeptTargets.load(options.targets),
+        observers=[Generate(options.out / "generated", made)] if options.generate else [],
     )
     print(found.summary())
 

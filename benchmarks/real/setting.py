@@ -27,6 +27,7 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s-once": {"method": "d4s", "residual": "once"},
     "d4s-current": {"method": "d4s", "anchor": "current"},
     "d4s-long": {"method": "d4s", **METHODS["d4s"].presets["long"]},
+    "d4s-long-stop": {"method": "d4s", **METHODS["d4s"].presets["long"], "target_stop": True},
     "memit": {},
     "memit-seq": {},
     "alphaedit": {},
@@ -43,7 +44,12 @@ SEQUENCES: dict[str, dict[str, Any]] = {
 COLLAPSE = 0.1
 GENERATED = "d4s-generated-1"
 FACTS = 200  # that no edit touches
-TOLD = ("anchor", "residual", "refine_looks")  # fields by which sequences of one method are told apart
+TOLD = (
+    "anchor",
+    "residual",
+    "refine_looks",
+    "target_stop",
+)  # fields by which sequences of one method are told apart
 
 
 def split(
@@ -131,7 +137,8 @@ def sequences_over(
 
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
-    return "-".join([result.method, *(str(told) for name in TOLD if (told := result.config.get(name)))])
+    told = {name: value for name in TOLD if (value := result.config.get(name))}
+    return "-".join([result.method, *(name if value is True else str(value) for name, value in told.items())])
 
 
 class Keep(Observer):
