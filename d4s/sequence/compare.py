@@ -38,6 +38,7 @@ from d4s.sequence.run import run
 from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.target_search import check_targets
 from d4s.sequence.together import FirstsJournal, journaling
+from d4s.sequence.under_way import Unedited
 
 Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | Preset | None]
 
@@ -79,6 +80,7 @@ def compare(
     targets: of the unedited model, for the methods that search them there; None: those that one sequence has searched
         are kept in `out`, and serve all later ones with the same contexts, last layer and target optimiser
     baseline: the unedited model's answers to the edits; None: taken once, for all methods
+    measure: also called once an order of the edits, not once a method, on the unedited model
     out: folder in which each sequence is kept as it is made (`journals/`, until it ends), so that a comparison that was
         interrupted, within a sequence or between two, or gets more methods or seeds, goes on where it was; sequences
         made otherwise are refused. None: nowhere
@@ -146,9 +148,11 @@ def compare(
     errors: list[D4SError] = []
     unfinished: set[tuple[str, int]] = set()
     for seed, order in orders.items():
+        unedited = Unedited()
         for label, method in configured.items():
             if kept is not None and (stored := kept.record(label, seed, method)) is not None:
                 results[label][seed] = stored
+                unedited.take_from(stored)
                 continue
             place = 1 + sum(len(by_seed) for by_seed in results.values())
             stage(
@@ -172,7 +176,14 @@ def compare(
                         progress=progress,
                     )
                     result = run(
-                        bench, order, method, seeded, baseline=baseline, journal=journal, observers=observers
+                        bench,
+                        order,
+                        method,
+                        seeded,
+                        baseline=baseline,
+                        journal=journal,
+                        observers=observers,
+                        unedited=unedited,
                     )
             except EditingInterrupted as error:
                 error.result.restore()

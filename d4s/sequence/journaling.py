@@ -331,6 +331,7 @@ class Journaling(Observer):
     def _point(self, event: Mapping[str, Any], under_way: Run) -> None:
         assert self.folder is not None
         place, stored, row, evaluation = _read_point(self.folder, event)
+        given, unedited = None, under_way.unedited
         under_way.result.history.append(row)
         under_way.result.evaluations.append(evaluation)
         under_way.began = time.perf_counter() - float(row["seconds"] or 0.0)
@@ -338,11 +339,11 @@ class Journaling(Observer):
             given = {name: row[name] for name in stored["measured"] if name in row}
             under_way.result.columns |= measured_columns(given, measure)
         if not int(event["made"]):
-            under_way.rows_before[None] = evaluation.rows
+            unedited.take(evaluation, given)
             if under_way.schedule.neighborhood_limit is not None and stored["fewer"] is not None:
                 with checking(place, "a journal"):
                     fewer = read_evaluation({"rows": stored["fewer"], "metrics": {}, "notes": []}, "fewer")
-                under_way.rows_before[under_way.schedule.neighborhood_limit] = fewer.rows
+                unedited.rows[under_way.schedule.neighborhood_limit] = fewer.rows
 
     # What happens
 
@@ -390,7 +391,7 @@ class Journaling(Observer):
         values = {
             "row": finite_or_none(row),
             "evaluation": evaluation.to_dict(),
-            "fewer": self._run.rows_before.get(self._run.schedule.neighborhood_limit) if not made else None,
+            "fewer": self._run.unedited.rows.get(self._run.schedule.neighborhood_limit) if not made else None,
             "measured": list(result.columns),
         }
         self.folder.add_point(made, _as_json(values))

@@ -28,7 +28,7 @@ from d4s.sequence.observers import Bar, Observer
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.together import FirstsJournal, journaling, watched_by
-from d4s.sequence.under_way import Run
+from d4s.sequence.under_way import Run, Unedited
 
 
 def edit_sequence(
@@ -149,10 +149,12 @@ def run(
     journal: Journaling | FirstsJournal | None = None,
     observers: Sequence[Observer] = (),
     notes: tuple[str, ...] = (),
+    unedited: Unedited | None = None,
 ) -> Result:
     """`edit_sequence`, where the workbench, the configuration and the schedule are there already.
 
     notes: what has to be said of the figures
+    unedited: what other sequences over these edits have scored before their first; what is taken is added
     """
     edits = tuple(edits)
     begun: list[Run] = []
@@ -160,7 +162,7 @@ def run(
     def begin() -> None:
         _check(bench, edits, method, schedule)
         with evaluating(bench.model):
-            begun.append(_begun(bench, edits, method, schedule, baseline, journal))
+            begun.append(_begun(bench, edits, method, schedule, baseline, journal, unedited or Unedited()))
 
     try:
         here().agree("beginning", begin)
@@ -196,6 +198,7 @@ def _begun(
     schedule: Schedule,
     baseline: Baseline | None,
     journal: Journaling | FirstsJournal | None,
+    unedited: Unedited,
 ) -> Run:
     """The sequence with its unedited model scored, or as far as its journal goes."""
     model, shown = bench.model, bench.progress
@@ -221,7 +224,7 @@ def _begun(
         editor=editor,
         baseline=baseline,
     )
-    under_way = Run(result, schedule, shown)
+    under_way = Run(result, schedule, shown, unedited)
     if journal is not None:
         journal.open(result, method, bench, schedule)
     editor.announce(edits)
@@ -229,7 +232,6 @@ def _begun(
         if journal is not None:
             journal.restore(under_way)
         if not result.history:
-            stage(f"{method.name}: the unedited model is scored on {len(edits)} edits", shown=shown)
             under_way.point(0)
     except BaseException:
         editor.restore()

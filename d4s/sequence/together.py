@@ -107,7 +107,7 @@ class FirstsJournal:
                 "state": EditorState.of(result.editor) if made else None,
                 "targets": None if bench.targets is None else bench.targets.copy(),
                 "result": (result.edits_table, result.history, result.evaluations, result.columns),
-                "run": (under_way.edit_seconds, under_way.right_after, under_way.rows_before),
+                "run": (under_way.edit_seconds, under_way.right_after, under_way.unedited),
             }
 
         ranks = here()
@@ -117,7 +117,8 @@ class FirstsJournal:
                 told["state"].put_into(result.editor)
             bench.targets = told["targets"]
             result.edits_table, result.history, result.evaluations, result.columns = told["result"]
-            under_way.edit_seconds, under_way.right_after, under_way.rows_before = told["run"]
+            under_way.edit_seconds, under_way.right_after, unedited = told["run"]
+            vars(under_way.unedited).update(vars(unedited))  # in place: later sequences take it from there
         result.editor.announce(result.edits)  # what the first made again is ready nowhere else
 
 

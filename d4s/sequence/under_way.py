@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,22 +17,50 @@ from d4s.measure.columns import THREE, measured_columns
 from d4s.measure.metrics import Evaluation, evaluate
 from d4s.measure.routing import routing_change
 from d4s.methods import Editor, Step
+from d4s.progress import stage
 from d4s.ranks import here
 from d4s.sequence.observers import Observer
+from d4s.sequence.record import Record
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
+
+
+@dataclass
+class Unedited:
+    """What is scored before the first edit: no method changes that, so sequences of one order take it once.
+
+    evaluation: None: not taken yet
+    rows: by the limit on neighbourhood prompts
+    measured: what `measure` gave; None: not taken yet
+    """
+
+    evaluation: Evaluation | None = None
+    rows: dict[int | None, list[dict[str, Any]]] = field(default_factory=dict)
+    measured: dict[str, float] | None = None
+
+    def take(self, evaluation: Evaluation, measured: Mapping[str, float] | None) -> None:
+        """From where it was kept."""
+        self.evaluation, self.rows[None] = evaluation, evaluation.rows
+        if measured is not None:
+            self.measured = dict(measured)
+
+    def take_from(self, record: Record) -> None:
+        """From a sequence that has ended, over the same edits."""
+        if record.history and not record.history[0]["step"]:
+            first = record.history[0]
+            self.take(record.evaluations[0], {name: first[name] for name in record.measured})
 
 
 class Run:
     """A sequence under way: clocks, and the tests right after each step."""
 
-    def __init__(self, result: Result, schedule: Schedule, progress: bool) -> None:
+    def __init__(self, result: Result, schedule: Schedule, progress: bool, unedited: Unedited) -> None:
         self.result, self.schedule, self.progress = result, schedule, progress
+        self.unedited = unedited
         self.began = time.perf_counter()
         self.edit_seconds = 0.0
         self.right_after: dict[str, list[float]] = {"efficacy": [], "paraphrase": []}
-        self.rows_before: dict[int | None, list[dict[str, Any]]] = {}  # by the limit on neighbourhood prompts
-        self.unedited = result.editor.weights.mean_absolute()
+        self.norms_before = result.editor.weights.mean_absolute()
 
     def steps(self, observers: Observer) -> None:
         """All steps, and the points that are due behind them."""
@@ -133,9 +161,22 @@ class Run:
             progress=self.progress and not only_edited,
         )
 
-    def _unedited(self, made: int, limit: int | None) -> dict[str, float]:
+    def _before_any(self) -> Evaluation:
+        """Of all edits that are to be made, and their rows with fewer neighbourhood prompts, which have a level of
+        their own."""
+        unedited, edits, fewer = self.unedited, self.result.edits, self.schedule.neighborhood_limit
+        if unedited.evaluation is None:
+            method = self.result.method
+            stage(f"{method}: the unedited model is scored on {len(edits)} edits", shown=self.progress)
+            unedited.take(self._evaluate(edits, None), None)
+        if fewer not in unedited.rows:
+            unedited.rows[fewer] = self._evaluate(edits, fewer, only_edited=True).rows
+        assert unedited.evaluation is not None
+        return unedited.evaluation
+
+    def _levels_before(self, made: int, limit: int | None) -> dict[str, float]:
         """Shares of the unedited model on the edits made so far, whose own level may differ from that of all."""
-        rows, found = self.rows_before[limit][:made], {}
+        rows, found = self.unedited.rows[limit][:made], {}
         for name in (*THREE, *(f"{name}_argmax" for name in THREE)):
             values = [row[name] for row in rows if row.get(name) is not None]
             if values:
@@ -164,10 +205,10 @@ class Run:
 
         ended: no other point follows
         """
-        result, weights = self.result, self.result.editor.weights
+        result, weights, unedited = self.result, self.result.editor.weights, self.unedited
         scored = result.edits[:made] if made else result.edits
         limit = None if ended else self.schedule.limit(made, len(result.edits))
-        evaluation = self._evaluate(scored, limit)
+        evaluation = self._evaluate(scored, limit) if made else self._before_any()
         row: dict[str, Any] = {"step": made}
         for name, metric in evaluation.metrics.items():
             row[name] = metric.mean
@@ -176,15 +217,9 @@ class Run:
             if values:
                 row[f"original_{name}"] = sum(values) / len(values)
         if made:
-            row |= self._unedited(made, limit)
-        else:
-            self.rows_before[None] = evaluation.rows
-            if (
-                fewer := self.schedule.neighborhood_limit
-            ) is not None:  # these prompts have a level of their own
-                self.rows_before[fewer] = self._evaluate(scored, fewer, only_edited=True).rows
+            row |= self._levels_before(made, limit)
         norms, changes = weights.mean_absolute(), weights.delta_norm()
-        row["l1_growth"] = sum(norms[i] / self.unedited[i] - 1 for i in norms) / len(norms)
+        row["l1_growth"] = sum(norms[i] / self.norms_before[i] - 1 for i in norms) / len(norms)
         row |= {f"l1_norm.{i}": norm for i, norm in norms.items()}
         row |= {f"delta_norm.{i}": norm for i, norm in changes.items()}
         if (moved := self._routing_change(scored)) is not None:
@@ -192,7 +227,12 @@ class Run:
         row["seconds"] = time.perf_counter() - self.began
         row["edit_seconds"] = self.edit_seconds
         if (measure := self.schedule.measure) is not None:
-            row |= (given := here().from_first(measure))
+            given = unedited.measured if not made else None
+            if given is None:
+                given = dict(here().from_first(measure))
+            if not made:
+                unedited.measured = given
+            row |= given
             result.columns |= measured_columns(given, measure)
         result.history.append(row)
         result.evaluations.append(evaluation)

@@ -76,6 +76,42 @@ def test_one_baseline_serves_all_methods(monkeypatch, seed):
     assert len(taken) == 1
 
 
+def test_the_unedited_model_is_scored_once_for_all_methods_and_an_order(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    scored, measured, plain = [], [], under_way.evaluate
+
+    def evaluate(model_, tokenizer, edits, **options):
+        if same(state(model_), before):
+            scored.append([edit.id for edit in edits])
+        return plain(model_, tokenizer, edits, **options)
+
+    def measure():
+        measured.append(sum(float(p.detach().double().abs().sum()) for p in model.parameters()))
+        return {"of weights": measured[-1]}
+
+    before = state(model)
+    monkeypatch.setattr(under_way, "evaluate", evaluate)
+    options = dict(seeds=(0, 1), shuffle=True, measure=measure, neighborhood_limit=1, out=tmp_path / "out")
+    alone = compared(model, covariance, {"d4s": FAST}, **options | {"out": None})
+    scored.clear(), measured.clear()
+
+    first = compared(model, covariance, {"d4s": FAST}, **options)
+    assert (
+        len(scored) == 4 and len(measured) == 4
+    )  # with all and with one prompt, of two orders; begin and end
+    both = compared(model, covariance, {"d4s": FAST, "memit": FAST}, **options)
+    assert len(scored) == 6 and len(measured) == 6  # with one prompt, which is kept nowhere; two ends
+    assert scored[0] != scored[2] and sorted(scored[0]) == sorted(scored[2])
+    for one in (0, 1):
+        rows = [without_times(found.results["d4s"][one].history) for found in (alone, first, both)]
+        assert rows[0] == rows[1] == rows[2]
+        assert without_times(both.results["memit"][one].history)[0] == rows[0][0]
+        assert (
+            both.results["memit"][one].history[0]["of weights"]
+            == alone.results["d4s"][one].history[0]["of weights"]
+        )
+
+
 def test_a_method_that_keeps_its_edits_is_found_out(monkeypatch, seed):
     model, covariance = ready(seed)
     monkeypatch.setattr(EditedWeights, "restore_", lambda self: None)
@@ -241,9 +277,8 @@ def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_method
     assert found.results["grace"][0].failure is None
     again = compared(model, covariance, {"d4s": FAST, "grace": None}, **run)
     assert not again.collapsed, "what failed is tried again, what went through is not"
-    assert (
-        len(calls) == 2 + 3 + 2
-    )  # the point that failed and the one after it; the unedited model is not asked again
+    # The unedited model and the point that failed, grace's two points, and the two of what was tried again.
+    assert len(calls) == 2 + 2 + 2
 
 
 def test_orders_differ_by_seed_and_are_the_same_for_all_methods(seed):
