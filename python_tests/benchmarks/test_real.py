@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pandas
 import pytest
-from support.sequences import FAST
+from support.sequences import EDITS, FAST, failing, ready
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 import d4s
 from d4s.errors import ConfigError, EditingStopped
 from d4s.measure.downstream import TaskMetric
 from d4s.methods import Editor
+from d4s.methods.memit import MEMITEditor
 from d4s.sequence.record import Record
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind all else: d4s is the one that is tested
-from benchmarks.real import datasets, downstream, setting, tables
+from benchmarks.real import claims, datasets, downstream, setting, tables
 
 try:
     import lm_eval
@@ -156,6 +157,59 @@ def test_data_sets_are_edited_through_interruptions(world, monkeypatch, capsys):
     assert cells["efficacy"] == "{:.1f} [{:.1f}, {:.1f}]".format(*bounds)
     assert cells["mean \\|w\\|"] == f"{100 * row['l1_growth']:+.1f} %"
     assert before.startswith(f"| unedited | {100 * row['efficacy.unedited']:.1f} |")
+
+
+def test_claims_are_judged_by_what_is_there(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    monkeypatch.setattr(claims, "COLLAPSE", None)  # what a random model says is no measure
+    with monkeypatch.context() as patch:
+        failing(patch, MEMITEditor, 3)
+        kept = d4s.compare(
+            model,
+            tiny_tokenizer(),
+            EDITS,
+            {"d4s": FAST, "weak": {"method": "d4s", **FAST, "clamp": 1e-3}, "memit": FAST, "memit-seq": FAST},
+            covariance=covariance,
+            evaluate_every=2,
+            measure=lambda: {"retained": 0.5},
+            out=tmp_path / "sequences",
+            progress=False,
+        )
+    assert set(kept.collapsed) == {"memit"}
+    claims.main([str(tmp_path / "sequences"), "--out", str(tmp_path / "claims")])
+    said = (tmp_path / "claims" / "claims.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[0].strip("| ").split(":")[0] for line in said] == [
+        "Table 3", "Fig. 5", "Fig. 6", "Fig. 7", "Fig. 8",
+    ]  # fmt: skip
+    table = pandas.read_csv(tmp_path / "claims" / "table3" / "table3-table.csv")
+    assert set(table["method"]) == {"d4s", "memit-seq"} and set(table["edits"]) == {2, 4, 6, 7}
+    for name in ("fig5/fig5b", "fig6/fig6c", "fig7/fig7-memit-seq", "fig8/fig8"):
+        assert (tmp_path / "claims" / f"{name}.png").exists() and (
+            tmp_path / "claims" / f"{name}.csv"
+        ).exists()
+    lost = {
+        label: record.history[-1]["original_efficacy"] - record.history[-1]["efficacy"]
+        for label in ("d4s", "memit-seq")
+        for record in kept.results[label].values()
+    }
+    assert ("**holds**" in said[3]) == (lost["d4s"] <= 0.05 and lost["memit-seq"] > lost["d4s"])
+
+    claims.main(
+        [
+            str(tmp_path / "sequences"),
+            "--out",
+            str(tmp_path / "weak"),
+            "--d4s",
+            "weak",
+            "--others",
+            "memit-seq",
+        ]
+    )
+    table = pandas.read_csv(tmp_path / "weak" / "fig6" / "fig6-table.csv").set_index(["method", "edits"])
+    growth = kept.results["weak"][0].history[-1]["l1_growth"]
+    assert table.loc[("d4s", 7), "l1_growth"] == pytest.approx(growth)
+    with pytest.raises(ConfigError, match="unknown sequence that has ended 'rome'"):
+        claims.main([str(tmp_path / "sequences"), "--out", str(tmp_path / "none"), "--others", "rome"])
 
 
 def test_cases_stay_whole_and_do_not_contradict_each_other(tmp_path, seed):

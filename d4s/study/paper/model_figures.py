@@ -1,9 +1,10 @@
-"""Figures 5 to 8: what changes inside the model, all from what one comparison measured."""
+"""Figures 5 to 8: what changes inside the model, all from what one comparison measured, now or before."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d4s.measure.columns import is_share, spelled
@@ -17,47 +18,27 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+File = Callable[[str], Path]  # what a figure's name ends in, before .png → the picture's place
+
+
 def figure5(setting: Setting) -> Outcome:
-    """The bottleneck, p(target) before and after its optimisation (a), and the norms of edited layers (b)."""
     comparison, view = _analyzed(setting)
-    if probabilities := comparison.target_probabilities():
-        plot_target_probability(probabilities, setting.file("a"))
-    plot_norms(few_layers(comparison.histories()), setting.file("b"))
-    scored = [name for name in THREE if name in comparison.table()]
-    columns = ["method", "edits", "l1_growth", *scored, "collapsed"]
-    table = comparison.table(setting.counts).reindex(columns=columns)
-    return table, targets_get_harder(comparison, view)
+    return bottleneck_and_norms(comparison, view, setting.counts, setting.file)
 
 
 def figure6(setting: Setting) -> Outcome:
-    """Norms (a) and size of the change (b) of edited layers, and the downstream scores (c)."""
-    comparison, _ = _analyzed(setting, measure=setting.downstream())
-    histories, names = comparison.histories(), score_names(comparison)
-    plot_norms(few_layers(histories), setting.file("a"))
-    plot_change(histories, setting.file("b"))
-    plot_scores(histories, names, setting.file("c"))
-    columns = ["method", "edits", "l1_growth", *names, "collapsed"]
-    table = comparison.table((0, *setting.counts)).reindex(columns=columns)
-    return table, norms_are_held(comparison, names)
+    comparison, view = _analyzed(setting, measure=setting.downstream())
+    return norms_and_scores(comparison, view, setting.counts, setting.file)
 
 
 def figure7(setting: Setting) -> Outcome:
-    """Efficacy right after an edit's own step and now; per method, by when the edit was made."""
     comparison, view = _analyzed(setting, original=True)
-    plot_original_and_current(comparison.histories(), setting.file())
-    for method, record in view.records.items():
-        plot_forgetting(record.forgetting(), setting.file(f"-{method}"))
-    table = view.forgetting()
-    return table, edits_are_remembered(comparison, table)
+    return forgetting(comparison, view, setting.counts, setting.file)
 
 
 def figure8(setting: Setting) -> Outcome:
-    """Efficacy, paraphrase and specificity against edits made."""
-    comparison, _ = _analyzed(setting)
-    plot_metrics(comparison.histories(), setting.file())
-    table = comparison.table(setting.counts)
-    table.insert(0, "data", next(iter(setting.data)))
-    return chosen_columns(table, ("method", "edits")), metrics_fall_least(comparison)
+    comparison, view = _analyzed(setting)
+    return metrics_against_edits(comparison, view, setting.counts, setting.file)
 
 
 def _analyzed(
@@ -68,6 +49,46 @@ def _analyzed(
     view = analyze_model(comparison, seed=setting.seed)
     view.save(setting.details)
     return comparison, view
+
+
+def bottleneck_and_norms(
+    comparison: Comparison, view: ModelView, counts: Sequence[int], file: File
+) -> Outcome:
+    """The bottleneck, p(target) before and after its optimisation (a), and the norms of edited layers (b)."""
+    if probabilities := comparison.target_probabilities():
+        plot_target_probability(probabilities, file("a"))
+    plot_norms(few_layers(comparison.histories()), file("b"))
+    scored = [name for name in THREE if name in comparison.table()]
+    columns = ["method", "edits", "l1_growth", *scored, "collapsed"]
+    return comparison.table(counts).reindex(columns=columns), targets_get_harder(comparison, view)
+
+
+def norms_and_scores(comparison: Comparison, _view: ModelView, counts: Sequence[int], file: File) -> Outcome:
+    """Norms (a) and size of the change (b) of edited layers, and the downstream scores (c), where there are any."""
+    histories, names = comparison.histories(), score_names(comparison)
+    plot_norms(few_layers(histories), file("a"))
+    plot_change(histories, file("b"))
+    if names:
+        plot_scores(histories, names, file("c"))
+    columns = ["method", "edits", "l1_growth", *names, "collapsed"]
+    return comparison.table((0, *counts)).reindex(columns=columns), norms_are_held(comparison, names)
+
+
+def forgetting(comparison: Comparison, view: ModelView, _counts: Sequence[int], file: File) -> Outcome:
+    """Efficacy right after an edit's own step and now; per method, by when the edit was made."""
+    plot_original_and_current(comparison.histories(), file(""))
+    for method, record in view.records.items():
+        plot_forgetting(record.forgetting(), file(f"-{method}"))
+    table = view.forgetting()
+    return table, edits_are_remembered(comparison, table)
+
+
+def metrics_against_edits(
+    comparison: Comparison, _view: ModelView, counts: Sequence[int], file: File
+) -> Outcome:
+    """Efficacy, paraphrase and specificity against edits made."""
+    plot_metrics(comparison.histories(), file(""))
+    return chosen_columns(comparison.table(counts), ("method", "edits")), metrics_fall_least(comparison)
 
 
 def targets_get_harder(comparison: Comparison, view: ModelView) -> Verdict:

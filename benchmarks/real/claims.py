@@ -1,0 +1,117 @@
+"""The paper's claims on what a long run has measured: the figures and criteria of `d4s reproduce`, and no edit anew.
+
+python -m benchmarks.real.claims comparison/sequences --out claims [--d4s d4s-once] [--others memit rome]
+
+SEQUENCES is the folder that a long run keeps its sequences in. Judged are those that have ended, and those under way of
+which fewer than a tenth are still the greedy answer, which have collapsed. One of D4S's sequences (--d4s) is held
+against those of other methods (--others; default: all that are there). OUT gets a folder a figure with its pictures,
+their data and its table, and claims.md: claim, criterion, what was measured, and whether it holds. Cost: seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.real.setting import COLLAPSE
+from benchmarks.real.tables import sequences
+from d4s.errors import ConfigError, unknown_name
+from d4s.files import write_table, write_text
+from d4s.sequence.comparison import Comparison
+from d4s.sequence.record import Record
+from d4s.sequence.schedule import Schedule
+from d4s.study.model_view import analyze_model
+from d4s.study.paper.model_figures import (
+    File,
+    bottleneck_and_norms,
+    forgetting,
+    metrics_against_edits,
+    norms_and_scores,
+)
+from d4s.study.paper.setting import Verdict
+from d4s.study.paper.tables import chosen_columns, highest_average
+
+# Name → what draws it, and what of the paper it is.
+FIGURES = {
+    "fig5": (bottleneck_and_norms, "Fig. 5: bottleneck and norms"),
+    "fig6": (norms_and_scores, "Fig. 6: norms and what is kept"),
+    "fig7": (forgetting, "Fig. 7: forgetting"),
+    "fig8": (metrics_against_edits, "Fig. 8: metrics against edits"),
+}
+
+
+def judged(folder: Path, d4s: str, others: Sequence[str] | None) -> Comparison:
+    """D4S's sequence, under that name, and those of other methods."""
+    found = {
+        label: {seed: one for seed, record in by_seed.items() if (one := _whole(record)) is not None}
+        for label, by_seed in sequences(folder).results.items()
+    }
+    found = {label: by_seed for label, by_seed in found.items() if by_seed}
+    named = [label for label, one in found.items() if next(iter(one.values())).method != "d4s"]
+    for label in (d4s, *(others or ())):
+        if label not in found:
+            raise ConfigError(unknown_name("sequence that has ended", label, found))
+    return Comparison({"d4s": found[d4s]} | {label: found[label] for label in others or named})
+
+
+def _whole(record: Record) -> Record | None:
+    """A sequence that has ended or collapsed; None: it is under way."""
+    why = Schedule(stop_on_collapse=COLLAPSE).collapse(record.history[-1])
+    if why is not None:
+        return replace(record, failure=f"after edit {record.history[-1]['step']}: {why}")
+    return record if record.failure is None else None
+
+
+def claims(found: Comparison, out: Path) -> dict[str, Verdict]:
+    """What of the paper → its verdict; the pictures and tables are written."""
+    histories = found.histories()
+    whole = [set(histories[label]["step"]) for label in found.results if label not in found.collapsed]
+    if not whole:
+        raise ConfigError(
+            f"{', '.join(found.results)}: all have collapsed, so there are no points to compare; name others"
+        )
+    counts = sorted(set.intersection(*whole) - {0})
+    view = analyze_model(found)
+    table = found.table(counts)
+    table.insert(0, "data", "CounterFact")
+    verdicts = {"Table 3: methods on CounterFact": highest_average(table)}
+    write_table(chosen_columns(table, ("method", "edits")), out / "table3" / "table3-table.csv")
+    for name, (draw, about) in FIGURES.items():
+        place = out / name
+        place.mkdir(parents=True, exist_ok=True)
+        table, verdicts[about] = draw(found, view, counts, _pictures(place))
+        write_table(table, place / f"{name}-table.csv")
+    return verdicts
+
+
+def _pictures(place: Path) -> File:
+    return lambda suffix: place / f"{place.name}{suffix}.png"
+
+
+def markdown(verdicts: dict[str, Verdict]) -> str:
+    said = {None: "no judging", True: "**holds**", False: "does not hold"}
+    rows = [
+        f"| {about} | {one.claim} | {one.criterion} | {one.measured} | {said[one.holds]} |".replace(
+            "|w|", "\\|w\\|"
+        )
+        for about, one in verdicts.items()
+    ]
+    return "\n".join(["| | the paper | criterion | measured | here |", "|---|---|---|---|---|", *rows, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sequences", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--d4s", default="d4s", help="the sequence that stands for D4S")
+    parser.add_argument("--others", nargs="+", help="the sequences that it is held against")
+    options = parser.parse_args(arguments)
+    text = markdown(claims(judged(options.sequences, options.d4s, options.others), options.out))
+    write_text(text, options.out / "claims.md")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
