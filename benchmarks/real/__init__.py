@@ -21,6 +21,8 @@ downstream   scores before and after                python -m benchmarks.real.do
                                                     --data DOWNSTREAM --out DIR
 tables       tables of any point, also under way    python -m benchmarks.real.tables OUT/sequences --at 300 --out DIR
              cost: seconds
+claims       the paper's claims on what is there    python -m benchmarks.real.claims OUT/sequences --out DIR
+             cost: seconds
 
 The paper's tables and figures, each `d4s reproduce NAME smollm2 …` with --covariance C --out DIR:
 
