@@ -166,6 +166,16 @@ def add_targets(verb: ArgumentParser) -> None:
     )
 
 
+def add_passes(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--passes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="over the edits: in each behind the first those are made again that are not the greedy answer",
+    )
+
+
 def add_collapse(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--stop-on-collapse",

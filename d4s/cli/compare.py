@@ -12,6 +12,7 @@ from d4s.cli.arguments import (
     add_collapse,
     add_edits,
     add_model,
+    add_passes,
     add_preset,
     add_scores,
     add_sequences,
@@ -58,6 +59,7 @@ def add(verb: ArgumentParser) -> None:
         "without: multiples of each one's own",
     )
     add_sums(verb)
+    add_passes(verb)
     add_collapse(verb)
     add_tensorboard(verb)
     add_scores(verb)
@@ -100,6 +102,7 @@ def run(options: Namespace) -> None:
         neighborhood_limit=options.neighborhood_limit,
         generate=options.generate,
         measure=task_scores(options, model, tokenizer),
+        passes=options.passes,
         stop_on_collapse=options.stop_on_collapse,
         observers=watchers,
     )

@@ -16,6 +16,7 @@ from d4s.cli.arguments import (
     add_edits,
     add_fields,
     add_model,
+    add_passes,
     add_preset,
     add_scores,
     add_sums,
@@ -69,6 +70,7 @@ def add(verb: ArgumentParser) -> None:
         help="no: a smaller journal, from which no single edit can be undone",
     )
     add_sums(verb)
+    add_passes(verb)
     add_collapse(verb)
     add_tensorboard(verb)
     add_scores(verb)
@@ -121,6 +123,7 @@ def run(options: Namespace) -> None:
             evaluate_every=options.evaluate_every,
             generate=options.generate,
             measure=task_scores(options, model, tokenizer),
+            passes=options.passes,
             stop_on_collapse=options.stop_on_collapse,
             seed=options.seed,
             journal=out / "journal",

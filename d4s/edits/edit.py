@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from d4s.edits.spacing import Target, opened, target_of
@@ -218,6 +218,14 @@ def check_sequence(edits: Iterable[Edit]) -> None:
     The same fact edited again later is an update, and fine. Raises EditError naming both edits.
     """
     _distinct(edits, lambda edit: edit.id, _same_id)
+
+
+AGAIN = "again"  # the tag of an edit that makes another one's fact once more: the id of that
+
+
+def made_again(edit: Edit, number: int) -> Edit:
+    """The same fact as an edit of its own, which a later pass over a sequence makes. number: of the pass, 2 or more"""
+    return replace(edit, id=f"{edit.id}~{number}", tags={**edit.tags, AGAIN: edit.id})
 
 
 def check_batch(edits: Iterable[Edit]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from d4s.change.closed_form import Rows
 from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
+from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
 from d4s.journal.changes import Change, changes_within
@@ -25,6 +26,7 @@ from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
 from d4s.journal.patch import export_patch
 from d4s.journal.sums import Standing, Sums, edits_of, packed
 from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import METHODS, Editor, Workbench
 from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
@@ -140,7 +142,8 @@ class Journal:
     # What is changed
 
     def undo(self, ids: str | Iterable[str]) -> None:
-        """The edits no longer stand: sums and weights are what the other edits put into them.
+        """The edits no longer stand: sums and weights are what the other edits put into them. One that a later pass has
+        made again is taken back with what that made; its "<id>~2" alone may be named too.
 
         O(d²) an edit, whatever the number of edits; with experts O(n³) for n edits. What is exact is said in
         `d4s.journal.sums`.
@@ -157,10 +160,20 @@ class Journal:
         if not named:
             raise EditError("no edit was named; the journal's log has their ids (d4s log)")
         with self._writing():
+            named += [one for one in self._again(named, stand=not stand) if one not in named]
             self.sums.change(named, stand=stand)
             self.sums.settle_()  # fails, if it does, before anything is written
             self.folder.append("redone" if stand else "undone", ids=named)
             self._snapshot()
+
+    def _again(self, ids: Collection[str], *, stand: bool) -> list[str]:
+        """Edits by which a later pass has made these again, of those that stand, or do not."""
+        standing = self._standing()
+        return [
+            made
+            for made, one in standing.made.items()
+            if one.edit.tags.get(AGAIN) in ids and (made not in standing.undone) == stand
+        ]
 
     def revise(
         self,
@@ -178,7 +191,13 @@ class Journal:
         covariance: key statistics, where the method has any; None: those of the cache
         """
         old = self._standing().get(edit_id).edit
-        record = {k: v for k, v in old.to_dict().items() if k != "id"} | {"target_new": target_new}
+        if again := self._again([edit_id], stand=True):
+            raise EditError(
+                f"edit {edit_id!r} was made again as {again[-1]!r}; revise that, or undo it first (d4s undo)"
+            )
+        tags = {name: value for name, value in old.tags.items() if name != AGAIN}
+        record = {k: v for k, v in old.to_dict().items() if k not in ("id", "tags")}
+        record |= {"target_new": target_new, "tags": tags}
         new = Edit.from_dict(record)
         if new.id in self._standing().made:
             new = Edit.from_dict(record | {"id": f"{new.id}-{len(self._standing().made)}"})
@@ -301,6 +320,8 @@ class Journal:
         bench = Workbench(model, tokenizer, covariance=covariance, seed=int(self.head["schedule"]["seed"]))
         target = fields.pop("target", None)
         method = cls.preset(bench.anatomy).changed(fields | ({} if target is None else {"target": target}))
+        if self.head["schedule"].get("passes") and method.searches_ahead:
+            bench.targets = KeptTargets()  # what is made again is not searched again, as in the sequence
         editor = method.editor(bench)
         if bench.statistics_digest(editor.weights.layers) != self.head["statistics"]:
             raise ConfigError(
@@ -501,7 +522,7 @@ class Journal:
         with evaluating(model):
             editor = self._editor(model, tokenizer, covariance)
             try:
-                editor.announce([edit for batch in steps for edit in batch])
+                editor.announce([edit for batch in steps for edit in batch if AGAIN not in edit.tags])
                 for batch in steps:
                     editor.edit(batch)
                 own = dict(model.named_parameters())

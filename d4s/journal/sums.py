@@ -303,7 +303,9 @@ class Sums:
             )
 
     def _put(self, put: Sequence[Rows], taken: Sequence[Rows]) -> None:
-        for rows in (*put, *map(negated, taken)):
+        # What goes in comes first: of two edits of a prompt that are both taken back, the later has taken the
+        # earlier's key out already, and with both out before that is back the sums would be no sums of anything.
+        for rows in sorted((*put, *map(negated, taken)), key=lambda rows: -rows.sign):
             if rows.layer not in self.kept:
                 self.closed_form.put_(rows)
         if put or taken:

@@ -124,6 +124,7 @@ class Live(Observer):
         now = self.clock()
         self.steps.append((now - self.before, len(batch)))
         self.before, self.made = now, len(result.edits_table)
+        self.total = max(self.total, self.made)  # a later pass makes some again
         if now - self.looked >= _SECONDS:
             self.looked = now
             self._look(result.editor.weights.mean_absolute())

@@ -60,6 +60,7 @@ def compare(
     original: bool = True,
     generate: bool = False,
     measure: Measure | None = None,
+    passes: int = 1,
     stop_on_collapse: float | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
@@ -110,6 +111,7 @@ def compare(
         generate=generate,
         measure=measure,
         stop_at_failure=True,
+        passes=passes,
         stop_on_collapse=stop_on_collapse,
     )
     if isinstance(covariance, (str, os.PathLike)):

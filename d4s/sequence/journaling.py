@@ -16,6 +16,7 @@ from torch import Tensor
 from d4s.change.closed_form import ClosedForm, Rows
 from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
+from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
 from d4s.journal.folder import (
@@ -41,7 +42,7 @@ from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record, read_evaluation, read_history_row
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
-from d4s.sequence.under_way import Run
+from d4s.sequence.under_way import Run, table_rows
 
 SEGMENT_EVERY = 64  # steps
 SNAPSHOT_EVERY = 1000  # steps, of an editor whose steps can be made again from their vectors
@@ -186,7 +187,7 @@ class Journaling(Observer):
                     "does not go on. d4s.Journal works with it; name another folder for a new sequence"
                 )
         folder = self.folder
-        expected = self._expected_bytes(editor, len(result.edits) - self._made(), state)
+        expected = self._expected_bytes(editor, max(0, len(result.edits) - self._made()), state)
         stage(
             f"journal {self.path}: up to {expected / 1e6:.0f} MB more",
             shown=bench.progress and expected > 1e6,
@@ -261,6 +262,8 @@ class Journaling(Observer):
         batches = under_way.schedule.batches(result.edits)
         for number, event in enumerate(steps):
             stored = edits_of(event, self.folder)
+            if number == len(batches) and all(edit.tags.get(AGAIN) in by_id for edit in stored):
+                batches.append(stored)  # by a later pass
             if number >= len(batches) or [e.id for e in stored] != [e.id for e in batches[number]]:
                 raise DataError(
                     f"{self.folder.root}, event {event['n']}: its edits are not those of step {number + 1}; "
@@ -271,11 +274,13 @@ class Journaling(Observer):
         made = 0
         for event, batch in zip(steps, batches, strict=False):
             made += len(batch)
-            result.edits_table += _table_rows(event, [by_id[edit.id].id for edit in batch], made)
+            result.edits_table += _table_rows(event, batch, made)
             under_way.edit_seconds = float(event["seconds"] or 0.0)  # None: it was not finite
         tested = [event for event in events if event["kind"] == "tested"]
         for event in tested:
             _take_tested(event, result.edits_table)
+            if int(event["made"]) > len(result.edits):
+                continue  # of a later pass
             for name in _RIGHT_AFTER:
                 under_way.right_after[name] += [v for v in event[name] if v is not None]
         for event in events:
@@ -468,7 +473,7 @@ def record_of(path: str | os.PathLike[str]) -> Record:
     for event in folder.events:
         if event["kind"] == "step":
             made += len(event["edits"])
-            record.edits_table += _table_rows(event, [edit["id"] for edit in event["edits"]], made)
+            record.edits_table += _table_rows(event, edits_of(event, folder), made)
             unfinished = f"unfinished, {made} of {head['count']} edits made"
         elif event["kind"] == "tested":
             _take_tested(event, record.edits_table)
@@ -482,9 +487,9 @@ def record_of(path: str | os.PathLike[str]) -> Record:
     return record
 
 
-def _table_rows(event: Mapping[str, Any], ids: Sequence[str], made: int) -> list[dict[str, Any]]:
+def _table_rows(event: Mapping[str, Any], batch: Sequence[Edit], made: int) -> list[dict[str, Any]]:
     """Rows of `edits_table` of a step. made: edits with those of the step"""
-    rows: list[dict[str, Any]] = [{"id": one, "step": made} for one in ids]
+    rows = table_rows(batch, made)
     first, last = event.get("first_probability"), event.get("last_probability")
     if first is not None and last is not None:
         for i, row in enumerate(rows):

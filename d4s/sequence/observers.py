@@ -92,6 +92,7 @@ class Bar(Observer):
         self.bar = progress_bar(len(result.edits), "edit", result.method, shown=self.shown, initial=made)
 
     def step(self, result: Result, batch: Sequence[Edit]) -> None:
+        self.bar.total = max(self.bar.total, len(result.edits_table))  # a later pass makes some again
         self.bar.update(len(batch))
 
     def point(self, result: Result) -> None:

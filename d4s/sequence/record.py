@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from d4s import files
+from d4s.edits.edit import AGAIN
 from d4s.errors import shown
 from d4s.files import finite_or_none, write_json
 from d4s.measure.columns import HEADLINES, Column, column
@@ -37,8 +38,9 @@ class Record:
         delta_norm.<layer>: ‖W − W0‖_F
         seconds: wall-clock time since the start, evaluation included; edit_seconds: without it
         and what `measure` gave
-    edits_table: one row an edit: id, step, first_probability and last_probability of its target's optimisation, and
-        written_probability: p(target) on the edit prompt right after the step
+    edits_table: one row an edit made: id, step, first_probability and last_probability of its target's optimisation,
+        and written_probability: p(target) on the edit prompt right after the step; of one that a later pass has made
+        again as "<id>~2", also the first's id: again
     evaluations: the full evaluation behind each history row
     chosen: fields of the configuration that were left open (None), as they were decided by the edits
     failure: why the sequence ended before its last edit; None: it did not
@@ -93,10 +95,12 @@ class Record:
 
     def not_arrived(self) -> list[str]:
         """Ids of edits whose optimised target did not arrive: p(target) was ½ or more at the end of its optimisation,
-        and right after the step, on the edit prompt, less than half of that."""
+        and right after the step, on the edit prompt, less than half of that. Of an edit that was made again the last
+        time counts."""
+        last = {row.get(AGAIN, row["id"]): row for row in self.edits_table}
         return [
-            row["id"]
-            for row in self.edits_table
+            edit_id
+            for edit_id, row in last.items()
             if row.get("written_probability") is not None
             and row.get("last_probability") is not None
             and row["last_probability"] >= 0.5
@@ -116,7 +120,7 @@ class Record:
         done = [e for e, row in zip(self.evaluations, self.history, strict=True) if row["step"]]
         begin = 0
         for made in points:
-            ids = {row["id"] for row in self.edits_table[begin:made]}
+            ids = {row.get(AGAIN, row["id"]) for row in self.edits_table[begin:made]}
             for tested, evaluation in zip(points, done, strict=True):
                 if tested >= made:
                     values = [
@@ -210,7 +214,7 @@ def _rows(
                 raise files.WrongType(f"{place}[{i}] has no {name!r}")
         for name, cell in files.as_object(row, f"{place}[{i}]").items():
             at = f"{place}[{i}], {shown(name)}"
-            if (name == "id" and name in needed) or (name in ("kind", "misspelt_as") and evaluated):
+            if (name in ("id", AGAIN) and "id" in needed) or (name in ("kind", "misspelt_as") and evaluated):
                 cells[name] = files.as_text(cell, at)
             elif name in ("step", "count") and name in needed:
                 cells[name] = files.as_count(cell, at)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from d4s.edits import Edit, check_batch, check_sequence
+from d4s.edits.edit import made_again
 from d4s.errors import ConfigError, EditingFailed, EditingStopped
 from d4s.interrupts import ending_signals_raise
 from d4s.locate.covariance import Covariance
@@ -47,6 +48,7 @@ def edit_sequence(
     generate: bool = False,
     measure: Measure | None = None,
     stop_at_failure: bool = False,
+    passes: int = 1,
     stop_on_collapse: float | None = None,
     baseline: Baseline | None = None,
     architecture: Architecture | None = None,
@@ -79,6 +81,8 @@ def edit_sequence(
         "<task> acc" or as another accuracy are shown in percent, others as they are
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
+    passes: over the edits. In each behind the first those are made again, one after another, whose target is not the
+        greedy answer at the end of the pass before; they are steps, rows and history of their own, as "<id>~2"
     stop_on_collapse: ends the sequence at a point where a smaller share of the edits made is still the greedy answer,
         as .1; `Result.failure` says so
     baseline: the unedited model's answers to these edits, where they have been taken before
@@ -107,6 +111,7 @@ def edit_sequence(
         generate=generate,
         measure=measure,
         stop_at_failure=stop_at_failure,
+        passes=passes,
         stop_on_collapse=stop_on_collapse,
         seed=seed,
     )
@@ -208,6 +213,8 @@ def _begun(
     settled = method.settled(bench, edits) if journal is None else journal.settled(method, bench, edits)
     if journal is not None and settled.searches_ahead:
         bench.targets = journal.targets(bench.targets)
+    elif schedule.passes > 1 and settled.searches_ahead and bench.targets is None:
+        bench.targets = KeptTargets()  # what is made again is not searched again
     editor = settled.editor(bench)
     if baseline is None and journal is not None:
         baseline = journal.baseline()
@@ -244,7 +251,7 @@ def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Sc
     """Raises what `edit_sequence` raises before anything is changed."""
     if not edits:
         raise ConfigError("no edits were given; at least one is needed")
-    check_sequence(edits)
+    check_sequence([*edits, *(made_again(edit, n + 1) for n in range(1, schedule.passes) for edit in edits)])
     for batch in schedule.batches(edits):
         check_batch(batch)
     if bench.targets is not None and not method.searches_ahead:

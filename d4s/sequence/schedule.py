@@ -23,6 +23,7 @@ class Schedule:
     generate: whether free generation is scored
     measure: called at each point; its figures join the history row
     stop_at_failure: whether a step that fails ends the sequence instead of raising
+    passes: over the edits. In each behind the first those are made again whose target is not the greedy answer
     stop_on_collapse: the share of the edits made that must still be the greedy answer; a point with fewer is the last.
         None: the sequence goes on whatever it has become
     seed: of contexts, samples and intervals
@@ -37,6 +38,7 @@ class Schedule:
     generate: bool = False
     measure: Measure | None = None
     stop_at_failure: bool = False
+    passes: int = 1
     stop_on_collapse: float | None = None
     seed: int = 0
 
@@ -44,7 +46,11 @@ class Schedule:
         if isinstance(self.evaluate_every, Collection):
             object.__setattr__(self, "evaluate_every", tuple(dict.fromkeys(self.evaluate_every)))
         points = self.evaluate_every if isinstance(self.evaluate_every, tuple) else (self.evaluate_every,)
-        for name, value in (("batch_size", self.batch_size), *(("evaluate_every", p) for p in points)):
+        for name, value in (
+            ("batch_size", self.batch_size),
+            ("passes", self.passes),
+            *(("evaluate_every", p) for p in points),
+        ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
         share = self.stop_on_collapse
@@ -92,4 +98,4 @@ class Schedule:
             "generate": self.generate,
             "measure": getattr(owner, "settings", self.measure is not None),
             "stop_on_collapse": self.stop_on_collapse,
-        }
+        } | ({"passes": self.passes} if self.passes > 1 else {})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d4s.edits import Edit
+from d4s.edits.edit import AGAIN, made_again
 from d4s.errors import D4SError
 from d4s.interrupts import deferred
 from d4s.measure.columns import THREE, measured_columns
@@ -63,17 +64,45 @@ class Run:
         self.norms_before = result.editor.weights.mean_absolute()
 
     def steps(self, observers: Observer) -> None:
-        """All steps, and the points that are due behind them."""
-        result, schedule, made = self.result, self.schedule, 0
-        done = len(result.edits_table)
-        for batch in schedule.batches(result.edits):
+        """All steps, and the points that are due behind them: the edits, then in each pass those of them that the point
+        behind the pass before has found not to be the greedy answer."""
+        made, edits = 0, self.result.edits
+        for number in range(1, self.schedule.passes + 1):
+            if number > 1:
+                edits = self._lost(made, number)
+                told = (
+                    f"pass {number}: {len(edits)} of {len(self.result.edits)} edits are not the greedy answer"
+                )
+                stage(f"{self.result.method}: {told}", shown=self.progress)
+            if not edits or not self._pass(edits, made, observers):
+                return
+            made += len(edits)
+
+    def _lost(self, made: int, number: int) -> tuple[Edit, ...]:
+        """To be made again in a pass, by the point after `made` edits: of several edits of a prompt the last one."""
+        result = self.result
+        at = [row["step"] for row in result.history].index(made)
+        said = {row["id"]: row.get("efficacy_argmax") for row in result.evaluations[at].rows}
+        last = {edit.place: edit.id for edit in result.edits}
+        standing = [edit for edit in result.edits if last[edit.place] == edit.id]
+        return tuple(
+            made_again(edit, number)
+            for edit in standing
+            if (share := said[edit.id]) is not None and share < 1
+        )
+
+    def _pass(self, edits: Sequence[Edit], begin: int, observers: Observer) -> bool:
+        """Steps over these edits; whether they came to their end. begin: edits made before"""
+        result, schedule, made = self.result, self.schedule, begin
+        done, end = len(result.edits_table), begin + len(edits)
+        for batch in schedule.batches(edits):
             if made < done:  # by the sequence that this one goes on with
                 before, made = made, made + len(batch)
-                if made == done and self._lacks_point(before, made):
+                if made == done and self._lacks_point(before, made, end):
                     self.point(made)
                     observers.point(result)
-                if self._has_collapsed(made):
-                    return
+                if self._has_collapsed(made, end):
+                    return False
                 continue
             try:
                 self.step(batch, observers)
@@ -85,26 +114,27 @@ class Run:
                 if made and result.history[-1]["step"] != made:
                     self.point(made, ended=True)
                     observers.point(result)
-                return
+                return False
             before, made = made, made + len(batch)
-            if self._lacks_point(before, made):
+            if self._lacks_point(before, made, end):
                 self.point(made)
                 observers.point(result)
-            if self._has_collapsed(made):
-                return
+            if self._has_collapsed(made, end):
+                return False
+        return True
 
-    def _has_collapsed(self, made: int) -> bool:
-        """Whether the last point lies here, before the end, and is one that the schedule lets no step follow."""
+    def _has_collapsed(self, made: int, end: int) -> bool:
+        """Whether the last point lies here, before the pass's end, and is one that the schedule lets no step follow."""
         result = self.result
-        if result.history[-1]["step"] != made or made == len(result.edits):
+        if result.history[-1]["step"] != made or made == end:
             return False
         why = self.schedule.collapse(result.history[-1])
         if why is not None:
             result.failure = f"after edit {made}: {why}"
         return why is not None
 
-    def _lacks_point(self, before: int, made: int) -> bool:
-        due = made == len(self.result.edits) or self.schedule.is_due(before, made)
+    def _lacks_point(self, before: int, made: int, end: int) -> bool:
+        due = made == end or self.schedule.is_due(before, made)
         return due and self.result.history[-1]["step"] != made
 
     def step(self, batch: Sequence[Edit], observers: Observer) -> None:
@@ -119,8 +149,9 @@ class Run:
         now = self._evaluate(batch, limit=0, only_edited=True)
         for table_row, found in zip(self.result.edits_table[-len(batch) :], now.rows, strict=True):
             table_row["written_probability"] = found["target_probability"]
-        for name, values in self.right_after.items():
-            values += [row[name] for row in now.rows if row.get(name) is not None]
+        if AGAIN not in batch[0].tags:  # what is made again was right, or not, after its own step
+            for name, values in self.right_after.items():
+                values += [row[name] for row in now.rows if row.get(name) is not None]
         observers.tested(self.result, batch, now.rows)
 
     def _make(self, batch: Sequence[Edit]) -> None:
@@ -134,7 +165,7 @@ class Run:
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                 made = before + len(batch)
-                rows: list[dict[str, Any]] = [{"id": edit.id, "step": made} for edit in batch]
+                rows = table_rows(batch, made)
                 if step.first_probability:
                     for i, row in enumerate(rows):
                         row["first_probability"] = step.first_probability[i]
@@ -236,6 +267,15 @@ class Run:
             result.columns |= measured_columns(given, measure)
         result.history.append(row)
         result.evaluations.append(evaluation)
+
+
+def table_rows(batch: Sequence[Edit], made: int) -> list[dict[str, Any]]:
+    """Rows of `edits_table` of a step, without its figures. made: edits with those of the step"""
+    rows: list[dict[str, Any]] = [{"id": edit.id, "step": made} for edit in batch]
+    for row, edit in zip(rows, batch, strict=True):
+        if AGAIN in edit.tags:
+            row[AGAIN] = edit.tags[AGAIN]
+    return rows
 
 
 def made_alike(editor: Editor, batch: Sequence[Edit]) -> Step:
