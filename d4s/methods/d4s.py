@@ -46,6 +46,7 @@ from d4s.change.closed_form import ClosedForm, Rows
 from d4s.change.expert_form import JointForm, closed_form_over
 from d4s.configuration import AtLeast
 from d4s.edits import Edit, check_batch
+from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError
 from d4s.locate.targets import Targets, refining
 from d4s.methods.base import Holding, LayerSize, Step, Workbench
@@ -57,6 +58,10 @@ from d4s.methods.locate_then_edit import (
     holding_of_sums,
     step_of,
 )
+
+# What was lost at its target of W0 is lost again with the same one: of 1,000 edits of SmolLM2 72 % are the greedy
+# answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2.md).
+AGAIN_LOOKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,10 @@ class D4S(LocateMethod):
         "the paper's rule, or measured again before each layer, as always with anchor=current",
     ] = "measured"
     refine_looks: Annotated[
-        int, "at a target of W0, on the weights as they are, before it is written; 0: it stays", AtLeast(0)
+        int,
+        "at a target of W0, on the weights as they are, before it is written; 0: it stays, but of an edit that a later "
+        "pass makes again, which has eight or more",
+        AtLeast(0),
     ] = 0
 
     def __post_init__(self) -> None:
@@ -169,8 +177,11 @@ class D4SEditor(LocateEditor):
         self.put = []
         base = self.anchor == "base"
         targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
-        if self.refine_looks:
-            targets = self.refined(batch, targets)
+        looks = self.refine_looks
+        if base and self.measured and all(AGAIN in edit.tags for edit in batch):
+            looks = max(looks, AGAIN_LOOKS)
+        if looks:
+            targets = self.refined(batch, targets, looks)
         again = [i for i, edit in enumerate(batch) if edit.place in self.held]
         once = not self.measured
         old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
@@ -193,9 +204,9 @@ class D4SEditor(LocateEditor):
         self.hold(batch)
         return step_of(targets)
 
-    def refined(self, edits: Sequence[Edit], targets: Targets) -> Targets:
+    def refined(self, edits: Sequence[Edit], targets: Targets, looks: int) -> Targets:
         """Targets of W0, searched on from their z on the current weights."""
-        found = self.search(edits, refining(self.method.target, self.refine_looks), targets.target)
+        found = self.search(edits, refining(self.method.target, looks), targets.target)
         return self.normed(edits, found)
 
     def _put(self, rows: Rows) -> None:
