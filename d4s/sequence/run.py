@@ -81,8 +81,8 @@ def edit_sequence(
         "<task> acc" or as another accuracy are shown in percent, others as they are
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
-    passes: over the edits. In each behind the first those are made again, one after another, whose target is not the
-        greedy answer at the end of the pass before; they are steps, rows and history of their own, as "<id>~2"
+    passes: over the edits. In each behind the first those are made again, `batch_size` a step, whose target is not the
+        greedy answer at the end of the pass before; they have steps, rows and a point of their own, as "<id>~2"
     stop_on_collapse: ends the sequence at a point where a smaller share of the edits made is still the greedy answer,
         as .1; `Result.failure` says so
     baseline: the unedited model's answers to these edits, where they have been taken before

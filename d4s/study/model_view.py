@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError
 from d4s.figures.plots import plot_lines
 from d4s.figures.tables import frame_lines
@@ -45,7 +46,7 @@ class ModelView:
 
         rows = []
         for label, record in self.records.items():
-            table = pandas.DataFrame(record.edits_table)
+            table = pandas.DataFrame([row for row in record.edits_table if AGAIN not in row])
             if "last_probability" not in table or table["last_probability"].isna().all():
                 continue
             fifth = max(1, len(table) // 5)

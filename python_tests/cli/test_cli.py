@@ -193,7 +193,6 @@ def test_a_log_says_from_the_start_what_is_done(tmp_path, capsys, monkeypatch):
         "ft-m: the unedited model is scored on 3 edits",
         "ft-m: 3 edits, 1 a step",
         "sequence 2 of 2: grace, seed 0",
-        "grace: the unedited model is scored on 3 edits",
         "grace: 3 edits, 1 a step",
     ]
     monkeypatch.setattr(progress, "_SECONDS", 0)  # work that takes long
