@@ -54,7 +54,7 @@ def test_what_is_not_the_greedy_answer_is_made_again_as_if_it_stood_behind(ancho
     assert without_times(found.history)[:4] == without_times(once.history)
     assert found.history[-1]["original_efficacy"] == once.history[-1]["original_efficacy"]
     assert len(found.forgetting()) == len(found.history) - 1
-    assert set(ModelView({"d4s": found.record()}).bottleneck()["count"]) == {1}  # a fifth of seven
+    assert set(ModelView({"d4s": found.record()}, {}).bottleneck()["count"]) == {1}  # a fifth of seven
     assert set(found.not_arrived()) <= {edit.id for edit in EDITS}
 
 

@@ -125,16 +125,16 @@ def test_table4_asks_the_harness_for_the_tasks_that_are_named(monkeypatch, tmp_p
     monkeypatch.setattr("d4s.measure.downstream.run_tasks", run_tasks)
     options = dict(counts=(2,), tasks=["arc_challenge"], task_limit=7, task_folder="folder")
     found = run("table4", tmp_path, seed, {"facts": FACTS[:2]}, **options)
-    assert set(asked) == {(("arc_challenge",), 7, "folder")} and len(asked) == 4  # before and after, twice
+    assert set(asked) == {(("arc_challenge",), 7, "folder")} and len(asked) == 3  # once before, after each
     assert list(found.table["task"]) == ["arc_challenge acc_norm"] * 2
-    assert list(found.table["before"]) == [1, pytest.approx(1 / 3)]
-    assert list(found.table["after"]) == [1 / 2, 1 / 4]
+    assert list(found.table["before"]) == [1, 1]
+    assert list(found.table["after"]) == [1 / 2, pytest.approx(1 / 3)]
 
 
 def test_table4_judges_by_shares_alone(monkeypatch, tmp_path, seed):
     from d4s.measure.downstream import TaskMetric
 
-    told = iter([0.5, 0.5, 0.5, 0.25])
+    told = iter([0.5, 0.5, 0.25])
 
     def run_tasks(*_, **__):
         return {
