@@ -160,7 +160,7 @@ class Journal:
         if not named:
             raise EditError("no edit was named; the journal's log has their ids (d4s log)")
         with self._writing():
-            named += [one for one in self._again(named, stand=not stand) if one not in named]
+            named = list(dict.fromkeys([*named, *self._again(named, stand=not stand)]))
             self.sums.change(named, stand=stand)
             self.sums.settle_()  # fails, if it does, before anything is written
             self.folder.append("redone" if stand else "undone", ids=named)
@@ -168,11 +168,11 @@ class Journal:
 
     def _again(self, ids: Collection[str], *, stand: bool) -> list[str]:
         """Edits by which a later pass has made these again, of those that stand, or do not."""
-        standing = self._standing()
+        standing, first = self._standing(), set(ids)
         return [
             made
             for made, one in standing.made.items()
-            if one.edit.tags.get(AGAIN) in ids and (made not in standing.undone) == stand
+            if one.edit.tags.get(AGAIN) in first and (made not in standing.undone) == stand
         ]
 
     def revise(

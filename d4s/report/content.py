@@ -8,7 +8,7 @@ from typing import Any
 
 from d4s.measure.columns import HEADLINES, METRICS, Column, column
 from d4s.report.runs import ToldRun
-from d4s.sequence.record import Record
+from d4s.sequence.record import Record, first_id
 
 MOST_LAYERS = 8  # drawn a panel each
 STRETCHES = 50  # of a curve over single edits, each its mean
@@ -154,7 +154,7 @@ def _targets(runs: Sequence[ToldRun], panels: list[dict[str, Any]]) -> list[dict
         lines = []
         for i, run in enumerate(runs):
             now = {row["id"]: row for row in _evaluated(run.record, last=True)}
-            values = [row.get(name, now.get(row["id"], {}).get(name)) for row in run.record.edits_table]
+            values = [row.get(name, now.get(first_id(row), {}).get(name)) for row in run.record.edits_table]
             stretch = max(1, -(-len(values) // STRETCHES))
             x, y = [], []
             for begin in range(0, len(values), stretch):
@@ -229,10 +229,10 @@ def _edits(run: ToldRun, places: Mapping[str, int]) -> dict[str, list[Any]]:
         ]
 
     def of(rows: Mapping[str, Mapping[str, Any]], name: str) -> list[int | None]:
-        return whole(rows.get(row["id"], {}).get(name) for row in table)
+        return whole(rows.get(first_id(row), {}).get(name) for row in table)
 
     def likely(rows: Mapping[str, Mapping[str, Any]], name: str) -> list[int | None]:
-        nlls = (rows.get(row["id"], {}).get(name) for row in table)
+        nlls = (rows.get(first_id(row), {}).get(name) for row in table)
         return whole(None if nll is None else math.exp(-nll) for nll in nlls)
 
     columns: dict[str, list[Any]] = {

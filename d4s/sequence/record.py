@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ class Record:
         """Ids of edits whose optimised target did not arrive: p(target) was ½ or more at the end of its optimisation,
         and right after the step, on the edit prompt, less than half of that. Of an edit that was made again the last
         time counts."""
-        last = {row.get(AGAIN, row["id"]): row for row in self.edits_table}
+        last = {first_id(row): row for row in self.edits_table}
         return [
             edit_id
             for edit_id, row in last.items()
@@ -120,7 +120,7 @@ class Record:
         done = [e for e, row in zip(self.evaluations, self.history, strict=True) if row["step"]]
         begin = 0
         for made in points:
-            ids = {row.get(AGAIN, row["id"]) for row in self.edits_table[begin:made]}
+            ids = {first_id(row) for row in self.edits_table[begin:made]}
             for tested, evaluation in zip(points, done, strict=True):
                 if tested >= made:
                     values = [
@@ -186,6 +186,11 @@ class Record:
             if len(record.evaluations) != len(record.history):
                 raise files.WrongType("history and evaluations are not equally long")
             return record
+
+
+def first_id(row: Mapping[str, Any]) -> str:
+    """Of a row of `edits_table` the id under which an evaluation has its fact."""
+    return str(row.get(AGAIN, row["id"]))
 
 
 def read_history_row(value: Any, place: str) -> dict[str, Any]:
