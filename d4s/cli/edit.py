@@ -87,7 +87,8 @@ def run(options: Namespace) -> None:
     if ranks.from_first(lambda: _is_unsaved(options.out)):
         ranks.on_first(lambda: _save_again(options))
         return
-    out = ranks.from_first(lambda: options.out if _goes_on(options.out) else empty_folder(options.out))
+    goes_on = ranks.from_first(lambda: _goes_on(options.out, options.passes))
+    out = ranks.from_first(lambda: options.out if goes_on else empty_folder(options.out))
     edits, (method, config) = loaded_edits(options), configured(options, options.method)
     watchers = watching(options)
     model, tokenizer = loaded_model(options)
@@ -103,9 +104,7 @@ def run(options: Namespace) -> None:
         batch_size=options.batch_size,
         keep_vectors=options.keep_vectors == "yes",
         sums_on=options.sums_on,
-        out=ranks.from_first(
-            lambda: None if _goes_on(out) else out
-        ),  # what is on the disk takes no more room
+        out=None if goes_on else out,  # what is on the disk takes no more room
     )
     needs = getattr(METHODS.get(method), "needs", ())
     covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
@@ -236,11 +235,11 @@ def _save_model(model: CausalLM, tokenizer: Any, path: Path, out: Path) -> None:
         shutil.rmtree(old)
 
 
-def _goes_on(out: Path) -> bool:
-    """Whether a sequence was begun there that has not come to its end."""
+def _goes_on(out: Path, passes: int) -> bool:
+    """Whether a sequence was begun there that has not come to its end, or has made fewer passes."""
     from d4s.journal.folder import Folder
 
-    return Folder.exists(out / "journal") and not Folder.open(out / "journal").is_complete
+    return Folder.exists(out / "journal") and not Folder.open(out / "journal").is_complete(passes)
 
 
 def _is_unsaved(out: Path) -> bool:

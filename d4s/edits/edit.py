@@ -228,6 +228,12 @@ def made_again(edit: Edit, number: int) -> Edit:
     return replace(edit, id=f"{edit.id}~{number}", tags={**edit.tags, AGAIN: edit.id})
 
 
+def pass_of(edit: Edit) -> int:
+    """The pass that makes it: 1, or of what `made_again` gives its number."""
+    first, _, number = edit.id.rpartition("~")
+    return int(number) if edit.tags.get(AGAIN) == first and number.isdecimal() else 1
+
+
 def check_batch(edits: Iterable[Edit]) -> None:
     """Refuse edits that cannot be made in one step: the same id or edit twice, or two answers to one prompt.
 

@@ -185,10 +185,13 @@ class Folder:
     def append(self, kind: str, **fields: Any) -> dict[str, Any]:
         return self.log.append(kind, **now(), **fields)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether its sequence has come to its end."""
-        return any(event["kind"] == "ended" and event["failure"] is None for event in self.events)
+    def is_complete(self, passes: int = 1) -> bool:
+        """Whether its sequence has come to its end, and has made so many passes."""
+        at_first = self.head["schedule"].get("passes", 1)
+        return any(
+            event["kind"] == "ended" and event["failure"] is None and event.get("passes", at_first) >= passes
+            for event in self.events
+        )
 
     @property
     def model(self) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from d4s.change.closed_form import Rows
 from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
-from d4s.edits.edit import AGAIN
+from d4s.edits.edit import AGAIN, pass_of
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
 from d4s.journal.changes import Change, changes_within
@@ -320,7 +320,7 @@ class Journal:
         bench = Workbench(model, tokenizer, covariance=covariance, seed=int(self.head["schedule"]["seed"]))
         target = fields.pop("target", None)
         method = cls.preset(bench.anatomy).changed(fields | ({} if target is None else {"target": target}))
-        if self.head["schedule"].get("passes") and method.searches_ahead:
+        if method.searches_ahead and any(pass_of(edit) > 1 for edit in self.edits):
             bench.targets = KeptTargets()  # what is made again is not searched again, as in the sequence
         editor = method.editor(bench)
         if bench.statistics_digest(editor.weights.layers) != self.head["statistics"]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from d4s.change.closed_form import ClosedForm, Rows
 from d4s.change.expert_form import JointForm
 from d4s.edits import Edit
-from d4s.edits.edit import AGAIN
+from d4s.edits.edit import AGAIN, pass_of
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
 from d4s.journal.folder import (
@@ -132,12 +132,22 @@ class Journaling(Observer):
 
     def check(self, method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> None:
         """Before anything is searched for: ConfigError, naming what differs, if the journal is another sequence's."""
-        if self.folder is not None:
-            self._same(_identity(method, bench, edits, schedule))
+        if self.folder is None:
+            return
+        self._same(_identity(method, bench, edits, schedule))
+        own, steps = {edit.id for edit in edits}, (e for e in self.folder.events if e["kind"] == "step")
+        later = (edit for event in steps for edit in edits_of(event, self.folder) if edit.id not in own)
+        made = max(map(pass_of, later), default=1)
+        if made > schedule.passes:
+            raise ConfigError(
+                f"{self.path}: its sequence has come to pass {made}, and passes={schedule.passes} is asked for; ask "
+                "for as many or more, or name another folder"
+            )
 
     def _same(self, wanted: Mapping[str, Any]) -> None:
         assert self.folder is not None
-        if differ := differing(self.folder.head, wanted, [name for name in SAME if name in wanted]):
+        head, wanted = _but_for_passes(self.folder.head), _but_for_passes(wanted)
+        if differ := differing(head, wanted, [name for name in SAME if name in wanted]):
             self.is_anothers = True
             raise ConfigError(
                 f"{self.path} is the journal of another sequence: {'; '.join(differ)}; name another folder, or ask for "
@@ -413,7 +423,7 @@ class Journaling(Observer):
             # Where the last step failed half-way or is not in the log, a snapshot would hold what was not done.
             if self.number > self.at_snapshot and self.as_logged and not result.editor.torn:
                 self._snapshot(result.editor)
-            self.folder.append("ended", failure=result.failure)
+            self.folder.append("ended", failure=result.failure, passes=self._run.schedule.passes)
         except (D4SError, OSError) as own:
             if error is None:
                 raise EditingFailed(
@@ -562,6 +572,12 @@ def _identity(method: Method, bench: Workbench, edits: Sequence[Edit], schedule:
         "schedule": schedule.told_apart() | {"seed": schedule.seed},
     }
     return dict(_as_json(identity))
+
+
+def _but_for_passes(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What tells a sequence from others, without the number of its passes: one that has made fewer goes on."""
+    schedule = {name: value for name, value in told["schedule"].items() if name != "passes"}
+    return {**told, "schedule": schedule}
 
 
 def _source(model: Any) -> str:

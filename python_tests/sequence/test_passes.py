@@ -12,8 +12,9 @@ from support.tiny import tiny_tokenizer
 from d4s import save_edits
 from d4s.cli import main
 from d4s.edits import Edit
-from d4s.edits.edit import made_again
+from d4s.edits.edit import made_again, pass_of
 from d4s.errors import ConfigError, EditError, EditingStopped
+from d4s.journal.folder import Folder
 from d4s.journal.journal import Journal
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods.base import Editor
@@ -100,6 +101,32 @@ def test_a_pass_goes_on_where_it_was_broken_off(method, place, monkeypatch, tmp_
     assert Record.load(tmp_path / "result.json").edits_table == whole.edits_table
 
 
+@pytest.mark.parametrize("method", ["d4s", "memit"])
+def test_a_sequence_that_has_ended_goes_on_with_more_passes(method, tmp_path, seed):
+    options = dict(method=method, config=WEAK, evaluate_every=3)
+    whole = sequence(*ready(seed), **options, passes=2, journal=tmp_path / "whole")
+    sequence(*ready(seed), **options, journal=tmp_path / "more")
+    assert Folder.open(tmp_path / "more").is_complete() and not Folder.open(tmp_path / "more").is_complete(2)
+    found = sequence(*ready(seed), **options, passes=2, journal=tmp_path / "more")
+    assert Folder.open(tmp_path / "more").is_complete(2) and len(found.edits_table) > 7
+    assert same(state(found.model), state(whole.model))
+    assert found.edits_table == whole.edits_table
+    assert without_times(found.history) == without_times(whole.history)
+    with pytest.raises(ConfigError, match="has come to pass 2, and passes=1 is asked for"):
+        sequence(*ready(seed), **options, journal=tmp_path / "more")
+    model, covariance = ready(seed)
+    journal = Journal(tmp_path / "more")
+    assert journal.verify(model=model, tokenizer=tiny_tokenizer(), covariance=covariance).sound
+
+
+def test_what_an_earlier_sequence_made_again_may_be_edits_of_a_first_pass(tmp_path, seed):
+    edits = [*EDITS, *(made_again(edit, 2) for edit in EDITS[:2])]
+    options = dict(edits=edits, config=WEAK, journal=tmp_path / "journal")
+    assert [pass_of(edit) for edit in edits[6:]] == [1, 2, 2]
+    once, twice = (sequence(*ready(seed), **options) for _ in range(2))
+    assert once.edits_table == twice.edits_table and len(twice.edits_table) == 9
+
+
 def test_a_journal_takes_back_an_edit_with_what_made_it_again(tmp_path, seed):
     model, covariance = ready(seed)
     before = state(model)
@@ -147,8 +174,12 @@ def test_the_verbs_make_passes(monkeypatch, tmp_path, capsys, seed):
     covariance.save("covariance.safetensors")
     save_edits(EDITS, "edits.jsonl")
     told = [f"--set={name}={json.dumps(value)}" for name, value in WEAK.items()]
-    common = ["model", "edits.jsonl", "--covariance", "covariance.safetensors", "--passes", "2", *told]
+    common = ["model", "edits.jsonl", "--covariance", "covariance.safetensors", *told]
     assert main(["edit", *common, "--out", "run"]) == 0
+    assert len(Record.load("run/result.json").edits_table) == 7
+    assert main(["edit", *common, "--out", "run"]) != 0  # it has ended
+    assert "pass 2: " not in capsys.readouterr().err
+    assert main(["edit", *common, "--passes", "2", "--out", "run"]) == 0
     result = Record.load("run/result.json")
     assert result.history[-1]["step"] == len(result.edits_table) > 7
     assert len(Journal("run/journal").edits) == len(result.edits_table)
