@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -151,10 +152,11 @@ def compare(
     unfinished: set[tuple[str, int]] = set()
     for seed, order in orders.items():
         unedited = Unedited()
+        if kept is not None:
+            kept.take_unedited(unedited, seed)
         for label, method in configured.items():
             if kept is not None and (stored := kept.record(label, seed, method)) is not None:
                 results[label][seed] = stored
-                unedited.take_from(stored)
                 continue
             place = 1 + sum(len(by_seed) for by_seed in results.values())
             stage(
@@ -303,6 +305,21 @@ class _Kept:
 
     def _journal_place(self, label: str, seed: int) -> Path:
         return self.folder / "journals" / record_place(self.folder, label, seed).stem
+
+    def take_unedited(self, unedited: Unedited, seed: int) -> None:
+        """From a sequence of this order that has ended, also of one that is not asked for now, if there is any."""
+        own = re.compile(rf".*[^-]-{seed}\.json")
+        found = here().from_first(lambda: self._first_of(own))
+        if found is not None:
+            unedited.take_from(found)
+
+    def _first_of(self, names: re.Pattern[str]) -> Record | None:
+        folder = self.folder / "results"
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if names.fullmatch(path.name):
+                with suppress(D4SError):  # damaged: said where it is asked for
+                    return Record.load(path)
+        return None
 
     def record(self, label: str, seed: int, method: Method) -> Record | None:
         """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""

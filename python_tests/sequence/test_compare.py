@@ -101,6 +101,18 @@ def test_the_unedited_model_is_scored_once_for_all_methods_and_an_order(monkeypa
     )  # with all and with one prompt, of two orders; begin and end
     both = compared(model, covariance, {"d4s": FAST, "memit": FAST}, **options)
     assert len(scored) == 6 and len(measured) == 6  # with one prompt, which is kept nowhere; two ends
+    other = compared(
+        model, covariance, {"ft-m": {"steps": 1}}, **options
+    )  # the folder has it of methods not asked for
+    assert len(scored) == 8 and len(measured) == 8
+    for one in (0, 1):
+        first_rows = (
+            found.results[label][one].history[:1] for found, label in ((other, "ft-m"), (both, "memit"))
+        )
+        mine, theirs = (without_times(rows) for rows in first_rows)
+        assert (
+            mine[0]["efficacy"] == theirs[0]["efficacy"] and mine[0]["of weights"] == theirs[0]["of weights"]
+        )
     assert scored[0] != scored[2] and sorted(scored[0]) == sorted(scored[2])
     for one in (0, 1):
         rows = [without_times(found.results["d4s"][one].history) for found in (alone, first, both)]
