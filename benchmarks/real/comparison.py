@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="what each sequence's model answers freely to its edits at the end, in OUT/generated",
     )
+    parser.add_argument(
+        "--passes", type=int, default=1, help="2: what is not the greedy answer at the end is made again"
+    )
     parser.add_argument("--targets", type=Path, help="of an earlier run on the same edits and model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -80,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points=[point for point in POINTS if point <= options.count],
         seed=options.seed,
         targets=None if options.targets is None else KeptTargets.load(options.targets),
+        passes=options.passes,
         observers=[Generate(options.out / "generated", made)] if options.generate else [],
     )
     print(found.summary())

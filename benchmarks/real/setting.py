@@ -26,6 +26,8 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s": {},
     "d4s-once": {"method": "d4s", "residual": "once"},
     "d4s-current": {"method": "d4s", "anchor": "current"},
+    "d4s-each": {"method": "d4s", "context_keys": "each"},
+    "d4s-refined": {"method": "d4s", "refine_looks": 4},
     "d4s-long": {"method": "d4s", **METHODS["d4s"].presets["long"]},
     "d4s-long-stop": {"method": "d4s", **METHODS["d4s"].presets["long"], "target_stop": True},
     "memit": {},
@@ -47,6 +49,7 @@ FACTS = 200  # that no edit touches
 TOLD = (
     "anchor",
     "residual",
+    "context_keys",
     "refine_looks",
     "target_stop",
 )  # fields by which sequences of one method are told apart
@@ -110,11 +113,12 @@ def sequences_over(
     points: Sequence[int],
     seed: int,
     targets: KeptTargets | None = None,
+    passes: int = 1,
     observers: Sequence[Observer] = (),
 ) -> Comparison:
     """A sequence of each label, in `out`: what is there goes on.
 
-    points: edits at which is scored; targets: of the unedited model, found before
+    points: edits at which is scored; targets: of the unedited model, found before; passes: over the edits
     """
     found = d4s.compare(
         model,
@@ -127,6 +131,7 @@ def sequences_over(
         seeds=seed,
         baseline=answers(model, tokenizer, made, out / "baseline.json"),
         measure=retained,
+        passes=passes,
         stop_on_collapse=COLLAPSE,
         observers=[Keep(out / "edited", fingerprint_of(model)), *observers],
         out=out / "sequences",
@@ -137,7 +142,7 @@ def sequences_over(
 
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
-    told = {name: value for name in TOLD if (value := result.config.get(name))}
+    told = {name: value for name in TOLD if (value := result.config.get(name)) and value != "mean"}
     return "-".join([result.method, *(name if value is True else str(value) for name, value in told.items())])
 
 

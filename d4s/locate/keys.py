@@ -68,15 +68,46 @@ def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
 
 def _read(values: Tensor, width: int, last: Tensor) -> Tensor:
     """At position `last` of each row, all of them `width` positions wide. [rows, features]"""
-    values = values.view(len(last), width, -1)  # OPT flattens rows and positions
+    values, last = (
+        values.view(len(last), width, -1),
+        last.to(values.device),
+    )  # OPT flattens rows and positions
     return values[torch.arange(len(last), device=last.device), last]
 
 
-@torch.no_grad()
+def keys_and_output_at(
+    anatomy: Anatomy, rows: SubjectRows, layer: int, module: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Of every row by itself: its key, [edits · rows, d_in], and what a module of this layer or a later one puts out,
+    [edits · rows, width]; float32, from one forward pass. The layer has no experts.
+    """
+    with Trace(anatomy.projection(layer)) as below:
+
+        def both(trace: Trace, *at: Any) -> Tensor:
+            parts = (_read(below.input, *at), _read(trace.output, *at))
+            return torch.cat([part.to(trace.output.device, torch.float32) for part in parts], 1)
+
+        found = _of_rows(anatomy, rows, module, both)
+    d_in = anatomy.shape(layer)[1]
+    return found[:, :d_in].contiguous(), found[:, d_in:].contiguous()
+
+
 def _at_last(
     anatomy: Anatomy, rows: SubjectRows, module: nn.Module, read: Callable[[Trace, int, Tensor], Tensor]
 ) -> Tensor:
-    """read: what is taken of the traced call, (trace, positions a row, the last one of each row) → [rows, features]"""
+    """`_of_rows`, averaged an edit. [edits, features]"""
+    found = _of_rows(anatomy, rows, module, read)
+    return rows.shares.to(found.device) @ found.view(-1, len(rows.shares), found.shape[1])
+
+
+@torch.no_grad()
+def _of_rows(
+    anatomy: Anatomy, rows: SubjectRows, module: nn.Module, read: Callable[[Trace, int, Tensor], Tensor]
+) -> Tensor:
+    """At every row's last position. [edits · rows, features] float32
+
+    read: what is taken of the traced call, (trace, positions a row, the last one of each row) → [rows, features]
+    """
     model, device = anatomy.model, anatomy.device
     # Rows of one text but for its end are equal here; each distinct one runs once, short ones together.
     distinct = list(dict.fromkeys(rows.ids))
@@ -91,5 +122,4 @@ def _at_last(
         taken.update(zip(part, read(trace, ids.shape[1], last).float(), strict=True))
 
     run_in_batches([len(row) for row in distinct], run, most_tokens(model, None))
-    found = torch.stack([taken[ids] for ids in rows.ids])
-    return rows.shares.to(found.device) @ found.view(-1, len(rows.shares), found.shape[1])
+    return torch.stack([taken[ids] for ids in rows.ids])

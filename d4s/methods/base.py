@@ -197,6 +197,11 @@ class Method(Configuration, ABC):
         """Whether its editor keeps A and B of a dense layer, so that a journal can take single edits back."""
         return False
 
+    @property
+    def keys_an_edit(self) -> int:
+        """Rows that an edit puts into the sums of a layer, where there are any."""
+        return 1
+
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """With what is left open decided, on the unedited model, by the edits that are to be made."""
         return self

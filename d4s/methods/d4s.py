@@ -19,6 +19,15 @@ subject have changed with the layers. So a target of W0, found ahead in a batch,
 weights as they are, from z and by Polyak's steps, of which the best is kept. Four looks are a sixth of a search's
 passes.
 
+context_keys="mean", as published: k is the mean over the bare prompt and the contexts, and d what the bare prompt
+lacks. Nothing then holds what arrives where the prompt stands alone to what arrives behind other text. With "each"
+every context j of an edit is a row of the least-squares problem by itself: its own key k_j, and by the rule "measured"
+what it lacks itself,
+
+    A = Σ_j w_j d_j k_jᵀ        B = Σ_j w_j k_j k_jᵀ        r_j = (h_j + δ − h_L at j) / (n − i),  h_j before the edit
+
+with the mean's weights w_j (½ the bare prompt, ½ all contexts). That is a row of the sums, and of a journal, a context.
+
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
 (once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
@@ -58,6 +67,7 @@ from d4s.methods.locate_then_edit import (
     holding_of_sums,
     step_of,
 )
+from d4s.models.architectures import Anatomy
 
 # What was lost at its target of W0 is lost again with the same one: of 1,000 edits of SmolLM2 72 % are the greedy
 # answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2.md).
@@ -72,7 +82,7 @@ class D4S(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
-        "long": {"anchor": "base", "residual": "measured", "refine_looks": 4},
+        "long": {"anchor": "base", "residual": "measured", "context_keys": "each", "refine_looks": 4},
     }
     edits_experts: ClassVar[bool] = True
 
@@ -84,6 +94,10 @@ class D4S(LocateMethod):
         Literal["once", "measured"],
         "the paper's rule, or measured again before each layer, as always with anchor=current",
     ] = "measured"
+    context_keys: Annotated[
+        Literal["mean", "each"],
+        "a key an edit, the mean over its contexts as published, or one of each context, with what that context lacks",
+    ] = "mean"
     refine_looks: Annotated[
         int,
         "at a target of W0, on the weights as they are, before it is written; 0: it stays, but of an edit that a later "
@@ -98,6 +112,15 @@ class D4S(LocateMethod):
                 f"refine_looks={self.refine_looks} with anchor={self.anchor!r} and residual={self.residual!r}: it is "
                 "for targets that are found on W0 and measured again; set anchor='base' and residual='measured'"
             )
+
+    def check_experts(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        super().check_experts(anatomy, layers)
+        if self.context_keys == "each":
+            self.refuse_experts("context_keys='each'", anatomy, layers)
+
+    @property
+    def keys_an_edit(self) -> int:
+        return self.rows_an_edit if self.context_keys == "each" else 1
 
     @property
     def measures_again(self) -> bool:
@@ -121,11 +144,14 @@ class D4S(LocateMethod):
             anchor=self.anchor,
             measured=self.measures_again,
             refine_looks=self.refine_looks,
+            each=self.context_keys == "each",
         )
 
 
 class D4SEditor(LocateEditor):
-    """replaces: whether an edit takes the place of an earlier one of the same prompt; the others as of `D4S`."""
+    """replaces: whether an edit takes the place of an earlier one of the same prompt
+    each: whether every context has a key of its own; the others as of `D4S`
+    """
 
     growing: frozenset[str] = frozenset({"held"})
 
@@ -138,8 +164,10 @@ class D4SEditor(LocateEditor):
         measured: bool = True,
         replaces: bool = True,
         refine_looks: int = 0,
+        each: bool = False,
     ) -> None:
         super().__init__(method, bench)
+        self.each = each
         self.anchor, self.measured, self.replaces = anchor, measured, replaces
         self.refine_looks = refine_looks
         self._priors = self.priors()
@@ -176,33 +204,43 @@ class D4SEditor(LocateEditor):
             return step.select([order[edit.place] for edit in batch])
         self.put = []
         base = self.anchor == "base"
-        targets, lowest = self.ahead.take(batch) if base else (self.targets(batch), None)
+        targets, unedited = self.ahead.take(batch) if base else (self.targets(batch), None)
         looks = self.refine_looks
         if base and self.measured and all(AGAIN in edit.tags for edit in batch):
             looks = max(looks, AGAIN_LOOKS)
         if looks:
             targets = self.refined(batch, targets, looks)
+            unedited = (
+                None if self.each else unedited
+            )  # what a target is added to is now that of the current weights
         again = [i for i, edit in enumerate(batch) if edit.place in self.held]
         once = not self.measured
         old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
-        rows, bare = self.rows(batch), self.bare_rows(batch)
+        wanted = Wanted(self, batch, targets, unedited)
         layers = self.weights.layers
         for i, layer in enumerate(layers):
             share = len(layers) - i  # n − i
-            keys = lowest if i == 0 and lowest is not None else self.keys(rows, layer)
+            keys, left = wanted.at(layer)
             if once:
-                residuals = targets.delta.double() / share
+                residuals = left / share
             else:
                 already = self.closed_form.image(keys, layer)
-                left = (targets.target.double() - self.state(bare)) / share
-                residuals = left.to(already.device) + already
-            self._put(Rows(layer, 1.0, tuple(range(len(batch))), residuals, keys))
+                residuals = (left / share).to(already.device) + already
+            self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
-                taken = already[again] if old is None else old / share
-                self._put(Rows(layer, -1.0, tuple(again), taken, keys[again]))
+                rows = [row for row, edit in enumerate(wanted.edits) if edit in again]
+                taken = already[rows] if old is None else wanted.spread(old) / share
+                self._put(Rows(layer, -1.0, tuple(wanted.edits[row] for row in rows), taken, keys[rows]))
             self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
         self.hold(batch)
         return step_of(targets)
+
+    def unedited(self, edits: Sequence[Edit]) -> Tensor:
+        """Where every context has a key of its own, its state: what a target is added to. [edits, rows, d_model]"""
+        if not self.each:
+            return super().unedited(edits)
+        _, states = self.keys_and_state(self.rows(edits), self.last)
+        return states.view(len(edits), -1, states.shape[1])
 
     def refined(self, edits: Sequence[Edit], targets: Targets, looks: int) -> Targets:
         """Targets of W0, searched on from their z on the current weights."""
@@ -290,6 +328,55 @@ class D4SEditor(LocateEditor):
         self.closed_form.resume_(own)
         self.take_held(state["held"])
         self.write()
+
+
+class Wanted:
+    """What a step wants of its layers: keys, and what of the targets is left to be brought; a row an edit, or one of
+    each of its contexts, times the root of its weight.
+
+    edits: of each row, the place of its edit within the step
+    """
+
+    def __init__(
+        self, editor: D4SEditor, batch: Sequence[Edit], targets: Targets, unedited: Tensor | None
+    ) -> None:
+        """unedited: of the batch, as `D4SEditor.unedited` gives it; None: it is not known, or not what is wanted"""
+        self.editor, self.targets, self.unedited = editor, targets, unedited
+        self.rows, self.bare = editor.rows(batch), editor.bare_rows(batch)
+        self.count = len(self.rows.shares) if editor.each else 1
+        self.edits = tuple(edit for edit in range(len(batch)) for _ in range(self.count))
+        self._goals: Tensor  # of each context the state that is wanted, or by the rule "once" δ
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys [rows, d_in], with the layers below as they are now, and what is left [rows, d_model]; float64.
+
+        By the rule "once" all of δ is left, at every layer. Asked for in ascending order of the layers.
+        """
+        editor, targets = self.editor, self.targets
+        lowest = layer == editor.weights.layers[0]
+        if not editor.each:
+            keys = self.unedited if lowest and self.unedited is not None else editor.keys(self.rows, layer)
+            if not editor.measured:
+                return keys, targets.delta.double()
+            return keys, targets.target.double() - editor.state(self.bare)
+        keys, reached = editor.keys_and_state(self.rows, layer)
+        if lowest:
+            self._goals = targets.delta.double().repeat_interleave(self.count, 0)
+            if editor.measured:
+                before = reached if self.unedited is None else self.unedited.flatten(0, 1)
+                self._goals = before + self._goals
+        left = self._goals - reached if editor.measured else self._goals
+        # Keys stay what float32 holds, as which a journal keeps them.
+        return self._weighed(keys.float()).double(), self._weighed(left)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Of some edits what is the same for all of an edit's rows. values: [edits, …]"""
+        return self._weighed(values.repeat_interleave(self.count, 0)) if self.editor.each else values
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """rows: of whole edits, each with all of its contexts"""
+        roots = self.rows.shares.sqrt().to(rows)
+        return rows * roots.repeat(len(rows) // self.count).unsqueeze(1)
 
 
 def _told(edit: Edit) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d4s.change.closed_form import Prior, bytes_of_layer
 from d4s.change.expert_form import Delta, ExpertPriors, bytes_of_experts
@@ -19,7 +19,7 @@ from d4s.errors import ConfigError, ModelError
 from d4s.locate import norm_anchor
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, target_identity
-from d4s.locate.keys import SubjectRows, keys_at, output_at, subject_rows
+from d4s.locate.keys import SubjectRows, keys_and_output_at, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets, optimise_targets
 from d4s.methods.base import Editor, Holding, LayerSize, Method, Step, Workbench
@@ -89,12 +89,17 @@ class TargetMethod(Method):
             "target_norm": self.target_norm == "anchor",
         }
         for name in (name for name, is_set in plain.items() if is_set):
-            for layer in layers:
-                if (experts := anatomy.experts(layer)) is not None:
-                    raise ConfigError(
-                        f"{name} is of layers with one MLP, and {experts.name} is a mixture of {experts.count} "
-                        "experts; leave it out"
-                    )
+            self.refuse_experts(name, anatomy, layers)
+
+    @staticmethod
+    def refuse_experts(name: str, anatomy: Anatomy, layers: Sequence[int]) -> None:
+        """ConfigError for a layer with experts. name: of the field that is not for these"""
+        for layer in layers:
+            if (experts := anatomy.experts(layer)) is not None:
+                raise ConfigError(
+                    f"{name} is of layers with one MLP, and {experts.name} is a mixture of {experts.count} "
+                    "experts; leave it out"
+                )
 
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """m, where it is wanted and None: the mean norm of what the first edits' targets ask of the MLP.
@@ -304,9 +309,22 @@ class LocateEditor(Editor):
 
     def state(self, rows: SubjectRows) -> Tensor:
         """What targets are measured against: h after the last edited layer (or its MLP output). [edits, d_model]"""
+        return output_at(self.anatomy, rows, self._measured).double()
+
+    def keys_and_state(self, rows: SubjectRows, layer: int) -> tuple[Tensor, Tensor]:
+        """`keys` and `state` of every row by itself. [edits · rows, d_in] and [edits · rows, d_model] float64"""
+        keys, state = keys_and_output_at(self.anatomy, rows, layer, self._measured)
+        return keys.double(), state.double()
+
+    @property
+    def _measured(self) -> nn.Module:
         block = self.places[0] == "block"
-        module = self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
-        return output_at(self.anatomy, rows, module).double()
+        return self.anatomy.blocks[self.last] if block else self.anatomy.projection(self.last)
+
+    def unedited(self, edits: Sequence[Edit]) -> Tensor:
+        """What a step needs of the unedited weights, which the model holds now, beside targets: here the keys of the
+        lowest edited layer, whose input no edit changes. [edits, …] float64"""
+        return self.keys(self.rows(edits), self.weights.layers[0])
 
     def search(
         self, edits: Sequence[Edit], config: TargetConfig | None = None, begin: Tensor | None = None
@@ -351,8 +369,8 @@ class LocateEditor(Editor):
 
 
 class Ahead:
-    """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and the keys of
-    the lowest edited layer, whose input no edit changes. Targets that the workbench keeps are not searched again.
+    """What does not depend on earlier edits, taken in batches on the unedited weights: the targets, and what else the
+    editor needs of them (`LocateEditor.unedited`). Targets that the workbench keeps are not searched again.
 
     Made while the model is unedited; raises DataError where kept targets were found for something else.
     """
@@ -379,7 +397,7 @@ class Ahead:
         self._at = {edit.id: place for place, edit in enumerate(edits)}
 
     def take(self, batch: Sequence[Edit]) -> tuple[Targets, Tensor]:
-        """Targets and lowest keys [edits, d_in] of the batch.
+        """Targets of the batch, and its `LocateEditor.unedited`.
 
         Announced edits are done `EDITS_AHEAD` together, always the same ones: a sequence that goes on after an
         interruption groups them, and so rounds, as one that was never interrupted.
@@ -390,12 +408,12 @@ class Ahead:
             for window in self._windows([edit for edit in batch if edit.id not in ready]):
                 with self.editor.weights.at_base():
                     targets = self.targets(window)
-                    keys = self.editor.keys(self.editor.rows(window), self.editor.weights.layers[0])
+                    more = self.editor.unedited(window)
                 self._ready |= {
-                    edit.id: (edit, targets[i : i + 1], keys[i : i + 1]) for i, edit in enumerate(window)
+                    edit.id: (edit, targets[i : i + 1], more[i : i + 1]) for i, edit in enumerate(window)
                 }
         found = [self._ready[edit.id] for edit in batch]
-        return Targets.concatenate([t for _, t, _ in found]), torch.cat([k for _, _, k in found])
+        return Targets.concatenate([t for _, t, _ in found]), torch.cat([m for _, _, m in found])
 
     def _is_ready(self, edit: Edit) -> bool:
         return edit.id in self._ready and self._ready[edit.id][0] == edit

@@ -228,7 +228,8 @@ class Journaling(Observer):
         shapes = [weights.anatomy.shape(layer) for layer in weights.layers]
         base = sum(w.nbytes for w in weights.base.values())
         sums = shapes if _sums_of(editor) is not None else ()
-        return bytes_of_journal(base, state, edits, sums, keep_vectors=self.keep_vectors)
+        rows = edits * editor.method.keys_an_edit
+        return bytes_of_journal(base, state, edits, sums, rows=rows, keep_vectors=self.keep_vectors)
 
     def _head(
         self, result: Result, method: Method, bench: Workbench, schedule: Schedule, state: int
@@ -540,23 +541,30 @@ def _stretches(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def bytes_of_journal(
-    base: int, state: int, edits: int, sums: Sequence[tuple[int, int]] = (), *, keep_vectors: bool = True
+    base: int,
+    state: int,
+    edits: int,
+    sums: Sequence[tuple[int, int]] = (),
+    *,
+    rows: int | None = None,
+    keep_vectors: bool = True,
 ) -> int:
     """What a journal of so many edits will hold: W0, priors, snapshots, and of each edit its line and its vectors.
 
     base: bytes of W0 of the edited layers
     state: bytes of a snapshot, which sums outgrow
     sums: (d_out, d_in) of the layers whose sums are kept; none: the editor keeps no sums
+    rows: that the edits put into the sums of a layer; None: one each
     keep_vectors: whether keys and residuals are kept, where there are sums
     """
-    an_edit = LINES_AN_EDIT
+    vectors = 0
     if sums:
         base += sum(8 * d_in**2 for _, d_in in sums)  # the priors
         state = sum(8 * (2 * d_in**2 + 2 * d_in * d_out) for d_out, d_in in sums)
         if keep_vectors:
-            an_edit += sum(4 * d_in + 8 * d_out for d_out, d_in in sums)
+            vectors = sum(4 * d_in + 8 * d_out for d_out, d_in in sums) * (edits if rows is None else rows)
     # One snapshot more than are kept, while the oldest is still there.
-    return base + (SNAPSHOTS_KEPT + 1) * state + edits * an_edit
+    return base + (SNAPSHOTS_KEPT + 1) * state + edits * LINES_AN_EDIT + vectors
 
 
 def _identity(method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> dict[str, Any]:

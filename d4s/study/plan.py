@@ -475,7 +475,8 @@ def _of_disk(
     dense = [(size.d_out, size.d_in) for size in sizes.values()]
     sums = dense if method.keeps_sums and all(size.experts == 1 for size in sizes.values()) else []
     with_vectors, without = (
-        bytes_of_journal(base, state, edits, sums, keep_vectors=kept) for kept in (True, False)
+        bytes_of_journal(base, state, edits, sums, rows=edits * method.keys_an_edit, keep_vectors=kept)
+        for kept in (True, False)
     )
     parts.append(Part(DISK, "journal", without))
     if keep_vectors:
@@ -507,10 +508,12 @@ def _passes(
         tokens = mine * (method.rows_an_edit * AFTER + 1) * looks
         passes.append(Pass("targets", rows * looks, tokens, 2 * above))
         of_keys = edits * method.rows_an_edit
+        each = method.keys_an_edit > 1  # then a key's row goes on to where its residual is measured
         for layer in layers:
-            share = (layer + 1) / blocks
+            share = below if each else (layer + 1) / blocks
             passes.append(Pass("keys", of_keys, of_keys * length, share))
-        passes.append(Pass("residuals", edits * len(layers), edits * len(layers) * PROMPT, below))
+        if not each:
+            passes.append(Pass("residuals", edits * len(layers), edits * len(layers) * PROMPT, below))
     elif isinstance(method, KN):
         rows = edits * EDITED * len(layers) * (method.steps + 1)
         passes.append(Pass("neurons", rows, rows + edits * EDITED * len(layers) * PROMPT, 2.0))
