@@ -100,6 +100,7 @@ def _others(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
 # lacks a field is not searched along it; target_norm is not there, since its norm takes the search of 64 targets.
 SEARCHED: dict[str, Callable[[Method, Anatomy, str], list[Any]]] = {
     "layers": lambda method, anatomy, _name: _layers(method, anatomy),
+    "context_keys": _others,
     "clamp": _scaled(0.5, 2.0),
     "target_eos": _others,
     "contexts": _counts(1, 0),
