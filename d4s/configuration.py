@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -120,6 +120,22 @@ class Configuration:
                     raise ConfigError(
                         f"{what}: {field.name} is {_spelled(value)}, must be {bound.words()}{why}"
                     )
+
+    def as_known_to(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """`asdict`, to be compared with that of an earlier version: without fields that it lacks and that are at their
+        default, at which a new field changes nothing.
+        """
+        told = asdict(self)  # type: ignore[call-overload]
+        for field in fields(self):  # type: ignore[arg-type]
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, Configuration) and isinstance(stored.get(name), Mapping):
+                told[name] = value.as_known_to(stored[name])
+            elif name not in stored and (
+                value == field.default
+                or (field.default_factory is not MISSING and value == field.default_factory())
+            ):
+                del told[name]
+        return dict(told)
 
 
 def _bounds(name: str, hint: Any) -> Iterator[Bound]:

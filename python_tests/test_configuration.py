@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -120,3 +120,17 @@ def test_what_is_asked_of_a_method_and_does_not_fit_is_named(field, value, says)
 def test_a_configuration_of_another_kind_is_refused(config):
     with pytest.raises(ConfigError, match=r"must be a mapping of fields of d4s|unknown field of d4s '1'"):
         method_for("d4s", Anatomy(tiny_model("gpt2", 1)), config)
+
+
+def test_a_field_that_an_earlier_version_lacks_counts_where_it_is_not_at_its_default():
+    method = method_for("d4s", Anatomy(tiny_model("gpt2", 0)))
+    stored = asdict(method)
+    assert method.as_known_to(stored) == stored
+    del stored["context_keys"], stored["target"]["target_stop"]
+    assert method.as_known_to(stored) == stored
+    changed = replace(method, context_keys="each")
+    assert changed.as_known_to(stored) == {**stored, "context_keys": "each"}
+    stopped = replace(method, target=replace(method.target, target_stop=True))
+    assert stopped.as_known_to(stored) == {**stored, "target": {**stored["target"], "target_stop": True}}
+    del stored["layers"]  # no default
+    assert method.as_known_to(stored) != stored

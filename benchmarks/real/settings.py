@@ -42,6 +42,9 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     }
     found[f"layers {layers[0] - 2}–{layers[-1]}"] = {"layers": list(range(layers[0] - 2, layers[-1] + 1))}
     found["once"] = {"residual": "once"}
+    found["each"] = {"context_keys": "each"}
+    found["each, λ 400"] = {"context_keys": "each", "prior_weight": 400}
+    found["refined"] = {"refine_looks": 4}
     found["long"] = dict(preset.presets["long"])
     found |= OTHER_TARGETS
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}

@@ -330,7 +330,8 @@ class _Kept:
         if not path.exists():
             return None
         record = Record.load(path)
-        if record.method != method.name or record.config != json.loads(json.dumps(asdict(method))):
+        wanted = json.loads(json.dumps(method.as_known_to(record.config)))
+        if record.method != method.name or record.config != wanted:
             raise ConfigError(
                 f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
             )

@@ -134,7 +134,7 @@ class Journaling(Observer):
         """Before anything is searched for: ConfigError, naming what differs, if the journal is another sequence's."""
         if self.folder is None:
             return
-        self._same(_identity(method, bench, edits, schedule))
+        self._same(_identity(method, bench, edits, schedule), method)
         own, steps = {edit.id for edit in edits}, (e for e in self.folder.events if e["kind"] == "step")
         later = (edit for event in steps for edit in edits_of(event, self.folder) if edit.id not in own)
         made = max(map(pass_of, later), default=1)
@@ -144,9 +144,10 @@ class Journaling(Observer):
                 "for as many or more, or name another folder"
             )
 
-    def _same(self, wanted: Mapping[str, Any]) -> None:
+    def _same(self, wanted: Mapping[str, Any], method: Method) -> None:
         assert self.folder is not None
-        head, wanted = _but_for_passes(self.folder.head), _but_for_passes(wanted)
+        config = _as_json(method.as_known_to(self.folder.head["config"]))
+        head, wanted = _but_for_passes(self.folder.head), _but_for_passes({**wanted, "config": config})
         if differ := differing(head, wanted, [name for name in SAME if name in wanted]):
             self.is_anothers = True
             raise ConfigError(
@@ -190,7 +191,7 @@ class Journaling(Observer):
         if self.folder is None:
             self.folder = Folder.create(self.path, wanted)
         else:
-            self._same(wanted)
+            self._same(wanted, method)
             if any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
                 raise ConfigError(
                     f"{self.path}: edits of this journal were taken back or solved for anew after its sequence, which "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from d4s.journal.folder import Folder
 from d4s.journal.journal import Journal
 from d4s.journal.merge import merge
 from d4s.journal.sums import Sums
+from d4s.sequence import journaling
 
 ONE = FAST | {"layers": [1], "residual": "once"}  # one layer, no contexts, the paper's rule: undoing is exact
 
@@ -63,6 +65,22 @@ def test_the_weights_are_those_of_the_sequence(tmp_path, seed):
     assert all(torch.equal(model.state_dict()[n], weights[n]) for n in weights)
     with pytest.raises(ModelError, match="not the unedited one"):
         Journal(tmp_path / "j").write_to(model)
+
+
+def test_a_journal_from_before_a_field_was_there_goes_on_at_its_default(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            journaling,
+            "asdict",
+            lambda method: {name: value for name, value in asdict(method).items() if name != "context_keys"},
+        )
+        sequence(model, covariance, EDITS, config=FAST, journal=tmp_path / "j").restore()
+    assert "context_keys" not in Journal(tmp_path / "j").head["config"]
+    with pytest.raises(ConfigError, match="is the journal of another sequence: config"):
+        sequence(model, covariance, EDITS, config=FAST | {"context_keys": "each"}, journal=tmp_path / "j")
+    again = sequence(model, covariance, EDITS, config=FAST, journal=tmp_path / "j")
+    assert len(again.edits_table) == len(EDITS)
 
 
 @pytest.mark.parametrize("ids", [["e3"], ["e0", "e6"], ["e5", "e1", "e2"]])
