@@ -90,9 +90,14 @@ MEASURED: dict[str, dict[str, Any]] = {
 }
 
 
+def measured_key(anatomy: Anatomy) -> str | None:
+    """The name of a model for which nothing is published and settings were measured ("smollm2-135m"), or None."""
+    return _row_of(anatomy, _MEASURED)
+
+
 def is_known(anatomy: Anatomy) -> bool:
     """Whether settings for this model are published, or were measured."""
-    return model_key(anatomy) is not None or _row_of(anatomy, _MEASURED) is not None
+    return model_key(anatomy) is not None or measured_key(anatomy) is not None
 
 
 def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def spread_preset(anatomy: Anatomy) -> dict[str, Any]:
     key = model_key(anatomy)
     if key is not None:
         return SPREAD[key]
-    if (measured := _row_of(anatomy, _MEASURED)) is not None:
+    if (measured := measured_key(anatomy)) is not None:
         return MEASURED[measured]
     last = round(0.26 * len(anatomy))
     last = min(last, len(anatomy) - 1)
