@@ -46,7 +46,7 @@ from d4s.locate.request_rows import Place, Request, RequestRows, bare, request_o
 from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
-from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id
+from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id, stop_mark
 from d4s.models.trace import Trace
 from d4s.ranks import here
 
@@ -168,11 +168,13 @@ def optimise_targets(
     if batch_tokens is None:
         batch_tokens = batch_tokens_of(anatomy.device_of(layer))
     end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
-    stop = full_stop(tokenizer) if config.target_stop else ()
-    requests = [
-        request_of(tokenizer, edit, prefixes, end or (() if is_stopped(edit.target_new) else stop))
-        for edit in edits
-    ]
+    marks = {stop_mark(edit.target_new) for edit in edits} if config.target_stop else set()
+    stops = {mark: full_stop(tokenizer, mark) for mark in marks}
+
+    def ending(text: str) -> Sequence[int]:
+        return end or (() if not stops or is_stopped(text) else stops[stop_mark(text)])
+
+    requests = [request_of(tokenizer, edit, prefixes, ending(edit.target_new)) for edit in edits]
     most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
         length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))

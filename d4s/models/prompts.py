@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 CONTEXT_SEEDS = ("The", "Therefore", "Because", "I", "You")
+# First word of a letter's Unicode name → how its script ends a sentence; the others end it with ".".
+_STOPS = dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), "。") | dict.fromkeys(
+    ("DEVANAGARI", "BENGALI", "GURMUKHI", "ORIYA"), "।"
+)
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,12 @@ def end_of_text(model: CausalLM, tokenizer: Any) -> list[int]:
     return ids
 
 
-def full_stop(tokenizer: Any) -> list[int]:
-    """The ids of a full stop behind a text. TokenizerError for a tokenizer that cannot write one."""
-    ids = _stop_ids(tokenizer)
+def full_stop(tokenizer: Any, mark: str = ".") -> list[int]:
+    """The ids of a full stop behind a text: of this mark (`stop_mark`), or of "." where the tokenizer lacks it.
+
+    TokenizerError for a tokenizer that can write neither.
+    """
+    ids = _stop_ids(tokenizer, mark) or _stop_ids(tokenizer)
     if not ids:
         raise TokenizerError(
             f"{type(tokenizer).__name__} has no full stop by which a target could end; set target_stop=False"
@@ -104,15 +113,22 @@ def full_stop(tokenizer: Any) -> list[int]:
     return ids
 
 
-def _stop_ids(tokenizer: Any) -> list[int]:
-    """Of a full stop behind a text; none where the tokenizer cannot write one."""
-    ids = _ids_behind_a_text(tokenizer, ".")
+def _stop_ids(tokenizer: Any, mark: str = ".") -> list[int]:
+    """Of a full stop behind a text; none where the tokenizer cannot write it."""
+    ids = _ids_behind_a_text(tokenizer, mark)
     return [] if getattr(tokenizer, "unk_token_id", None) in ids else ids
+
+
+def stop_mark(text: str) -> str:
+    """The full stop of the script that a text ends in, by its last letter."""
+    last = next((letter for letter in reversed(text) if letter.isalpha()), ".")
+    script = re.split("[ -]", unicodedata.name(last, ""))[0]
+    return _STOPS.get(script, ".")
 
 
 def is_stopped(text: str) -> bool:
     """Whether a text ends as a sentence does."""
-    return text.rstrip().endswith((".", "!", "?", "。", "！", "？"))
+    return text.rstrip().endswith((".", "!", "?", "！", "？", *_STOPS.values()))
 
 
 def prompt_and_target_ids(tokenizer: Any, prompt: str, target: Target) -> tuple[list[int], list[int]]:

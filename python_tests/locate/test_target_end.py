@@ -26,7 +26,7 @@ from d4s.locate.targets import (
 )
 from d4s.methods import METHODS
 from d4s.models.architectures import Anatomy
-from d4s.models.prompts import end_of_text, full_stop, subject_row
+from d4s.models.prompts import end_of_text, full_stop, is_stopped, stop_mark, subject_row
 from d4s.sequence.compare import decides_targets
 
 PREFIXES = ("The capital. ", "You play the piano because. ")
@@ -175,9 +175,38 @@ def test_a_target_may_end_as_a_sentence_does(seed):
         full_stop(unable_to_stop())
 
 
-def unable_to_stop():
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("Paris", "."), ("巴黎", "。"), ("パリ", "。"), ("東京 (2021)", "。"), ("पेरिस", "।"),
+        ("フェラーリー", "。"), ("Ünlü", "."), ("1984", "."), ("باريس", "."), ("Paris 巴黎", "。"), ("", "."),
+    ],
+)  # fmt: skip
+def test_the_full_stop_is_that_of_the_targets_script(text, mark, seed):
+    tokenizer = tiny_tokenizer()
+    assert stop_mark(text) == mark and is_stopped(text + mark) and not is_stopped(text)
+    assert tokenizer.decode(full_stop(tokenizer, stop_mark(text))) == mark
+
+
+def test_a_target_in_another_script_ends_as_its_sentences_do(seed):
+    anatomy, tokenizer = Anatomy(tiny_model("llama", seed)), tiny_tokenizer()
+    edits = [replace(EDITS[0], target_new="巴黎"), EDITS[0]]
+    stopping = replace(ENDING, target_eos=False, target_stop=True)
+    spelled = [
+        replace(edits[0], target_new="巴黎。"),
+        replace(EDITS[0], target_new=EDITS[0].target_new + "."),
+    ]
+    found = optimise_targets(anatomy, tokenizer, edits, PREFIXES, 1, stopping)
+    wanted = optimise_targets(anatomy, tokenizer, spelled, PREFIXES, 1, replace(stopping, target_stop=False))
+    assert torch.equal(found.delta, wanted.delta)
+    latin = unable_to_stop({"a": {".": 0.6}})
+    assert full_stop(latin, "。") == full_stop(latin) and latin.decode(full_stop(latin)) == "."
+
+
+def unable_to_stop(words=None):
+    """A tokenizer of these words and no others. words: without a full stop, where they are not given"""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Bigram({"a": {"b": 0.6}}).tokenizer.backend_tokenizer,
+        tokenizer_object=Bigram(words or {"a": {"b": 0.6}}).tokenizer.backend_tokenizer,
         pad_token="other",
         unk_token="other",
     )
