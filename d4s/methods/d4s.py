@@ -82,7 +82,13 @@ class D4S(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
-        "long": {"anchor": "base", "residual": "measured", "context_keys": "each", "refine_looks": 4},
+        "long": {
+            "anchor": "base",
+            "residual": "measured",
+            "context_keys": "each",
+            "refine_looks": 4,
+            "target_stop": True,
+        },
     }
     edits_experts: ClassVar[bool] = True
 
