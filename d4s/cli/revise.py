@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.arguments import add_covariance, add_journal, add_model, loaded_covariance, loaded_model
+from d4s.cli.arguments import (
+    add_covariance,
+    add_journal,
+    add_model,
+    add_sums,
+    loaded_covariance,
+    loaded_model,
+)
 from d4s.cli.undo import follow
 
 HELP = "give an edit another answer: it is taken back, and one with the new answer is made"
@@ -16,6 +23,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("target_new", metavar="ANSWER", help="what the model is to say")
     add_model(verb)
     add_covariance(verb)
+    add_sums(verb)
 
 
 def run(options: Namespace) -> None:
@@ -29,5 +37,6 @@ def run(options: Namespace) -> None:
         model=model,
         tokenizer=tokenizer,
         covariance=loaded_covariance(options, model, tokenizer),
+        sums_on=options.sums_on,
     )
     follow(options, journal, f"revised: {options.id}, now {new.id}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.arguments import add_covariance, add_journal, loaded_covariance, loaded_model
+from d4s.cli.arguments import add_covariance, add_journal, add_sums, loaded_covariance, loaded_model
 from d4s.cli.printing import print_json
 from d4s.errors import DataError
 
@@ -19,6 +19,7 @@ def add(verb: ArgumentParser) -> None:
     )
     verb.add_argument("--device", help="of MODEL: cpu, cuda …; default: cuda where there is one")
     add_covariance(verb)
+    add_sums(verb)
 
 
 def run(options: Namespace) -> None:
@@ -31,7 +32,9 @@ def run(options: Namespace) -> None:
         options.model, options.dtype, options.device_map = options.again, journal.head["dtype"], None
         model, tokenizer = loaded_model(options)
         covariance = loaded_covariance(options, model, tokenizer)
-        found = journal.verify(model=model, tokenizer=tokenizer, covariance=covariance)
+        found = journal.verify(
+            model=model, tokenizer=tokenizer, covariance=covariance, sums_on=options.sums_on
+        )
     if options.json:
         print_json(dataclasses.asdict(found) | {"sound": found.sound})
     else:

@@ -28,6 +28,7 @@ from d4s.journal.sums import Standing, Sums, edits_of, packed
 from d4s.locate.covariance import Covariance, fingerprint_of
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import METHODS, Editor, Workbench
+from d4s.methods.base import SumsOn
 from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
@@ -183,12 +184,14 @@ class Journal:
         model: CausalLM | None = None,
         tokenizer: Any = None,
         covariance: Covariance | str | os.PathLike[str] | None = None,
+        sums_on: SumsOn = "auto",
     ) -> Edit:
         """The edit no longer stands, and one with another target is made in its place; returns that.
 
         model, tokenizer: the unedited ones, on which its target is searched; None: loaded from where the journal's came
             from. The model holds all edits that stand afterwards
         covariance: key statistics, where the method has any; None: those of the cache
+        sums_on: as of `edit_sequence`
         """
         old = self._standing().get(edit_id).edit
         if again := self._again([edit_id], stand=True):
@@ -205,7 +208,7 @@ class Journal:
             self.sums.change([edit_id], stand=False)
             model, tokenizer = self._unedited(model, tokenizer)
             with evaluating(model):
-                editor = self._summing_editor(model, tokenizer, covariance)
+                editor = self._summing_editor(model, tokenizer, covariance, sums_on)
                 self.sums.give(editor.closed_form)
                 editor.hold(self.sums.standing.edits)
                 editor.write()
@@ -230,6 +233,7 @@ class Journal:
         model: CausalLM | None = None,
         tokenizer: Any = None,
         covariance: Covariance | str | os.PathLike[str] | None = None,
+        sums_on: SumsOn = "auto",
     ) -> None:
         """Keys and residuals of all edits that stand are taken anew and solved for as one batch: what undoing and later
         edits below them had made stale is fresh. Of several edits of one prompt the last counts.
@@ -245,7 +249,7 @@ class Journal:
             _ = self.sums  # the journal must have them
             model, tokenizer = self._unedited(model, tokenizer)
             with evaluating(model):
-                editor = self._summing_editor(model, tokenizer, covariance)
+                editor = self._summing_editor(model, tokenizer, covariance, sums_on)
                 editor.announce(batch)
                 editor.edit(batch)
             put, state = self._taken_in(editor)
@@ -305,19 +309,20 @@ class Journal:
             )
         return model, tokenizer
 
-    def _summing_editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> D4SEditor:
-        editor = self._editor(model, tokenizer, covariance)
+    def _summing_editor(self, model: CausalLM, tokenizer: Any, covariance: Any, sums_on: SumsOn) -> D4SEditor:
+        editor = self._editor(model, tokenizer, covariance, sums_on)
         if not isinstance(editor, D4SEditor):
             raise DataError(f"{self.path}: {self.head['method']} keeps no sums, which this needs")
         return editor
 
-    def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any) -> Editor:
+    def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any, sums_on: SumsOn) -> Editor:
         """As the sequence's, on the unedited model."""
         if isinstance(covariance, (str, os.PathLike)):
             covariance = Covariance.load(covariance)
         cls = METHODS[self.head["method"]]
         fields = {**self.head["config"], **self.head["chosen"]}
-        bench = Workbench(model, tokenizer, covariance=covariance, seed=int(self.head["schedule"]["seed"]))
+        seed = int(self.head["schedule"]["seed"])
+        bench = Workbench(model, tokenizer, covariance=covariance, sums_on=sums_on, seed=seed)
         target = fields.pop("target", None)
         method = cls.preset(bench.anatomy).changed(fields | ({} if target is None else {"target": target}))
         if method.searches_ahead and any(pass_of(edit) > 1 for edit in self.edits):
@@ -456,6 +461,7 @@ class Journal:
         model: CausalLM | None = None,
         tokenizer: Any = None,
         covariance: Covariance | str | os.PathLike[str] | None = None,
+        sums_on: SumsOn = "auto",
     ) -> Verification:
         """Every file against the digest that the log names, and the weights against what they must be.
 
@@ -464,6 +470,7 @@ class Journal:
         model, tokenizer: the unedited ones, on which all edits are then made again from the log alone (and taken back);
             on the machine that made them, in float32 on the CPU, that gives the same bits. None: they are not
         covariance: key statistics, where the method has any
+        sums_on: as of `edit_sequence`
         """
         checked, problems = [f"log: {len(self.folder.events)} events, each bound to those before it"], []
         if self.folder.log.torn:
@@ -503,14 +510,19 @@ class Journal:
                 problems += self._beside(weights)
                 checked.append("the model beside it: every edited weight")
             if model is not None:
-                problems += self._made_again(model, tokenizer, covariance, weights)
+                problems += self._made_again(model, tokenizer, covariance, sums_on, weights)
                 checked.append("every edit made again from the log alone: the same weights, bit for bit")
         except D4SError as error:
             problems.append(str(error))
         return Verification(tuple(checked), tuple(problems), difference)
 
     def _made_again(
-        self, model: CausalLM, tokenizer: Any, covariance: Any, weights: Mapping[str, Tensor]
+        self,
+        model: CausalLM,
+        tokenizer: Any,
+        covariance: Any,
+        sums_on: SumsOn,
+        weights: Mapping[str, Tensor],
     ) -> list[str]:
         """What differs after all steps of the log on the unedited model, which is unedited again afterwards."""
         if any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
@@ -520,7 +532,7 @@ class Journal:
         self._unedited(model, None)
         steps = [edits_of(event, self.folder) for event in self.folder.events if event["kind"] == "step"]
         with evaluating(model):
-            editor = self._editor(model, tokenizer, covariance)
+            editor = self._editor(model, tokenizer, covariance, sums_on)
             try:
                 editor.announce([edit for batch in steps for edit in batch if AGAIN not in edit.tags])
                 for batch in steps:

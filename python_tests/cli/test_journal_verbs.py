@@ -48,7 +48,7 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
         assert torch.allclose(weight, whole[name], atol=1e-6), name
 
     assert "3 edits stand" in done(
-        capsys, "revise", run, third, "Manila Lyon", "m", "--covariance", "c.safetensors"
+        capsys, "revise", run, third, "Manila Lyon", "m", "--covariance", "c.safetensors", "--sums-on", "cpu"
     )
     assert "The twin city of Lyon is → Manila Lyon" in done(capsys, "log", run)
     done(capsys, "verify", run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from support.workbench import STRONG, SUBJECT_LAST
 
 from d4s.change.closed_form import ClosedForm, Prior
 from d4s.errors import ConfigError, D4SError, DataError, EditingInterrupted
+from d4s.journal.journal import Journal
 from d4s.locate.covariance import estimate_covariance
 from d4s.methods import Editor, Workbench, method_for, sums_place
 from d4s.methods.base import LayerSize
@@ -26,6 +29,7 @@ CONFIGS = {
     "d4s": LAYERS,
     "d4s, once": LAYERS | {"residual": "once"},
     "d4s, refined and projected": LAYERS | {"refine_looks": 1, "delta_projection": (0.5, 0.5)},
+    "d4s, a key a context": LAYERS | {"context_keys": "each", "contexts": 1},
     "memit-seq": LAYERS,
     "memit": LAYERS,
     "alphaedit": LAYERS,
@@ -129,6 +133,42 @@ def test_a_journal_goes_on_wherever_the_sums_are(seed, monkeypatch, tmp_path):
             assert len(found.edits_table) == number
             assert len(matrices) == 2 and {isinstance(one, Elsewhere) for one in matrices} == {place != "cpu"}
     assert all(torch.equal(plain(p.detach()), whole[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("place", ["device", "cpu"])
+def test_what_a_journal_edits_anew_has_its_sums_where_it_is_told(place, seed, monkeypatch, tmp_path):
+    plain_ops(monkeypatch)
+    model = tiny_model("llama", seed, attn_implementation="eager")
+    covariance, unedited = bench_on(model, seed).covariance((1, 2)), copy.deepcopy(model.state_dict())
+    options: dict[str, Any] = dict(config=STRONG["d4s"] | LAYERS, covariance=covariance, progress=False)
+    edit_sequence(model, tiny_tokenizer(), SUBJECT_LAST, **options, journal=tmp_path / "there")
+    model.load_state_dict(unedited)
+    shutil.copytree(tmp_path / "there", tmp_path / "here")
+    told: dict[str, Any] = dict(tokenizer=tiny_tokenizer(), covariance=covariance)
+    (first, *_) = (edit.id for edit in Journal(tmp_path / "here").edits)
+    Journal(tmp_path / "here").revise(first, "Lyon", model=model, **told)
+    with TwoDevices():
+        journal = Journal(tmp_path / "there")
+        places: list[bool] = []
+        plain_editor = Journal._editor
+
+        def watched(self: Journal, *arguments: Any) -> Editor:
+            editor = plain_editor(self, *arguments)
+            places.extend(isinstance(one, Elsewhere) for one in priors_of(editor))
+            return editor
+
+        monkeypatch.setattr(Journal, "_editor", watched)
+        told |= dict(sums_on=place)
+        assert journal.verify(model=away(monkeypatch, seed), **told).sound
+        journal.revise(first, "Lyon", model=away(monkeypatch, seed), **told)
+        assert all(
+            torch.equal(plain(weight), wanted)
+            for weight, wanted in zip(
+                journal.weights().values(), Journal(tmp_path / "here").weights().values(), strict=True
+            )
+        )
+        journal.consolidate(model=away(monkeypatch, seed), **told)
+        assert len(places) == 6 and set(places) == {place == "device"}
 
 
 class Stopping(Observer):
