@@ -27,6 +27,7 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s-once": {"method": "d4s", "residual": "once"},
     "d4s-current": {"method": "d4s", "anchor": "current"},
     "d4s-each": {"method": "d4s", "context_keys": "each"},
+    "d4s-each-stop": {"method": "d4s", "context_keys": "each", "target_stop": True},
     "d4s-refined": {"method": "d4s", "refine_looks": 4},
     "d4s-refined-stop": {"method": "d4s", "refine_looks": 4, "target_stop": True},
     "d4s-long": {"method": "d4s", **METHODS["d4s"].presets["long"]},
