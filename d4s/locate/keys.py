@@ -68,10 +68,8 @@ def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
 
 def _read(values: Tensor, width: int, last: Tensor) -> Tensor:
     """At position `last` of each row, all of them `width` positions wide. [rows, features]"""
-    values, last = (
-        values.view(len(last), width, -1),
-        last.to(values.device),
-    )  # OPT flattens rows and positions
+    values = values.view(len(last), width, -1)  # OPT flattens rows and positions
+    last = last.to(values.device)
     return values[torch.arange(len(last), device=last.device), last]
 
 

@@ -216,9 +216,8 @@ class D4SEditor(LocateEditor):
             looks = max(looks, AGAIN_LOOKS)
         if looks:
             targets = self.refined(batch, targets, looks)
-            unedited = (
-                None if self.each else unedited
-            )  # what a target is added to is now that of the current weights
+            if self.each:  # what such a target is added to is the current state
+                unedited = None
         again = [i for i, edit in enumerate(batch) if edit.place in self.held]
         once = not self.measured
         old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
@@ -242,7 +241,7 @@ class D4SEditor(LocateEditor):
         return step_of(targets)
 
     def unedited(self, edits: Sequence[Edit]) -> Tensor:
-        """Where every context has a key of its own, its state: what a target is added to. [edits, rows, d_model]"""
+        """Where every context has a key of its own: its state, which δ is added to. [edits, rows, d_model] float64"""
         if not self.each:
             return super().unedited(edits)
         _, states = self.keys_and_state(self.rows(edits), self.last)

@@ -8,7 +8,7 @@ from support.tiny import REPRESENTATIVE, tiny_model, tiny_tokenizer
 
 from d4s.edits import Edit
 from d4s.locate import keys
-from d4s.locate.keys import keys_at, output_at, subject_rows
+from d4s.locate.keys import keys_and_output_at, keys_at, output_at, subject_rows
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import subject_row
 
@@ -35,7 +35,8 @@ def seen_at_subject(anatomy, module, edit, prefix="", *, whole=True):
     def hook(_module, args, kwargs, output):
         output = output[0] if isinstance(output, tuple) else output
         put_in = args[0] if args else kwargs["hidden_states"]
-        seen.extend(t.reshape(len(ids), -1)[row.subject_last] for t in (put_in, output))
+        # Falcon adds to what its modules return where it lies.
+        seen.extend(t.reshape(len(ids), -1)[row.subject_last].clone() for t in (put_in, output))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     with torch.no_grad():
@@ -61,6 +62,21 @@ def test_a_padded_batch_gives_what_each_full_row_gives_alone(model_type, whole, 
         for e, edit in enumerate(EDITS):
             close(found[e], seen_at_subject(anatomy, anatomy.projection(layer), edit, whole=whole)[0])
             close(out[e], seen_at_subject(anatomy, anatomy.blocks[layer], edit, whole=whole)[1])
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+@pytest.mark.parametrize("layers", [(0, 2), (1, 1)])
+def test_one_pass_gives_the_key_of_a_layer_and_what_a_later_module_puts_out(model_type, layers, seed):
+    """Of every row by itself; the later module may be the layer's own block, or its MLP's output projection."""
+    anatomy = Anatomy(tiny_model(model_type, seed))
+    rows = subject_rows(tiny_tokenizer(), EDITS, PREFIXES)
+    layer, last = layers
+    for module in (anatomy.blocks[last], anatomy.projection(last)):
+        found, out = keys_and_output_at(anatomy, rows, layer, module)
+        assert found.shape == (12, anatomy.shape(layer)[1]) and found.dtype == out.dtype == torch.float32
+        for i, (edit, prefix) in enumerate((edit, prefix) for edit in EDITS for prefix in ("", *PREFIXES)):
+            close(found[i], seen_at_subject(anatomy, anatomy.projection(layer), edit, prefix)[0])
+            close(out[i], seen_at_subject(anatomy, module, edit, prefix)[1])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "qwen3"])
