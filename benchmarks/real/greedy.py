@@ -1,8 +1,8 @@
-"""What a comparison's models say by themselves: edits' and neighbours' greedy answers against edits made.
+"""What a comparison's models say by themselves: edits', paraphrases' and neighbours' greedy answers against edits made.
 
 python -m benchmarks.real.greedy comparison/sequences greedy.png
 
-The folder is one that `d4s compare` or `benchmarks.real.comparison` has made; cost: seconds.
+The folder is one that `d4s compare` or `benchmarks.real.comparison` has made, or is making; cost: seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.real.tables import sequences
 from d4s.figures.plots import plot_lines
-from d4s.sequence.record import Record
 
 PANELS = {
     "efficacy_argmax": "the edit is the greedy answer",
+    "paraphrase_argmax": "its paraphrases' answer",
     "specificity_argmax": "neighbours keep their greedy answer",
 }
 
@@ -26,10 +27,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("figure", type=Path)
     options = parser.parse_args()
-    paths = sorted(
-        (options.folder / "results").glob("*-0.json"), key=lambda path: path.stem.removesuffix("-0")
-    )
-    histories = {path.stem.removesuffix("-0"): Record.load(path).to_frame() for path in paths}
+    found = sequences(options.folder).results
+    histories = {label: by_seed[min(by_seed)].to_frame() for label, by_seed in found.items()}
     parts = []
     for name, panel in PANELS.items():
         for label, history in histories.items():
