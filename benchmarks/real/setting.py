@@ -143,7 +143,8 @@ def sequences_over(
 
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
-    told = {name: value for name in TOLD if (value := result.config.get(name)) and value != "mean"}
+    fields = result.config | result.config.get("target", {})
+    told = {name: value for name in TOLD if (value := fields.get(name)) and value != "mean"}
     return "-".join([result.method, *(name if value is True else str(value) for name, value in told.items())])
 
 
