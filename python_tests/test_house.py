@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ FACE, DOOR = "__init__.py", "__main__.py"  # of d4s itself: what it offers, and 
 
 # What a plain import leaves where it is: each is loaded by the work that needs it.
 LATER = ("matplotlib", "pandas", "lm_eval", "scipy.stats", "plotly", "transformers")
-TRIES = 3
+TRIES = 8  # at most
 # Measured: 1.1 times `import torch`; with transformers alone 1.5, with one of its models 2.9.
 MOST = 1.4
 
@@ -175,11 +176,15 @@ def test_a_plain_import_leaves_figures_tables_and_models_where_they_are():
 
 
 def test_a_plain_import_costs_little_more_than_torch():
-    """Seconds of the processor, which a busy machine stretches less than the clock's; the best of a few tries each, in
+    """Seconds of the processor, which a busy machine stretches less than the clock's; the best of some tries each, in
     turns, so that a busy while meets both."""
 
     def seconds(module: str) -> float:
         return float(fresh(f"import time, {module}; print(time.process_time())"))
 
-    torch, ours = map(min, zip(*((seconds("torch"), seconds("d4s")) for _ in range(TRIES)), strict=True))
+    torch = ours = math.inf
+    for _ in range(TRIES):
+        torch, ours = min(torch, seconds("torch")), min(ours, seconds("d4s"))
+        if ours <= MOST * torch:
+            break
     assert ours <= MOST * torch, f"import d4s takes {ours:.2f} s, import torch {torch:.2f} s"
