@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.command import FAST, RECORDS, done, failed
+from support.sequences import broken_off
 from support.tiny import tiny_tokenizer
 
 import d4s
@@ -66,16 +67,8 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
 def test_a_sequence_that_was_interrupted_goes_on_by_the_same_command(capsys, tmp_path, monkeypatch):
     whole, run = str(tmp_path / "whole"), str(tmp_path / "run")
     done(capsys, *EDIT, "--out", whole)
-    plain, calls = Editor.edit, []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return plain(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Editor, "edit", interrupted)
+        broken_off(patch, 3, KeyboardInterrupt)
         assert d4s.cli.main([*EDIT, "--out", run]) == 130
     assert "2 edits were made before" in capsys.readouterr().err
     done(capsys, *EDIT, "--out", run)

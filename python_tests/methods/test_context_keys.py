@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 from support.sequences import EDITS as SEVEN
-from support.sequences import FAST, ready, same, sequence, state
+from support.sequences import FAST, broken_off, ready, same, sequence, state
 from support.tiny import tiny_tokenizer
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
@@ -15,7 +15,6 @@ from d4s.errors import ConfigError, EditingStopped
 from d4s.journal.journal import Journal
 from d4s.locate.keys import keys_at, output_at
 from d4s.methods import method_for
-from d4s.methods.base import Editor
 from d4s.models.architectures import Anatomy
 from d4s.study.plan import VECTORS, plan
 from d4s.study.tune import SEARCHED
@@ -119,16 +118,8 @@ def test_a_fact_that_goes_back_and_forth_leaves_the_weights_bounded(rule, seed):
 def test_its_journal_goes_on_and_takes_single_edits_back(monkeypatch, tmp_path, seed):
     config = FAST | dict(context_keys="each", contexts=1, layers=[1])
     whole = sequence(*ready(seed), config=config, journal=tmp_path / "whole")
-    plain, calls = Editor.edit, []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return plain(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Editor, "edit", interrupted)
+        broken_off(patch, 4, KeyboardInterrupt)
         with pytest.raises(EditingStopped):
             sequence(*ready(seed), config=config, journal=tmp_path / "broken")
     again = sequence(*ready(seed), config=config, journal=tmp_path / "broken")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from support.sequences import EDITS, FAST, failing, ready, same, state, without_times
+from support.sequences import EDITS, FAST, broken_off, failing, ready, same, state, without_times
 from support.tiny import tiny_model, tiny_tokenizer
 
 from d4s import cli, save_edits
@@ -520,17 +520,9 @@ def test_a_comparison_goes_on_within_a_sequence(method, monkeypatch, tmp_path, s
     model, covariance = ready(seed)
     options = dict(seeds=seed, evaluate_every=3, out=tmp_path / "whole")
     whole = compared(model, covariance, {method: FAST}, **options)
-    plain, calls = MEMITEditor.edit, []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return plain(self, batch)
-
     options["out"] = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("d4s.methods.base.Editor.edit", interrupted)
+        broken_off(patch, 5, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             compared(model, covariance, {method: FAST}, **options)
     (journal,) = (tmp_path / "out" / "journals").iterdir()
@@ -551,15 +543,7 @@ def test_a_comparison_goes_on_within_a_sequence(method, monkeypatch, tmp_path, s
 def test_targets_found_before_an_interruption_serve_later_sequences_too(monkeypatch, tmp_path, seed):
     model, covariance = ready(seed)
     both = {"d4s": FAST, "other": FAST | {"method": "d4s", "prior_weight": 2.0}}
-    plain, calls, searched = D4SEditor.edit, [], []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return plain(self, batch)
-
-    search = LocateEditor.search
+    searched, search = [], LocateEditor.search
 
     def counted(self, edits, *arguments):
         searched.extend(edit.id for edit in edits)
@@ -570,7 +554,7 @@ def test_targets_found_before_an_interruption_serve_later_sequences_too(monkeypa
     )  # the journal has the first of several parts
     monkeypatch.setattr(LocateEditor, "search", counted)
     with monkeypatch.context() as patch:
-        patch.setattr("d4s.methods.base.Editor.edit", interrupted)
+        broken_off(patch, 5, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             compared(model, covariance, both, seeds=seed, out=tmp_path)
     shutil.rmtree(tmp_path / "targets")  # as a process that was killed leaves it

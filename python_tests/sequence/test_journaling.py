@@ -10,12 +10,11 @@ from contextlib import suppress
 
 import pytest
 import torch
-from support.sequences import EDITS, FAST, ready, same, sequence, state, without_times
+from support.sequences import EDITS, FAST, broken_off, ready, same, sequence, state, without_times
 
 import d4s
 from d4s import progress
 from d4s.errors import ConfigError, EditingFailed, EditingStopped
-from d4s.methods.base import Editor
 from d4s.sequence import journaling
 
 SHORT = dict(layers=[0], steps=2, learning_rate=1.0, contexts=0)
@@ -49,19 +48,6 @@ def options(name, **more):
         "evaluate_every": 3,
         "generate": False,
     } | more
-
-
-def broken_off(monkeypatch, call, error=RuntimeError):
-    """The call-th step fails once; those after it do not."""
-    plain, calls = Editor.edit, []
-
-    def edit(self, batch):
-        calls.append(batch)
-        if len(calls) == call:
-            raise error("broken off")
-        return plain(self, batch)
-
-    monkeypatch.setattr(Editor, "edit", edit)
 
 
 def told(result):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.sequences import EDITS, FAST, ready, same, sequence, state, without_times
+from support.sequences import EDITS, FAST, broken_off, ready, same, sequence, state, without_times
 from support.tiny import tiny_tokenizer
 
 from d4s import save_edits
@@ -17,7 +17,6 @@ from d4s.errors import ConfigError, EditError, EditingStopped
 from d4s.journal.folder import Folder
 from d4s.journal.journal import Journal
 from d4s.locate.kept_targets import KeptTargets
-from d4s.methods.base import Editor
 from d4s.sequence.journaling import record_of
 from d4s.sequence.record import Record
 from d4s.sequence.schedule import Schedule
@@ -78,16 +77,8 @@ def test_a_pass_goes_on_where_it_was_broken_off(method, place, monkeypatch, tmp_
     options = dict(method=method, config=WEAK, passes=2, evaluate_every=3)
     whole = sequence(*ready(seed), **options, journal=tmp_path / "whole")
     assert len(whole.edits_table) > 8
-    plain, calls = Editor.edit, []
-
-    def interrupted(self, batch):
-        calls.append(batch)
-        if len(calls) == place + 1:
-            raise KeyboardInterrupt
-        return plain(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Editor, "edit", interrupted)
+        broken_off(patch, place + 1, KeyboardInterrupt)
         with pytest.raises(EditingStopped):
             sequence(*ready(seed), **options, journal=tmp_path / "broken")
     assert len(record_of(tmp_path / "broken").edits_table) == place

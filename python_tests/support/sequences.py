@@ -8,6 +8,7 @@ from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 from d4s.edits import Edit
 from d4s.errors import ModelError
 from d4s.locate.covariance import estimate_covariance
+from d4s.methods.base import Editor
 from d4s.sequence.run import edit_sequence
 
 SUBJECTS = ("Danielle Darrieux", "Steve Jobs", "Lyon", "Edwin", "Manila", "Apple", "Bordeaux")
@@ -54,6 +55,19 @@ def same(one, other):
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def broken_off(monkeypatch, call, error=RuntimeError):
+    """The call-th step fails once; those after it do not."""
+    plain, calls = Editor.edit, []
+
+    def edit(self, batch):
+        calls.append(batch)
+        if len(calls) == call:
+            raise error("broken off")
+        return plain(self, batch)
+
+    monkeypatch.setattr(Editor, "edit", edit)
 
 
 def failing(monkeypatch, editor, call):
