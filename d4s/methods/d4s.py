@@ -233,7 +233,7 @@ class D4SEditor(LocateEditor):
                 residuals = (left / share).to(already.device) + already
             self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
-                rows = [row for row, edit in enumerate(wanted.edits) if edit in again]
+                rows = wanted.rows_of(again)
                 taken = already[rows] if old is None else wanted.spread(old) / share
                 self._put(Rows(layer, -1.0, tuple(wanted.edits[row] for row in rows), taken, keys[rows]))
             self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
@@ -373,6 +373,10 @@ class Wanted:
         left = self._goals - reached if editor.measured else self._goals
         # Keys stay what float32 holds, as which a journal keeps them.
         return self._weighed(keys.float()).double(), self._weighed(left)
+
+    def rows_of(self, edits: Sequence[int]) -> list[int]:
+        """Of edits, by their place within the step."""
+        return [edit * self.count + number for edit in edits for number in range(self.count)]
 
     def spread(self, values: Tensor) -> Tensor:
         """Of some edits what is the same for all of an edit's rows. values: [edits, …]"""

@@ -152,12 +152,13 @@ def compare(
     unfinished: set[tuple[str, int]] = set()
     for seed, order in orders.items():
         unedited = Unedited()
-        if kept is not None:
-            kept.take_unedited(unedited, seed)
         for label, method in configured.items():
             if kept is not None and (stored := kept.record(label, seed, method)) is not None:
                 results[label][seed] = stored
+                unedited.take_from(stored)
                 continue
+            if kept is not None and unedited.evaluation is None:
+                kept.take_unedited(unedited, seed)
             place = 1 + sum(len(by_seed) for by_seed in results.values())
             stage(
                 f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress

@@ -132,17 +132,8 @@ class Journaling(Observer):
 
     def check(self, method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> None:
         """Before anything is searched for: ConfigError, naming what differs, if the journal is another sequence's."""
-        if self.folder is None:
-            return
-        self._same(_identity(method, bench, edits, schedule), method)
-        own, steps = {edit.id for edit in edits}, (e for e in self.folder.events if e["kind"] == "step")
-        later = (edit for event in steps for edit in edits_of(event, self.folder) if edit.id not in own)
-        made = max(map(pass_of, later), default=1)
-        if made > schedule.passes:
-            raise ConfigError(
-                f"{self.path}: its sequence has come to pass {made}, and passes={schedule.passes} is asked for; ask "
-                "for as many or more, or name another folder"
-            )
+        if self.folder is not None:
+            self._same(_identity(method, bench, edits, schedule), method)
 
     def _same(self, wanted: Mapping[str, Any], method: Method) -> None:
         assert self.folder is not None
@@ -229,8 +220,8 @@ class Journaling(Observer):
         shapes = [weights.anatomy.shape(layer) for layer in weights.layers]
         base = sum(w.nbytes for w in weights.base.values())
         sums = shapes if _sums_of(editor) is not None else ()
-        rows = edits * editor.method.keys_an_edit
-        return bytes_of_journal(base, state, edits, sums, rows=rows, keep_vectors=self.keep_vectors)
+        keys = editor.method.keys_an_edit
+        return bytes_of_journal(base, state, edits, sums, keys=keys, keep_vectors=self.keep_vectors)
 
     def _head(
         self, result: Result, method: Method, bench: Workbench, schedule: Schedule, state: int
@@ -276,6 +267,12 @@ class Journaling(Observer):
             stored = edits_of(event, self.folder)
             if number == len(batches) and all(edit.tags.get(AGAIN) in by_id for edit in stored):
                 batches.append(stored)  # by a later pass
+                made, asked = pass_of(stored[0]), under_way.schedule.passes
+                if made > asked:
+                    raise ConfigError(
+                        f"{self.path}: its sequence has come to pass {made}, and passes={asked} is asked for; ask for "
+                        "as many or more, or name another folder"
+                    )
             if number >= len(batches) or [e.id for e in stored] != [e.id for e in batches[number]]:
                 raise DataError(
                     f"{self.folder.root}, event {event['n']}: its edits are not those of step {number + 1}; "
@@ -547,7 +544,7 @@ def bytes_of_journal(
     edits: int,
     sums: Sequence[tuple[int, int]] = (),
     *,
-    rows: int | None = None,
+    keys: int = 1,
     keep_vectors: bool = True,
 ) -> int:
     """What a journal of so many edits will hold: W0, priors, snapshots, and of each edit its line and its vectors.
@@ -555,17 +552,17 @@ def bytes_of_journal(
     base: bytes of W0 of the edited layers
     state: bytes of a snapshot, which sums outgrow
     sums: (d_out, d_in) of the layers whose sums are kept; none: the editor keeps no sums
-    rows: that the edits put into the sums of a layer; None: one each
+    keys: of an edit, in each layer
     keep_vectors: whether keys and residuals are kept, where there are sums
     """
-    vectors = 0
+    an_edit = LINES_AN_EDIT
     if sums:
         base += sum(8 * d_in**2 for _, d_in in sums)  # the priors
         state = sum(8 * (2 * d_in**2 + 2 * d_in * d_out) for d_out, d_in in sums)
         if keep_vectors:
-            vectors = sum(4 * d_in + 8 * d_out for d_out, d_in in sums) * (edits if rows is None else rows)
+            an_edit += keys * sum(4 * d_in + 8 * d_out for d_out, d_in in sums)
     # One snapshot more than are kept, while the oldest is still there.
-    return base + (SNAPSHOTS_KEPT + 1) * state + edits * LINES_AN_EDIT + vectors
+    return base + (SNAPSHOTS_KEPT + 1) * state + edits * an_edit
 
 
 def _identity(method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> dict[str, Any]:

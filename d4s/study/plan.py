@@ -475,7 +475,7 @@ def _of_disk(
     dense = [(size.d_out, size.d_in) for size in sizes.values()]
     sums = dense if method.keeps_sums and all(size.experts == 1 for size in sizes.values()) else []
     with_vectors, without = (
-        bytes_of_journal(base, state, edits, sums, rows=edits * method.keys_an_edit, keep_vectors=kept)
+        bytes_of_journal(base, state, edits, sums, keys=method.keys_an_edit, keep_vectors=kept)
         for kept in (True, False)
     )
     parts.append(Part(DISK, "journal", without))
