@@ -2,8 +2,9 @@
 
 python -m benchmarks.limits --device cuda --out limits.json
 
-The limits are a copy's bandwidth and the library's own matrix products by type. A row an op: the bytes that it has to
-move or the operations that it has to make, its seconds, and the share of the limit that follows. Cost: seconds.
+The limits are a copy's bandwidth and the library's own matrix products by type, on a GPU TF32 among them. A row an op:
+the bytes that it has to move or the operations that it has to make, its seconds, and the share of the limit that
+follows. Cost: seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from benchmarks.measure import compare, device_name
 from d4s import ops
 from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior
 from d4s.files import write_json
+from d4s.locate.precision import products_in
+
+BYTES = (
+    2**29
+)  # that an op of bandwidth passes over on a GPU: more than a cache holds, and than a launch takes
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -34,6 +40,10 @@ def limits(device: torch.device, size: int, rounds: int) -> dict[str, float]:
         a = torch.randn(size, size, device=device, dtype=torch.float32).to(dtype)
         taken = seconds_of(lambda a=a: a @ a, device, rounds)  # type: ignore[misc]
         found[str(dtype).removeprefix("torch.")] = 2 * size**3 / taken
+    if device.type == "cuda":
+        a = torch.randn(size, size, device=device)
+        with products_in("reduced", device):
+            found["tf32"] = 2 * size**3 / seconds_of(lambda: a @ a, device, rounds)
     return found
 
 
@@ -51,22 +61,37 @@ def shares(device: torch.device, size: int, rounds: int, most: dict[str, float])
         kind = str(dtype).removeprefix("torch.")
         keys = torch.randn(4 * size, d_in, device=device).to(dtype)
         moment = torch.zeros(d_in, d_in, device=device)
-        # Half of the products: the sum is symmetric.
+        # Half of the products, since the sum is symmetric; on a GPU a float32 key is two TF32 numbers, four products.
+        as_tf32 = device.type == "cuda" and dtype == torch.float32
         row(
             f"key covariance, {kind} keys",
-            kind,
-            len(keys) * d_in**2,
+            "tf32" if as_tf32 else kind,
+            (4 if as_tf32 else 1) * len(keys) * d_in**2,
             lambda k=keys, m=moment: ops.accumulate_key_covariance_(m, k),  # type: ignore[misc]
         )
-        base = torch.randn(d_out, d_in, device=device).to(dtype)
-        weight, delta = base.clone(), torch.zeros(d_out, d_in, device=device, dtype=torch.float64)
+        many = max(1, BYTES // (d_out * d_in * dtype.itemsize)) if device.type == "cuda" else 1
+        bases = [torch.randn(d_out, d_in, device=device).to(dtype) for _ in range(many)]
+        weights = [base.clone() for base in bases]
+        deltas = [torch.zeros(d_out, d_in, device=device, dtype=torch.float64) for _ in bases]
+
+        def write(weights=weights, bases=bases, deltas=deltas) -> None:  # type: ignore[no-untyped-def]
+            for weight, base, delta in zip(weights, bases, deltas, strict=True):
+                ops.write_back_(weight, base, delta)
+
         row(
             f"write-back and norms, {kind}",
             "bytes",
-            2 * base.nbytes + delta.nbytes,
-            lambda w=weight, b=base, d=delta: ops.write_back_(w, b, d),  # type: ignore[misc]
+            2 * bases[0].nbytes + deltas[0].nbytes,
+            write,
+            many,
         )
-        row(f"L1 norm, {kind}", "bytes", base.nbytes, lambda b=base: ops.l1_norms([b]))  # type: ignore[misc]
+        row(
+            f"L1 norm, {kind}",
+            "bytes",
+            bases[0].nbytes,
+            lambda b=bases: ops.l1_norms(b),  # type: ignore[misc]
+            many,
+        )
     like: dict[str, Any] = {"dtype": torch.float64, "device": device}
     closed = ClosedForm({0: Prior.identity(d_in, float(d_in), device=device)}, d_out)
     residuals, keys = torch.randn(DELAYED_ROWS, d_out, **like), torch.randn(DELAYED_ROWS, d_in, **like)

@@ -23,7 +23,9 @@ void dispatch(const at::Tensor& tensor, OnCpu on_cpu, OnCuda on_cuda) {
         "d4s was built without CUDA kernels; build it where there are a CUDA compiler and a CUDA torch");
 #else
   int major = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.device().index());
+  const cudaError_t asked =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.device().index());
+  check(asked == cudaSuccess, tensor.device(), " does not say what it can: ", cudaGetErrorString(asked));
   check(major >= 8, tensor.device(), " has compute capability ", major,
         ".x; the CUDA kernels need 8.0 (A100) or later");
   const c10::cuda::CUDAGuard guard(tensor.device());

@@ -38,7 +38,8 @@ def test_it_can_be_read():
 @pytest.mark.parametrize(
     ("stage", "commands"),
     [
-        ("build", ["cmake --build", "pytest python_tests -k cuda", "--tool memcheck", "--tool racecheck"]),
+        ("build", ["cmake --build", "pytest python_tests -k cuda"]),
+        ("sanitize", ["cmake --build", "--tool memcheck", "--tool racecheck", "--tool synccheck"]),
         ("claims", ["benchmarks.limits", "benchmarks.claims", "bench_closed_form"]),
         ("model", ["--methods d4s", "--methods rome", "--count 7", "benchmarks.real.tables"]),
     ],
@@ -64,7 +65,10 @@ def test_no_stage_takes_more_than_four_minutes(tmp_path):
 def test_wrong_words_are_told(tmp_path):
     assert "usage: OUT=FOLDER benchmarks/on_gpu.sh" in said().stderr
     wrong = said("modle", OUT=str(tmp_path))
-    assert wrong.returncode == 2 and "unknown stage modle; there are build, claims, model" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "unknown stage modle; there are build, sanitize, claims, model" in wrong.stderr
+    )
     lacking = said("--dry-run", "model", OUT=str(tmp_path))
     assert lacking.returncode != 0 and "EDITS: counterfact.json" in lacking.stderr
 

@@ -48,7 +48,7 @@ def test_key_covariance_is_as_accurate_as_torch(device, dtype, d):
         if (
             device.type == "cuda"
         ):  # a float32 key is two TF32 numbers, 22 bits; others' sums are cut, not rounded
-            slack = 6e-7 if dtype == torch.float32 else 1e-7 + n * 2.0**-28
+            slack = 6e-7 if dtype == torch.float32 else 1e-7 + n * 2.0**-26
         assert relative_error(moment, truth) <= 2 * relative_error(twin, truth) + slack
         wide = torch.zeros(d, d, device=device, dtype=torch.float64)
         accumulated(wide, keys)
@@ -112,7 +112,8 @@ def test_key_covariance_of_strided_keys(device, dtype, view):
     accumulated(moment, keys)
     flat = keys.reshape(-1, keys.shape[-1]).double()
     truth = flat.T @ flat
-    assert relative_error(moment, truth) <= 1e-6
+    cut = len(flat) * 2.0**-26 if device.type == "cuda" and dtype != torch.float32 else 0.0
+    assert relative_error(moment, truth) <= 1e-6 + cut
 
 
 def test_key_covariance_of_nothing(device):
