@@ -47,6 +47,7 @@ from d4s.methods.preset import load_preset
 from d4s.models.architectures import ARCHITECTURES, Architecture
 from d4s.models.chat import in_chat
 from d4s.models.loading import load_model
+from d4s.sequence.alone import edit_alone
 from d4s.sequence.observers import Observer
 from d4s.sequence.result import Result, consolidate
 from d4s.sequence.run import edit_sequence
@@ -132,6 +133,7 @@ __all__ = [
     "compare",
     "consolidate",
     "covariance_at_subjects",
+    "edit_alone",
     "edit_sequence",
     "estimate_covariance",
     "evaluate",

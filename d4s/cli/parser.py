@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any, Protocol
 
 from d4s.cli import (
+    alone,
     analyze,
     compare,
     completion,
@@ -54,6 +55,7 @@ VERBS: dict[str, Verb] = {
     "plan": plan,
     "try": try_,
     "edit": edit,
+    "alone": alone,
     "tune": tune,
     "targets": targets,
     "evaluate": evaluate,

@@ -253,7 +253,14 @@ def evaluate(
     remarks = tuple(f"{text} ({n} times)" for text, n in notes.items())
     if (form := chat_note(edits)) is not None:
         remarks = (form, *remarks)
-    return Evaluation(done, _summarise(done, [(edit.text, edit.target_new) for edit in edits], seed), remarks)
+    return evaluation_of(done, edits, seed, remarks)
+
+
+def evaluation_of(
+    rows: list[dict[str, Any]], edits: Sequence[Edit], seed: int, notes: tuple[str, ...] = ()
+) -> Evaluation:
+    """Figures of rows that have been taken, an edit each."""
+    return Evaluation(rows, _summarise(rows, [(edit.text, edit.target_new) for edit in edits], seed), notes)
 
 
 def _written(model: CausalLM, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, Written]:

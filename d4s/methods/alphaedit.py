@@ -38,6 +38,7 @@ class AlphaEdit(TargetMethod):
     name: ClassVar[str] = "alphaedit"
     paper: ClassVar[str] = "arXiv 2410.02355"
     changes: ClassVar[str] = "MLP output projections"
+    keeps_sums: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance", "null space")
     strength: ClassVar[str] = "l2"
 
@@ -66,10 +67,6 @@ class AlphaEdit(TargetMethod):
         elif key == "embedded":
             preset |= dict(null_space_threshold=0.5, threshold_is_relative=True, l2=30.0)
         return cls(**preset)
-
-    @property
-    def keeps_sums(self) -> bool:
-        return True
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         """The sums, the identity's factor, and at most as many protected directions as there are."""

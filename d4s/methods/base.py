@@ -149,8 +149,9 @@ class Method(Configuration, ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # "covariance", "null space"
     # Models of the literature for which nothing of its own is published: their presets follow its rule.
     not_published: ClassVar[tuple[str, ...]] = ()
-    # How edits are taken back. `Editor.restore` puts W0 back bit for bit; no method takes out a single edit.
-    undo: ClassVar[str] = "all at once"
+    # Whether its editor keeps A and B of a dense layer, so that a journal can take single edits back. Of every method
+    # `Editor.restore` puts W0 back bit for bit.
+    keeps_sums: ClassVar[bool] = False
     # The field by which less is written and less disturbed, or more of both; a method is compared along it.
     strength: ClassVar[str] = ""
     # Named presets: what of the configuration differs from the model's own.
@@ -191,11 +192,6 @@ class Method(Configuration, ABC):
     def crossing(self, size: LayerSize) -> int:
         """Bytes that come to W's device for a write, of experts for each, where sums are on the CPU: Δ in float64."""
         return 8 * size.d_out * size.d_in
-
-    @property
-    def keeps_sums(self) -> bool:
-        """Whether its editor keeps A and B of a dense layer, so that a journal can take single edits back."""
-        return False
 
     @property
     def keys_an_edit(self) -> int:

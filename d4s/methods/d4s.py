@@ -79,6 +79,7 @@ class D4S(LocateMethod):
     name: ClassVar[str] = "d4s"
     paper: ClassVar[str] = "arXiv 2410.23843"
     changes: ClassVar[str] = "MLP output projections"
+    keeps_sums: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
@@ -135,10 +136,6 @@ class D4S(LocateMethod):
     @property
     def searches_ahead(self) -> bool:
         return self.anchor == "base"
-
-    @property
-    def keeps_sums(self) -> bool:
-        return True
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         return holding_of_sums(size, edits, self.rows_an_edit)

@@ -25,6 +25,7 @@ class ENCORE(LocateMethod):
     name: ClassVar[str] = "encore"
     paper: ClassVar[str] = "arXiv 2502.01636"
     changes: ClassVar[str] = "MLP output projections"
+    keeps_sums: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     not_published: ClassVar[tuple[str, ...]] = ("gpt-j-6b",)
 
@@ -44,10 +45,6 @@ class ENCORE(LocateMethod):
         more = {"gpt2-xl": 3, "gpt-j-6b": 3, "llama-3-8b": 1}.get(key or "", 2)
         norm_weight = 20.0 if key == "llama-3-8b" else 10.0
         return cls(**spread | dict(target=replace(target, stop_after_argmax=more), norm_weight=norm_weight))
-
-    @property
-    def keeps_sums(self) -> bool:
-        return True
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         return holding_of_sums(size, edits, self.rows_an_edit)

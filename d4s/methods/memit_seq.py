@@ -22,12 +22,9 @@ class MEMITSeq(LocateMethod):
     name: ClassVar[str] = "memit-seq"
     paper: ClassVar[str] = "arXiv 2210.07229"
     changes: ClassVar[str] = "MLP output projections"
+    keeps_sums: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     edits_experts: ClassVar[bool] = True
-
-    @property
-    def keeps_sums(self) -> bool:
-        return True
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         return holding_of_sums(size, edits, self.rows_an_edit)

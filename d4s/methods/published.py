@@ -142,6 +142,11 @@ class _Published:
         return self.blocks
 
 
+def undone(method: Any) -> str:
+    """How a method's edits are taken back."""
+    return "one by one" if method.keeps_sums else "all at once"
+
+
 def describe(method: Any) -> dict[str, Any]:
     """What `d4s methods --json` prints of a method class: paper, what it changes and needs, how it is undone,
     presets a model, and for which of these nothing of its own is published."""
@@ -149,7 +154,7 @@ def describe(method: Any) -> dict[str, Any]:
         "paper": method.paper,
         "changes": method.changes,
         "needs": list(method.needs),
-        "undo": method.undo,
+        "undo": undone(method),
         "not_published": list(method.not_published),
         "presets": {name: asdict(method.preset(_Published(*row))) for row, name in _KNOWN.items()},
     }

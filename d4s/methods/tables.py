@@ -11,18 +11,18 @@ from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import aligned
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS
-from d4s.methods.published import describe
+from d4s.methods.published import describe, undone
 
 
 def overview() -> str:
     """A line a method: name, paper, what it changes, what it needs, how it is undone."""
     rows = [
-        (name, cls.paper, cls.changes, ", ".join(cls.needs) or "nothing", cls.undo)
+        (name, cls.paper, cls.changes, ", ".join(cls.needs) or "nothing", undone(cls))
         for name, cls in METHODS.items()
     ]
     return (
         _table(("method", "paper", "changes", "needs", "undone"), rows)
-        + "\nUndone all at once: restore() of a result puts the original weights back, bit for bit."
+        + "\nUndone one by one: by d4s undo, from a journal; all at once, with every method: restore() of a result."
     )
 
 
@@ -40,7 +40,7 @@ def about(name: str) -> str:
     return "\n".join(
         [
             f"{name}: {method.paper}; changes {method.changes}",
-            f"needs: {', '.join(method.needs) or 'nothing'}; undone: {method.undo}",
+            f"needs: {', '.join(method.needs) or 'nothing'}; undone: {undone(method)}",
             f"compared along: {method.strength}; named presets: {_named(method)}",
             "",
             _table(("field", "default", "meaning"), _fields(method)),

@@ -165,7 +165,7 @@ def run(
     begun: list[Run] = []
 
     def begin() -> None:
-        _check(bench, edits, method, schedule)
+        check_asked(bench, edits, method, schedule)
         with evaluating(bench.model):
             begun.append(_begun(bench, edits, method, schedule, baseline, journal, unedited or Unedited()))
 
@@ -247,7 +247,7 @@ def _begun(
     return under_way
 
 
-def _check(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> None:
+def check_asked(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> None:
     """Raises what `edit_sequence` raises before anything is changed."""
     if not edits:
         raise ConfigError("no edits were given; at least one is needed")

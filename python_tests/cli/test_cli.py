@@ -21,6 +21,7 @@ VERBS = (
     "demo",
     "plan",
     "edit",
+    "alone",
     "patch",
     "targets",
     "log",
