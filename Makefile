@@ -4,6 +4,7 @@
 #   make test       every test
 #   make docs       the site, into build/site, a warning being an error; then links, files that are named, blocks of code
 #                   and the examples. Needs the extra "docs", which "test" brings.
+#   make reference  the pages of docs/guide that follow from the package: fields and presets, types of models
 #   make bench      every op and whole sequences, timed against their baselines
 #   make sanitize   the tests of the compiled ops under AddressSanitizer and UndefinedBehaviorSanitizer: the first
 #                   access outside of an array, use of freed memory or undefined step ends the run with its line.
@@ -16,7 +17,7 @@ PYTHON ?= python
 SANITIZED := $(CURDIR)/build/sanitize
 CHECKED ?= ops/test_ops.py change/test_weights.py change/test_closed_form.py
 
-.PHONY: style test docs bench sanitize
+.PHONY: style test docs reference bench sanitize
 
 style:
 	$(PYTHON) -m pytest -q python_tests/test_style.py
@@ -27,6 +28,9 @@ test:
 docs:
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/site
 	$(PYTHON) -m pytest -q python_tests/test_docs.py python_tests/test_doc_blocks.py python_tests/test_site.py python_tests/test_examples.py
+
+reference:
+	$(PYTHON) docs/reference.py
 
 bench:
 	$(PYTHON) -m pytest benchmarks --benchmark-enable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -81,3 +82,11 @@ def test_every_page_can_be_reached_from_the_readme():
 
 def test_the_readme_is_a_door():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 90
+
+
+def test_pages_that_follow_from_the_package_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    for path, page in reference.PAGES.items():
+        assert path.read_text("utf-8") == page(), f"{path.name}: make reference"
