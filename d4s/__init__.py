@@ -1,4 +1,4 @@
-"""d4s: edits facts in large language models, one after another, thousands of times, without breaking the model."""
+"""d4s: edits facts in large language models, one after another, thousands of times, in constant memory."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     found["each"] = {"context_keys": "each"}
     found["each, λ 400"] = {"context_keys": "each", "prior_weight": 400}
     found["refined"] = {"refine_looks": 4}
-    found["long"] = dict(preset.presets["long"])
+    found |= {name: dict(preset.presets[name]) for name in ("long", "answers")}
     found |= OTHER_TARGETS
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 

@@ -27,13 +27,14 @@ from d4s.sequence.record import Record
 # Head of a column → the figure in it.
 FIGURES = {
     "efficacy": "efficacy",
-    "its greedy answer": "efficacy_argmax",
+    "said": "efficacy_argmax",
     "generated": "efficacy_generated",
     "paraphrase": "paraphrase",
-    "paraphrase, greedy answer": "paraphrase_argmax",
+    "paraphrases said": "paraphrase_argmax",
     "specificity": "specificity",
-    "greedy answer kept": "specificity_argmax",
+    "neighbours kept": "specificity_argmax",
     "average": "average",
+    "harmonic": "harmonic",
     "portability": "portability",
     "multi-hop": "multi_hop",
     "mean \\|w\\|": "l1_growth",

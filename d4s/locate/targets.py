@@ -72,7 +72,7 @@ class TargetConfig(Configuration):
     ] = None
     target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
     target_stop: Annotated[bool, "a target ends as a sentence does: with a full stop"] = False
-    # Of no release: a search at a fraction of the passes (docs/results/smollm2.md).
+    # Of no release: a search at a fraction of the passes (docs/results/smollm2-targets.md).
     optimizer: Annotated[
         Literal["adam", "polyak"],
         "of a target's search; polyak has no learning rate, and keeps its best look",

@@ -70,8 +70,9 @@ from d4s.methods.locate_then_edit import (
 from d4s.models.architectures import Anatomy
 
 # What was lost at its target of W0 is lost again with the same one: of 1,000 edits of SmolLM2 72 % are the greedy
-# answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2.md).
+# answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2-long.md).
 AGAIN_LOOKS = 8
+_LONG = {"anchor": "base", "residual": "measured", "context_keys": "each"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,8 @@ class D4S(LocateMethod):
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
-        "long": {
-            "anchor": "base",
-            "residual": "measured",
-            "context_keys": "each",
-            "refine_looks": 4,
-            "target_stop": True,
-        },
+        "long": _LONG,
+        "answers": {**_LONG, "refine_looks": 4, "target_stop": True},
     }
     edits_experts: ClassVar[bool] = True
 

@@ -81,8 +81,8 @@ SPREAD: dict[str, dict[str, Any]] = {
 }
 
 
-# Models for which nothing is published, and on which it was measured (docs/results/smollm2.md). SmolLM2-135M: from λ
-# 30 to 1,600 nothing moves by more than chance (1,600 changes the weights least; at 3,000 edits get lost), and fewer
+# Models for which nothing is published, and on which it was measured (docs/results/smollm2-long.md). SmolLM2-135M: from
+# λ 30 to 1,600 nothing moves by more than chance (1,600 changes the weights least; at 3,000 edits get lost), and fewer
 # layers than these write as much for up to 18 times the growth of the weights.
 _MEASURED: dict[tuple[str, int, int, int], str] = {("llama", 30, 576, 49152): "smollm2-135m"}
 MEASURED: dict[str, dict[str, Any]] = {
