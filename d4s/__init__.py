@@ -40,6 +40,7 @@ from d4s.journal.lora import export_gguf_lora, export_lora
 from d4s.journal.patch import apply_patch, export_patch, remove_patch
 from d4s.locate.covariance import Covariance, covariance_at_subjects, estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
+from d4s.locate.npz_statistics import covariance_from_npz
 from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, Evaluation, evaluate, take_baseline
 from d4s.methods import METHODS, Method, Preset
@@ -133,6 +134,7 @@ __all__ = [
     "compare",
     "consolidate",
     "covariance_at_subjects",
+    "covariance_from_npz",
     "edit_alone",
     "edit_sequence",
     "estimate_covariance",

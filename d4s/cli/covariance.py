@@ -34,6 +34,14 @@ def add(verb: ArgumentParser) -> None:
         help="instead of MODEL and CORPUS: statistics of one model, taken apart on texts that differ",
     )
     verb.add_argument(
+        "--from-npz",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="instead of CORPUS: files that ROME, MEMIT, AlphaEdit or EasyEdit have kept, one a layer; MODEL, where it "
+        "is named, must fit them",
+    )
+    verb.add_argument(
         "--retain",
         type=Path,
         metavar="FACTS",
@@ -46,7 +54,14 @@ def add(verb: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     here().on_first(lambda: check_file(options.out))
-    found = _estimated(options) if options.merge is None else _merged(options)
+    if options.merge is not None and options.from_npz is not None:
+        raise ConfigError(
+            "--merge adds up files of d4s, and --from-npz reads others; name one of --merge and --from-npz"
+        )
+    if options.from_npz is not None:
+        found = _imported(options)
+    else:
+        found = _estimated(options) if options.merge is None else _merged(options)
     here().on_first(lambda: found.save(options.out))
     facts = {
         "file": str(options.out),
@@ -79,6 +94,17 @@ def _estimated(options: Namespace) -> Covariance:
     return found.mixed(
         covariance_at_subjects(model, tokenizer, facts, layers=options.layers), options.retain_share
     )
+
+
+def _imported(options: Namespace) -> Covariance:
+    """Those of --from-npz."""
+    from d4s.locate.npz_statistics import covariance_from_npz
+
+    refuse(options, ("layers", "tokens", "retain"), "--from-npz")
+    if options.corpus is not None:
+        raise ConfigError(f"{options.corpus}: is a text, and --from-npz takes none; leave it out")
+    model = None if options.model is None else loaded_model(options)[0]
+    return covariance_from_npz(options.from_npz, model=model)
 
 
 def _merged(options: Namespace) -> Covariance:
