@@ -169,7 +169,9 @@ class _Kept:
                 )
         ids = [edit.id for edit in self.edits[: len(found.rows)]]
         if [row["id"] for row in found.rows] != ids:
-            raise ConfigError(f"{path}: its rows are not those of the first {len(found.rows)} edits")
+            raise ConfigError(
+                f"{path}: its rows are not those of the first {len(found.rows)} edits; name another file"
+            )
         return found.rows, found.notes
 
     def add(self, found: Evaluation) -> None:
