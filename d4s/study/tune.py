@@ -97,11 +97,12 @@ def _others(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
 
 
 # The fields that are searched, in the order in which they are let go where time lacks, from the end. A method that
-# lacks a field is not searched along it; target_norm is not there, since its norm takes the search of 64 targets.
+# lacks a field is not searched along it. target_stop is not there: what it brings only free text would show.
 SEARCHED: dict[str, Callable[[Method, Anatomy, str], list[Any]]] = {
     "layers": lambda method, anatomy, _name: _layers(method, anatomy),
     "context_keys": _others,
     "clamp": _scaled(0.5, 2.0),
+    "target_norm": _others,
     "target_eos": _others,
     "contexts": _counts(1, 0),
     "anchor": _others,
@@ -276,7 +277,7 @@ def tune(
     progress: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuning:
-    """Finds layers, λ, clamp, anchor and contexts of a method for a model, within a time.
+    """Finds layers, λ, clamp, norm anchor, anchor and contexts of a method for a model, within a time.
 
     edits: from which the probes are drawn, by `seed`; those that were are named in the preset, and no figure should be
         taken on them later
@@ -454,8 +455,26 @@ class _Search:
             and by_share
             and "prior_weight" not in changes
         ):
-            return method.weighed(weight_at_which(self._squares(method), share, method.measures_again))
-        return method.settled(self.bench, self.pool)
+            method = method.weighed(weight_at_which(self._squares(method), share, method.measures_again))
+        return self._anchored(method).settled(self.bench, self.pool)
+
+    def _anchored(self, method: Method) -> Method:
+        """With the norm that its targets are to have, where that is left open: of the first probes' targets, of as many
+        as there is time for; those that are kept cost nothing."""
+        if (
+            not isinstance(method, TargetMethod)
+            or method.target_norm == "found"
+            or method.anchor_norm is not None
+        ):
+            return method
+        group = self._group(method)
+        kept = KeptTargets() if group is None else self.kept.setdefault(group, KeptTargets())
+        self.bench.targets = None if group is None else kept
+        first = self.pool[:FEWEST]
+        if len(kept.lacking(first)) * self.searched.each > KEPT_BACK * (self.budget - self.spent):
+            first = self.pool[:FIRST]
+        self.seen = max(self.seen, len(first))
+        return TargetMethod.settled(method, self.bench, first)
 
     def _squares(self, method: LocateMethod) -> Tensor:
         """What λ is chosen by: once for all settings that differ in λ alone, since it takes a factor of C a layer."""

@@ -174,6 +174,20 @@ def test_a_setting_is_made_as_a_sequence_makes_it(clock, seed):
     result.restore()
 
 
+def test_the_norm_anchor_is_tried_with_the_norm_of_the_first_probes(clock, seed):
+    from support.sequences import sequence
+
+    model, covariance = ready(seed)
+    found = tuned(model, covariance, probes=7, minutes=60.0, clock=clock)
+    (anchored,) = [
+        one.trial.method for one in found.scored if one.trial.changes.get("target_norm") == "anchor"
+    ][:1]
+    order = [next(edit for edit in EDITS if edit.id == one) for one, _ in found.preset.probes]
+    result = sequence(model, covariance, order, config=FAST | {"steps": 2, "target_norm": "anchor"})
+    assert anchored.anchor_norm == pytest.approx(result.chosen["anchor_norm"], rel=1e-5)
+    result.restore()
+
+
 def test_a_setting_that_fails_is_told_and_the_others_go_on(clock, monkeypatch, seed):
     model, covariance = ready(seed)
     before = state(model)
