@@ -22,9 +22,8 @@ from d4s.change.closed_form import DELAYED_ROWS, ClosedForm, Prior
 from d4s.files import write_json
 from d4s.locate.precision import products_in
 
-BYTES = (
-    2**29
-)  # that an op of bandwidth passes over on a GPU: more than a cache holds, and than a launch takes
+# That an op of bandwidth passes over on a GPU: more than a cache holds, and than a launch takes.
+BYTES = 2**29
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) -> float:

@@ -89,6 +89,8 @@ def edit_alone(
     configured = method_for(method, bench.anatomy, config)
     check_asked(bench, edits, configured, schedule)
     kept = _Kept(None if out is None else Path(out), edits, _settings(model, edits, configured, schedule))
+    if isinstance(config, Preset):
+        kept.notes |= dict.fromkeys(config.notes_on(edits))
     with evaluating(model):
         sums_place.on_host(bench, configured, len(edits))
         settled = configured.settled(bench, edits)

@@ -11,7 +11,10 @@ from support.tiny import tiny_tokenizer
 import d4s
 from d4s.errors import ConfigError, DataError, EditError
 from d4s.locate.kept_targets import KeptTargets
+from d4s.methods import Preset
 from d4s.methods.base import Editor
+from d4s.methods.preset import model_facts
+from d4s.models.architectures import Anatomy
 from d4s.sequence import alone
 
 CONFIGS = {"d4s": FAST, "memit": FAST, "grace": {"layers": 1, "steps": 3}, "ft-m": {"steps": 2}}
@@ -68,6 +71,17 @@ def test_targets_of_the_unedited_model_are_taken(seed, monkeypatch):
     alike(taken(model, covariance, targets=kept).rows, whole.rows)
     with pytest.raises(ConfigError, match="searches its targets on the weights as they are"):
         taken(model, covariance, method="memit", targets=kept)
+
+
+def test_probes_of_a_preset_are_named(seed):
+    model, covariance = ready(seed)
+    first = EDITS[0]
+    fields = {name: value for name, value in FAST.items() if name != "ridge"}
+    preset = Preset(
+        method="d4s", fields=fields, model=model_facts(Anatomy(model)), probes=((first.id, first.text),)
+    )
+    (note,) = taken(model, covariance, EDITS[:2], config=preset).notes
+    assert "1 of these edits" in note and "probes" in note
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
