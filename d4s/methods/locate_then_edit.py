@@ -101,6 +101,11 @@ class TargetMethod(Method):
                     "experts; leave it out"
                 )
 
+    @property
+    def lacks_norm(self) -> bool:
+        """Whether m is wanted, and left to the first edits."""
+        return self.target_norm == "anchor" and self.anchor_norm is None
+
     def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
         """m, where it is wanted and None: the mean norm of what the first edits' targets ask of the MLP.
 
@@ -108,7 +113,7 @@ class TargetMethod(Method):
         `ANCHORS` edits, as they are searched for the edit itself: where that is on the unedited model and they are
         kept, nothing is searched twice.
         """
-        if self.target_norm == "found" or self.anchor_norm is not None:
+        if not self.lacks_norm:
             return self
         anatomy, last, first = bench.anatomy, self.layers[-1], list(edits[:ANCHORS])
         anatomy.check_layers(self.layers)
@@ -260,7 +265,7 @@ class LocateEditor(Editor):
         super().__init__(method, bench, method.layers)
         self.prefixes = method.prefixes(bench)
         self.places = method.places_in(self.anatomy)
-        if method.target_norm == "anchor" and method.anchor_norm is None:
+        if method.lacks_norm:
             raise ConfigError(
                 f"{method.name}: target_norm is 'anchor' and anchor_norm None; an editor needs the norm itself, which "
                 "method.settled(bench, edits) takes from the first edits"

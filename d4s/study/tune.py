@@ -300,8 +300,6 @@ def tune(
     pool = _pool(edits if probe_edits is None else probe_edits, probes, seed, drawn=probe_edits is None)
     check_sequence(pool)
     check_ready(model, tokenizer, pool)
-    if isinstance(covariance, (str, os.PathLike)):
-        covariance = Covariance.load(covariance)
     bench = Workbench(
         model,
         tokenizer,
@@ -379,7 +377,7 @@ class _Search:
             layers = self._layers_there()
             stage(f"tune: key statistics of {len(layers)} layers", shown=self.progress)
             bench.covariance(layers)
-        own = Trial(_OWN, _OWN, method.settled(bench, self.pool))
+        own = Trial(_OWN, _OWN, self._anchored(method).settled(bench, self.pool))
         if isinstance(own.method, LocateMethod):
             weight = own.method.value("prior_weight")
             self.share = float(
@@ -461,18 +459,13 @@ class _Search:
     def _anchored(self, method: Method) -> Method:
         """With the norm that its targets are to have, where that is left open: of the first probes' targets, of as many
         as there is time for; those that are kept cost nothing."""
-        if (
-            not isinstance(method, TargetMethod)
-            or method.target_norm == "found"
-            or method.anchor_norm is not None
-        ):
+        if not isinstance(method, TargetMethod) or not method.lacks_norm:
             return method
-        group = self._group(method)
-        kept = KeptTargets() if group is None else self.kept.setdefault(group, KeptTargets())
-        self.bench.targets = None if group is None else kept
-        first = self.pool[:FEWEST]
-        if len(kept.lacking(first)) * self.searched.each > KEPT_BACK * (self.budget - self.spent):
+        kept, first = self._targets_of(method), self.pool[:FEWEST]
+        new = first if kept is None else kept.lacking(first)
+        if len(new) * self.searched.each > KEPT_BACK * (self.budget - self.spent):
             first = self.pool[:FIRST]
+        self.bench.targets = kept
         self.seen = max(self.seen, len(first))
         return TargetMethod.settled(method, self.bench, first)
 
@@ -506,6 +499,11 @@ class _Search:
         if not method.searches_ahead or not isinstance(method, TargetMethod):
             return None
         return decides_targets(method)
+
+    def _targets_of(self, method: Method) -> KeptTargets | None:
+        """Those that it shares; None: it shares none."""
+        group = self._group(method)
+        return None if group is None else self.kept.setdefault(group, KeptTargets())
 
     def _cost(self, method: Method, count: int, held: Mapping[str, int]) -> float:
         """Seconds that a sequence of so many probes is expected to take; held: targets there are, by group."""
@@ -628,7 +626,7 @@ class _Search:
         """The first probes one after another, scored at the end; the weights come back."""
         bench, edits = self.bench, self.pool[:count]
         group = self._group(method)
-        bench.targets = None if group is None else self.kept.setdefault(group, KeptTargets())
+        bench.targets = self._targets_of(method)
         began = self.clock()
         editor = method.editor(bench)
         self.begun.add(self.clock() - began, 1)
