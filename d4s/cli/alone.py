@@ -19,8 +19,8 @@ from d4s.cli.arguments import (
     check_room,
     configured,
     count,
+    covariance_of,
     limit,
-    loaded_covariance,
     loaded_edits,
     loaded_model,
 )
@@ -55,7 +55,6 @@ def add(verb: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    from d4s.methods import METHODS
     from d4s.sequence.alone import edit_alone
 
     here().on_first(lambda: check_file(options.out))
@@ -71,14 +70,13 @@ def run(options: Namespace) -> None:
         sums_on=options.sums_on,
         saves=False,
     )
-    needs = getattr(METHODS.get(method), "needs", ())
     found = edit_alone(
         model,
         tokenizer,
         edits,
         method=method,
         config=config,
-        covariance=loaded_covariance(options, model, tokenizer) if "covariance" in needs else None,
+        covariance=covariance_of(method, options, model, tokenizer),
         targets=options.targets,
         batch_size=options.batch_size,
         neighborhood_limit=options.neighborhood_limit,

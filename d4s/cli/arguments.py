@@ -275,6 +275,14 @@ def as_asked(options: Namespace, edits: list[Any], tokenizer: Any) -> list[Any]:
     return in_chat(edits, tokenizer)
 
 
+def covariance_of(method: str, options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
+    """`loaded_covariance` where the method needs any; else None."""
+    from d4s.methods import METHODS
+
+    needs = getattr(METHODS.get(method), "needs", ())
+    return loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
+
+
 def loaded_covariance(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
     """--covariance, or the embedded model's own; None: estimated and cached where a method needs it."""
     from d4s.locate.covariance import Covariance

@@ -26,8 +26,8 @@ from d4s.cli.arguments import (
     check_room,
     configured,
     count,
+    covariance_of,
     empty_folder,
-    loaded_covariance,
     loaded_edits,
     loaded_model,
     task_scores,
@@ -78,7 +78,7 @@ def add(verb: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     from d4s.locate.covariance import fingerprint_of
-    from d4s.methods import METHODS, Preset
+    from d4s.methods import Preset
     from d4s.sequence.result import Result
     from d4s.sequence.run import edit_sequence
     from d4s.sequence.saving import bytes_of
@@ -106,8 +106,7 @@ def run(options: Namespace) -> None:
         sums_on=options.sums_on,
         out=None if goes_on else out,  # what is on the disk takes no more room
     )
-    needs = getattr(METHODS.get(method), "needs", ())
-    covariance = loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
+    covariance = covariance_of(method, options, model, tokenizer)
     unedited = fingerprint_of(model)
     try:
         result = edit_sequence(

@@ -317,8 +317,6 @@ class Journal:
 
     def _editor(self, model: CausalLM, tokenizer: Any, covariance: Any, sums_on: SumsOn) -> Editor:
         """As the sequence's, on the unedited model."""
-        if isinstance(covariance, (str, os.PathLike)):
-            covariance = Covariance.load(covariance)
         cls = METHODS[self.head["method"]]
         fields = {**self.head["config"], **self.head["chosen"]}
         seed = int(self.head["schedule"]["seed"])

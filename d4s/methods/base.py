@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,9 +30,10 @@ SumsOn = Literal["auto", "device", "cpu"]
 class Workbench:
     """A model ready to be edited: anatomy, tokenizer, key statistics, and contexts from the unedited model.
 
-    covariance: None: estimated when a method first needs it, from text the model samples, and cached on disk.
-    targets: those of the unedited model that are there already; others are added as they are found. None: none are
-        kept
+    covariance: or their file; None: estimated when a method first needs it, from text the model samples, and cached on
+        disk
+    targets: those of the unedited model that are there already, or their file; others are added as they are found.
+        None: none are kept
     sums_on: where sums and priors live, the layer's "device" or the "cpu"; "auto": on the device where there is room.
         Nothing but rounding hangs on it
     seed: of everything random.
@@ -44,8 +46,8 @@ class Workbench:
         model: CausalLM,
         tokenizer: Any,
         *,
-        covariance: Covariance | None = None,
-        targets: KeptTargets | None = None,
+        covariance: Covariance | str | os.PathLike[str] | None = None,
+        targets: KeptTargets | str | os.PathLike[str] | None = None,
         architecture: Architecture | None = None,
         sums_on: SumsOn = "auto",
         seed: int = 0,
@@ -53,14 +55,19 @@ class Workbench:
     ) -> None:
         if sums_on not in get_args(SumsOn):
             raise ConfigError(unknown_name("sums_on", str(sums_on), get_args(SumsOn)))
+        if isinstance(covariance, (str, os.PathLike)):
+            covariance = Covariance.load(covariance)
+        if isinstance(targets, (str, os.PathLike)):
+            targets = KeptTargets.load(targets)
         self.sums_on: SumsOn = sums_on
         # What was decided: by method and layers, those whose sums are on the CPU while their W is not.
         self.sums_on_host: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
-        self.model, self.tokenizer, self.targets = model, tokenizer, targets
+        self.model, self.tokenizer = model, tokenizer
+        self.targets: KeptTargets | None = targets
         self.anatomy = Anatomy(model, architecture)
         self.anatomy.check_placement()
         self.seed, self.progress = seed, progress
-        self._covariance = covariance
+        self._covariance: Covariance | None = covariance
         self._contexts: dict[tuple[int, int], tuple[str, ...]] = {}
 
     def contexts(self, per_seed: int, length: int) -> tuple[str, ...]:

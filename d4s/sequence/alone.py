@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from d4s import files
 from d4s.edits import Edit
 from d4s.errors import ConfigError, shown
 from d4s.interrupts import ending_signals_raise
-from d4s.locate.covariance import Covariance, fingerprint_of
+from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, Evaluation, evaluate, evaluation_of, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for, sums_place
@@ -24,6 +22,7 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.progress import progress_bar, stage
 from d4s.ranks import here
+from d4s.sequence.journaling import identity_of
 from d4s.sequence.record import read_evaluation
 from d4s.sequence.run import check_asked
 from d4s.sequence.schedule import Schedule
@@ -72,10 +71,6 @@ def edit_alone(
         batch_size=batch_size, neighborhood_limit=neighborhood_limit, generate=generate, seed=seed
     )
     edits = tuple(edits)
-    if isinstance(covariance, (str, os.PathLike)):
-        covariance = Covariance.load(covariance)
-    if isinstance(targets, (str, os.PathLike)):
-        targets = KeptTargets.load(targets)
     bench = Workbench(
         model,
         tokenizer,
@@ -88,7 +83,7 @@ def edit_alone(
     )
     configured = method_for(method, bench.anatomy, config)
     check_asked(bench, edits, configured, schedule)
-    kept = _Kept(None if out is None else Path(out), edits, _settings(model, edits, configured, schedule))
+    kept = _Kept(None if out is None else Path(out), edits, _settings(bench, edits, configured, schedule))
     if isinstance(config, Preset):
         kept.notes |= dict.fromkeys(config.notes_on(edits))
     with evaluating(model):
@@ -124,19 +119,12 @@ def edit_alone(
     return kept.evaluation()
 
 
-def _settings(model: CausalLM, edits: Sequence[Edit], method: Method, schedule: Schedule) -> dict[str, Any]:
-    """What decides the figures, as JSON values."""
-    made_of = json.dumps([asdict(edit) for edit in edits])
-    return {
-        "weights": fingerprint_of(model),
-        "edits": files.digest([made_of.encode()]),
-        "method": method.name,
-        "batch_size": schedule.batch_size,
-        "neighborhood_limit": schedule.neighborhood_limit,
-        "generate": schedule.generate,
-        "seed": schedule.seed,
-        **json.loads(json.dumps(asdict(method))),
-    }
+def _settings(bench: Workbench, edits: Sequence[Edit], method: Method, schedule: Schedule) -> dict[str, Any]:
+    """What decides the figures, as JSON values in one level."""
+    told = identity_of(method, bench, edits, schedule)
+    config, scheduled = told.pop("config"), told.pop("schedule")
+    statistics = bench.statistics_digest(method.value("layers")) if "covariance" in method.needs else None
+    return {**told, "statistics": statistics, **scheduled, **config}
 
 
 class _Kept:

@@ -133,7 +133,7 @@ class Journaling(Observer):
     def check(self, method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> None:
         """Before anything is searched for: ConfigError, naming what differs, if the journal is another sequence's."""
         if self.folder is not None:
-            self._same(_identity(method, bench, edits, schedule), method)
+            self._same(identity_of(method, bench, edits, schedule), method)
 
     def _same(self, wanted: Mapping[str, Any], method: Method) -> None:
         assert self.folder is not None
@@ -236,7 +236,7 @@ class Journaling(Observer):
             "created": moment["at"],
             "by": moment["by"],
             "versions": versions(),
-            **_identity(method, bench, result.edits, schedule),
+            **identity_of(method, bench, result.edits, schedule),
             "statistics": bench.statistics_digest(layers),
             "chosen": result.chosen,
             "count": len(result.edits),
@@ -565,7 +565,9 @@ def bytes_of_journal(
     return base + (SNAPSHOTS_KEPT + 1) * state + edits * an_edit
 
 
-def _identity(method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule) -> dict[str, Any]:
+def identity_of(
+    method: Method, bench: Workbench, edits: Sequence[Edit], schedule: Schedule
+) -> dict[str, Any]:
     """What tells a sequence from others, but for its statistics, which may not be there yet."""
     anatomy = bench.anatomy
     identity = {

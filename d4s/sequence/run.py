@@ -115,10 +115,6 @@ def edit_sequence(
         stop_on_collapse=stop_on_collapse,
         seed=seed,
     )
-    if isinstance(covariance, (str, os.PathLike)):
-        covariance = Covariance.load(covariance)
-    if isinstance(targets, (str, os.PathLike)):
-        targets = KeptTargets.load(targets)
     bench = Workbench(
         model,
         tokenizer,

@@ -141,6 +141,14 @@ def test_a_file_of_something_else_is_refused_and_left(change, said, seed, tmp_pa
     assert out.read_bytes() == stored and same(state(model), before)
 
 
+def test_figures_with_other_statistics_are_not_gone_on_with(seed, tmp_path):
+    model, covariance = ready(seed)
+    out = tmp_path / "alone.json"
+    taken(model, covariance, EDITS[:2], out=out)
+    with pytest.raises(ConfigError, match="another statistics"):
+        taken(model, covariance.merge(covariance), EDITS[:2], out=out)
+
+
 def test_a_foreign_file_and_wrong_arguments_are_refused_before_anything(seed, tmp_path):
     model, covariance = ready(seed)
     before = state(model)

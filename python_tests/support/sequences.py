@@ -59,25 +59,17 @@ def without_times(rows):
 
 def broken_off(monkeypatch, call, error=RuntimeError):
     """The call-th step fails once; those after it do not."""
-    plain, calls = Editor.edit, []
-
-    def edit(self, batch):
-        calls.append(batch)
-        if len(calls) == call:
-            raise error("broken off")
-        return plain(self, batch)
-
-    monkeypatch.setattr(Editor, "edit", edit)
+    failing(monkeypatch, Editor, call, "edit", error("broken off"))
 
 
-def failing(monkeypatch, editor, call):
+def failing(monkeypatch, editor, call, name="apply", error=None):
     """The call-th step of an editor fails."""
-    plain, calls = editor.apply, []
+    plain, calls = getattr(editor, name), []
 
-    def apply(self, batch):
+    def step(self, batch):
         calls.append(batch)
         if len(calls) == call:
-            raise ModelError("no room")
+            raise error or ModelError("no room")
         return plain(self, batch)
 
-    monkeypatch.setattr(editor, "apply", apply)
+    monkeypatch.setattr(editor, name, step)
