@@ -1,11 +1,12 @@
 """The paper's claims on what a long run has measured: the figures and criteria of `d4s reproduce`, and no edit anew.
 
-python -m benchmarks.real.claims comparison/sequences --out claims [--d4s d4s-once] [--others memit rome]
+python -m benchmarks.real.claims comparison/sequences --out claims [--at 500] [--d4s d4s-once] [--others memit rome]
 
 SEQUENCES is the folder that a long run keeps its sequences in. Judged are those that have ended, and those under way of
-which fewer than a tenth are still the greedy answer, which have collapsed. One of D4S's sequences (--d4s) is held
-against those of other methods (--others; default: all that are there). OUT gets a folder a figure with its pictures,
-their data and its table, and claims.md: claim, criterion, what was measured, and whether it holds. Cost: seconds.
+which fewer than a tenth are still the greedy answer, which have collapsed; with --at all that were scored after so many
+edits, under way or stopped too, as they were then. One of D4S's sequences (--d4s) is held against those of other
+methods (--others; default: all that are there). OUT gets a folder a figure with its pictures, their data and its table,
+and claims.md: claim, criterion, what was measured, and whether it holds. Cost: seconds.
 """
 
 from __future__ import annotations
@@ -42,26 +43,44 @@ FIGURES = {
 }
 
 
-def judged(folder: Path, d4s: str, others: Sequence[str] | None) -> Comparison:
-    """D4S's sequence, under that name, and those of other methods."""
+def judged(folder: Path, d4s: str, others: Sequence[str] | None, at: int | None = None) -> Comparison:
+    """D4S's sequence, under that name, and those of other methods.
+
+    at: edits up to which they are judged; None: as far as each went
+    """
     found = {
-        label: {seed: one for seed, record in by_seed.items() if (one := _whole(record)) is not None}
+        label: {seed: one for seed, record in by_seed.items() if (one := _whole(record, at)) is not None}
         for label, by_seed in sequences(folder).results.items()
     }
     found = {label: by_seed for label, by_seed in found.items() if by_seed}
     named = [label for label, one in found.items() if next(iter(one.values())).method != "d4s"]
     for label in (d4s, *(others or ())):
         if label not in found:
-            raise ConfigError(unknown_name("sequence that has ended", label, found))
+            what = "sequence that has ended" if at is None else f"sequence scored after {at} edits"
+            raise ConfigError(unknown_name(what, label, found))
     return Comparison({"d4s": found[d4s]} | {label: found[label] for label in others or named})
 
 
-def _whole(record: Record) -> Record | None:
-    """A sequence that has ended or collapsed; None: it is under way."""
+def _whole(record: Record, at: int | None) -> Record | None:
+    """A sequence that has ended or collapsed, up to `at` edits; None: it has not come so far."""
+    if at is not None:
+        record = _until(record, at)
     why = Schedule(stop_on_collapse=COLLAPSE).collapse(record.history[-1])
     if why is not None:
         return replace(record, failure=f"after edit {record.history[-1]['step']}: {why}")
     return record if record.failure is None else None
+
+
+def _until(record: Record, at: int) -> Record:
+    """As it was after so many edits; one that was scored there has nothing more to do."""
+    history = [row for row in record.history if row["step"] <= at]
+    return replace(
+        record,
+        history=history,
+        edits_table=record.edits_table[:at],
+        evaluations=record.evaluations[: len(history)],
+        failure=None if history[-1]["step"] == at else record.failure or f"not scored after {at} edits",
+    )
 
 
 def claims(found: Comparison, out: Path) -> dict[str, Verdict]:
@@ -106,9 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sequences", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--d4s", default="d4s", help="the sequence that stands for D4S")
+    parser.add_argument("--at", type=int, help="edits up to which all are judged; default: as far as each went")
     parser.add_argument("--others", nargs="+", help="the sequences that it is held against")
     options = parser.parse_args(arguments)
-    text = markdown(claims(judged(options.sequences, options.d4s, options.others), options.out))
+    text = markdown(claims(judged(options.sequences, options.d4s, options.others, options.at), options.out))
     write_text(text, options.out / "claims.md")
     print(text)
 

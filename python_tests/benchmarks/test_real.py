@@ -208,6 +208,17 @@ def test_claims_are_judged_by_what_is_there(monkeypatch, tmp_path, seed):
     table = pandas.read_csv(tmp_path / "weak" / "fig6" / "fig6-table.csv").set_index(["method", "edits"])
     growth = kept.results["weak"][0].history[-1]["l1_growth"]
     assert table.loc[("d4s", 7), "l1_growth"] == pytest.approx(growth)
+    # MEMIT's was stopped behind a point: up to it all of them can be judged, as they were there.
+    early = claims.judged(tmp_path / "sequences", "d4s", ["memit", "memit-seq"], at=2)
+    assert not early.collapsed and list(early.results) == ["d4s", "memit", "memit-seq"]
+    for label, by_seed in early.results.items():
+        (cut,) = by_seed.values()
+        (whole,) = kept.results[label].values()
+        assert [row["step"] for row in cut.history] == [0, 2] and len(cut.evaluations) == 2
+        assert cut.history == whole.history[:2] and cut.edits_table == whole.edits_table[:2]
+    assert "Table 3: methods on CounterFact" in claims.claims(early, tmp_path / "early")
+    with pytest.raises(ConfigError, match="unknown sequence scored after 4 edits 'memit'"):
+        claims.judged(tmp_path / "sequences", "d4s", ["memit"], at=4)
     with pytest.raises(ConfigError, match="unknown sequence that has ended 'rome'"):
         claims.main([str(tmp_path / "sequences"), "--out", str(tmp_path / "none"), "--others", "rome"])
 
