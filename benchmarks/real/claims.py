@@ -125,7 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sequences", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--d4s", default="d4s", help="the sequence that stands for D4S")
-    parser.add_argument("--at", type=int, help="edits up to which all are judged; default: as far as each went")
+    parser.add_argument(
+        "--at", type=int, help="edits up to which all are judged; default: as far as each went"
+    )
     parser.add_argument("--others", nargs="+", help="the sequences that it is held against")
     options = parser.parse_args(arguments)
     text = markdown(claims(judged(options.sequences, options.d4s, options.others, options.at), options.out))

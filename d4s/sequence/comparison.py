@@ -69,23 +69,23 @@ class Comparison:
     def histories(self) -> dict[str, DataFrame]:
         """Label → history as a DataFrame, mean over seeds with intervals <name>.low and <name>.high.
 
-        Up to where all seeds went: a mean over those that are left would rise where another one broke off.
+        Up to where all seeds went: a mean over those that are left would rise where another one broke off. The end of
+        a later pass, which each seed reaches at a number of edits of its own, stands at their mean.
         """
         import pandas
 
         frames = {}
         for label, by_seed in self.results.items():
-            if common := _common_steps(by_seed.values()):
-                rows = {step: [_row_at(record, step) for record in by_seed.values()] for step in common}
-                frames[label] = pandas.DataFrame(
-                    [over_seeds([r for r in rows[s] if r], self.columns) for s in common]
-                )
+            if points := _points(by_seed.values()):
+                rows = [over_seeds(found, self.columns) | {"step": step} for step, found in points.items()]
+                frames[label] = pandas.DataFrame(rows)
         return frames
 
     def table(self, points: Sequence[int] | None = None) -> DataFrame:
         """A row a method (and a point): its figures, each with `.low` and `.high`.
 
-        points: numbers of edits, of those at which was evaluated; None: the last that all seeds reached
+        points: numbers of edits, of those at which was evaluated; None: the last that all seeds reached, the end of a
+            later pass at the mean of their numbers
         Columns: method, edits, the figures of the history, l1_growth, seconds_an_edit (evaluation not counted),
         interval (what the bounds are), collapsed (where and why the method broke off; empty: it did not).
         """
@@ -93,9 +93,9 @@ class Comparison:
 
         rows, own = [], self.columns
         for label, by_seed in self.results.items():
-            common = _common_steps(by_seed.values())
-            for point in points if points is not None else common[-1:] or (0,):
-                found = [row for r in by_seed.values() if point in common and (row := _row_at(r, point))]
+            reached = _points(by_seed.values())
+            for point in points if points is not None else list(reached)[-1:] or (0,):
+                found = reached.get(point, [])
                 if not found and points is not None and label not in self.collapsed:
                     continue  # of one that broke off the row says so
                 cells: dict[str, Any] = {"method": label, "edits": point}
@@ -201,14 +201,26 @@ def _interval(seeds: int) -> str:
     return f"over {seeds} seeds, Student's t" if seeds > 1 else "over edits, bootstrap"
 
 
-def _common_steps(records: Iterable[Record]) -> list[int]:
-    """Numbers of edits at which every sequence that began was evaluated, ascending."""
-    steps = [{row["step"] for row in record.history} for record in records if record.history]
-    return sorted(set.intersection(*steps)) if steps else []
+def _points(records: Iterable[Record]) -> dict[int, list[dict[str, Any]]]:
+    """Number of edits → the row of every sequence that began, of points that all of them reached, ascending.
 
-
-def _row_at(record: Record, point: int) -> dict[str, Any] | None:
-    return next((row for row in record.history if row["step"] == point), None)
+    Within the first pass, and wherever they made the same number, rows of one number belong together; of later
+    passes, in which each makes again what it had lost, those at the end of one pass, at the mean of their numbers. A
+    sequence that had lost nothing is at its end there.
+    """
+    begun = [record for record in records if record.history]
+    if not begun:
+        return {}
+    rows = [{row["step"]: row for row in record.history} for record in begun]
+    found = {step: [one[step] for one in rows] for step in set.intersection(*map(set, rows))}
+    ends = [record.pass_ends() for record in begun]
+    for number in range(1, max(map(len, ends))):
+        if any(len(one) <= number and record.failure for one, record in zip(ends, begun, strict=True)):
+            break
+        steps = [one[min(number, len(one) - 1)] for one in ends if one]
+        if len(steps) == len(rows) and all(step in row for step, row in zip(steps, rows, strict=True)):
+            found[round(sum(steps) / len(steps))] = [row[s] for s, row in zip(steps, rows, strict=True)]
+    return dict(sorted(found.items()))
 
 
 def _spelled(table: DataFrame, about: Column) -> list[str]:

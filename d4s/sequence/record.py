@@ -107,6 +107,11 @@ class Record:
             and row["written_probability"] < 0.5 * row["last_probability"]
         ]
 
+    def pass_ends(self) -> list[int]:
+        """Edits made at the end of each pass; one under way ends where it has come to. [] before the first edit"""
+        passes = [pass_number(row) for row in self.edits_table]
+        return [i + 1 for i in range(len(passes)) if passes[i + 1 : i + 2] != [passes[i]]]
+
     def forgetting(self, metric: str = "efficacy") -> DataFrame:
         """How edits made in one stretch fare later: rows: made up to step i, columns: tested at step t.
 
@@ -191,6 +196,11 @@ class Record:
 def first_id(row: Mapping[str, Any]) -> str:
     """Of a row of `edits_table` the id under which an evaluation has its fact."""
     return str(row.get(AGAIN, row["id"]))
+
+
+def pass_number(row: Mapping[str, Any]) -> int:
+    """Of a row of `edits_table` the pass that made it, from 1."""
+    return int(str(row["id"]).rpartition("~")[2]) if AGAIN in row else 1
 
 
 def read_history_row(value: Any, place: str) -> dict[str, Any]:

@@ -257,6 +257,37 @@ def test_a_seed_that_broke_off_does_not_leave_the_mean_to_the_others():
     assert "seed 1, edit 11: no room" in table["collapsed"][0]
 
 
+def test_seeds_that_lost_different_edits_are_compared_at_the_end_of_each_pass():
+    def record(again, failure=None):
+        made = [{"id": str(i)} for i in range(10)]
+        made += [{"id": f"{i}~{number}", "again": str(i)} for number, n in again.items() for i in range(n)]
+        steps = dict.fromkeys(
+            [
+                0,
+                5,
+                10,
+                *(
+                    i + 1
+                    for i in range(len(made))
+                    if i + 1 == len(made) or (i >= 10 and made[i]["id"][-2:] != made[i + 1]["id"][-2:])
+                ),
+            ]
+        )
+        rows = [{"step": s, "efficacy": s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
+        return Record("d4s", history=rows, edits_table=made, failure=failure)
+
+    three = {0: record({2: 4, 3: 1}), 1: record({2: 2}), 2: record({})}
+    assert [one.pass_ends() for one in three.values()] == [[10, 14, 15], [10, 12], [10]]
+    found = Comparison({"d4s": three})
+    history = found.histories()["d4s"]
+    # A sequence that had lost nothing more stands where it ended: (14 + 12 + 10) / 3 and (15 + 12 + 10) / 3.
+    assert list(history["step"]) == [0, 5, 10, 12] and history["efficacy"].iloc[-1] == pytest.approx(0.37 / 3)
+    assert list(found.table()["edits"]) == [12]
+    assert found.table((10,))["efficacy"][0] == pytest.approx(0.1)
+    under_way = Comparison({"d4s": {0: record({2: 4}), 1: record({}, "edit 11: no room")}})
+    assert list(under_way.histories()["d4s"]["step"]) == [0, 5, 10]
+
+
 def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
     def record(steps, failure=None):
         rows = [{"step": s, "efficacy": 1 - s / 100, "edit_seconds": 1.0, "l1_growth": 0.0} for s in steps]
