@@ -124,10 +124,12 @@ class Live(Observer):
         now = self.clock()
         self.steps.append((now - self.before, len(batch)))
         self.before, self.made = now, len(result.edits_table)
-        self.total = max(self.total, self.made)  # a later pass makes some again
         if now - self.looked >= _SECONDS:
             self.looked = now
             self._look(result.editor.weights.mean_absolute())
+
+    def again(self, result: Result, edits: Sequence[Edit]) -> None:
+        self.total += len(edits)
 
     def tested(self, result: Result, batch: Sequence[Edit], figures: Sequence[Mapping[str, Any]]) -> None:
         self.watch.efficacy += [row["efficacy"] for row in figures if row.get("efficacy") is not None]

@@ -41,6 +41,9 @@ class Observer:
     def point(self, result: Result) -> None:
         """The last row of the history, and its evaluation, are new."""
 
+    def again(self, result: Result, edits: Sequence[Edit]) -> None:
+        """A later pass begins, which makes these edits again. A sequence that goes on tells of earlier passes too."""
+
     def ended(self, result: Result, error: BaseException | None) -> None:
         """The last thing that is told. error: what broke the sequence off; None: nothing did, or `result.failure`."""
 
@@ -68,6 +71,10 @@ class Observers(Observer):
         for one in self.told:
             one.point(result)
 
+    def again(self, result: Result, edits: Sequence[Edit]) -> None:
+        for one in self.told:
+            one.again(result, edits)
+
     def ended(self, result: Result, error: BaseException | None) -> None:
         """Each is told, whatever another raises; the first that raised is heard afterwards."""
         raised: BaseException | None = None
@@ -92,13 +99,15 @@ class Bar(Observer):
         self.bar = progress_bar(len(result.edits), "edit", result.method, shown=self.shown, initial=made)
 
     def step(self, result: Result, batch: Sequence[Edit]) -> None:
-        self.bar.total = max(self.bar.total, len(result.edits_table))  # a later pass makes some again
         self.bar.update(len(batch))
 
     def point(self, result: Result) -> None:
         row = result.history[-1]
         if "average" in row:  # shown at the bar's next turn: a log has a line every so often
             self.bar.set_postfix({"average": f"{row['average']:.3f}"}, refresh=False)
+
+    def again(self, result: Result, edits: Sequence[Edit]) -> None:
+        self.bar.total += len(edits)
 
     def ended(self, result: Result, error: BaseException | None) -> None:
         self.bar.close()

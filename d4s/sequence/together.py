@@ -140,6 +140,9 @@ class OnFirst(Observer):
     def point(self, result: Result) -> None:
         here().on_first(lambda: self.told.point(result))
 
+    def again(self, result: Result, edits: Sequence[Edit]) -> None:
+        here().on_first(lambda: self.told.again(result, edits))
+
     def ended(self, result: Result, error: BaseException | None) -> None:
         if error is None:
             here().on_first(lambda: self.told.ended(result, None))

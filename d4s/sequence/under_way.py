@@ -74,6 +74,7 @@ class Run:
                     f"pass {number}: {len(edits)} of {len(self.result.edits)} edits are not the greedy answer"
                 )
                 stage(f"{self.result.method}: {told}", shown=self.progress)
+                observers.again(self.result, edits)
             if not edits or not self._pass(edits, made, observers):
                 return
             made += len(edits)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.command import RECORDS, failed
-from support.sequences import EDITS, ready, sequence
+from support.sequences import EDITS, FAST, ready, sequence
 
 from d4s.errors import ConfigError
 from d4s.report.live import STRETCH, Live, Watch, is_there
@@ -103,6 +103,28 @@ def test_the_view_tells_pace_time_left_efficacy_and_norms(seed):
     assert f"right after: {100 * takes:.1f} %" in last
     assert f"mean |w| {100 * result.history[-1]['l1_growth']:+.2f} %" in last
     assert f"average {100 * result.history[-1]['average']:.1f} %" in last
+
+
+class Counted(Observer):
+    """How many edits the view says there are, after each step."""
+
+    def __init__(self, live) -> None:
+        self.live, self.said = live, []
+
+    def step(self, result, batch):
+        self.said.append(self.live.words()[0])
+
+
+@needs_rich
+def test_the_view_counts_what_a_later_pass_makes_again(seed):
+    from rich.console import Console
+
+    live = Live(Console(file=io.StringIO(), force_terminal=True, width=160), clock=Clock())
+    told = Counted(live)
+    weak = FAST | {"clamp": 0.05}  # few of a random model's edits take
+    result = sequence(*ready(seed), config=weak, observers=[live, told], passes=2)
+    made = len(result.edits_table)
+    assert made > 7 and told.said == [f"{i}/{7 if i <= 7 else made} edits" for i in range(1, made + 1)]
 
 
 @needs_rich

@@ -13,11 +13,12 @@ from d4s import save_edits
 from d4s.cli import main
 from d4s.edits import Edit
 from d4s.edits.edit import made_again, pass_of
-from d4s.errors import ConfigError, EditError, EditingStopped
+from d4s.errors import ConfigError, EditError, EditingFailed, EditingStopped
 from d4s.journal.folder import Folder
 from d4s.journal.journal import Journal
 from d4s.locate.kept_targets import KeptTargets
 from d4s.sequence.journaling import record_of
+from d4s.sequence.observers import Bar
 from d4s.sequence.record import Record
 from d4s.sequence.schedule import Schedule
 from d4s.study.model_view import ModelView
@@ -108,6 +109,38 @@ def test_a_sequence_that_has_ended_goes_on_with_more_passes(method, tmp_path, se
     model, covariance = ready(seed)
     journal = Journal(tmp_path / "more")
     assert journal.verify(model=model, tokenizer=tiny_tokenizer(), covariance=covariance).sound
+
+
+class Heard(Bar):
+    """What of it is told, and how many edits the bar says there are at each step."""
+
+    def __init__(self):
+        super().__init__(shown=False)
+        self.passes, self.totals = [], []
+
+    def again(self, result, edits):
+        super().again(result, edits)
+        self.passes.append([edit.id for edit in edits])
+
+    def step(self, result, batch):
+        super().step(result, batch)
+        self.totals.append(self.bar.total)
+
+
+def test_who_watches_is_told_of_a_later_pass_before_its_first_step(tmp_path, seed, monkeypatch):
+    options = dict(config=WEAK, journal=tmp_path / "journal")
+    sequence(*ready(seed), **options)
+    with monkeypatch.context() as patch:
+        broken_off(patch, 2)
+        first = Heard()
+        with pytest.raises(EditingFailed, match="after edit 8: broken off"):
+            sequence(*ready(seed), **options, passes=2, observers=[first])
+    second = Heard()
+    found = sequence(*ready(seed), **options, passes=2, observers=[second])
+    ids = [row["id"] for row in found.edits_table[7:]]
+    assert len(ids) > 1 and first.passes == second.passes == [ids]
+    made = 7 + len(ids)
+    assert first.totals == [made] and second.totals == [made] * (len(ids) - 1)
 
 
 def test_what_an_earlier_sequence_made_again_may_be_edits_of_a_first_pass(tmp_path, seed):
