@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -14,13 +15,15 @@ from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 import d4s
 from d4s.errors import ConfigError, EditingStopped
+from d4s.locate.targets import TargetConfig
 from d4s.measure.downstream import TaskMetric
 from d4s.methods import Editor
 from d4s.methods.memit import MEMITEditor
+from d4s.models.architectures import Anatomy
 from d4s.sequence.record import Record
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind all else: d4s is the one that is tested
-from benchmarks.real import claims, datasets, downstream, setting, tables
+from benchmarks.real import claims, datasets, downstream, search, setting, tables
 
 try:
     import lm_eval
@@ -221,6 +224,21 @@ def test_claims_are_judged_by_what_is_there(monkeypatch, tmp_path, seed):
         claims.judged(tmp_path / "sequences", "d4s", ["memit"], at=4)
     with pytest.raises(ConfigError, match="unknown sequence that has ended 'rome'"):
         claims.main([str(tmp_path / "sequences"), "--out", str(tmp_path / "none"), "--others", "rome"])
+
+
+def test_a_target_added_by_hand_does_in_its_own_prompt_what_its_search_found(seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    own = [replace(edit, paraphrases=(edit.text, edit.text)) for edit in EDITS[:3]]
+    others = [replace(EDITS[3], paraphrases=()), replace(EDITS[4], paraphrases=("The piano is in",))]
+    edits, config = [*own, *others], TargetConfig(steps=6)
+    found = search.measured(anatomy, tiny_tokenizer(), edits, (), 0, config)
+    assert list(found["paraphrase_nll"][:3]) == pytest.approx(list(found["nll"][:3]), abs=1e-4)
+    assert found["paraphrases_said"][3:].isna().all() and set(found["paraphrases_said"][:3]) <= {0.0, 1.0}
+    shifted = [replace(edit, paraphrases=(f"I see that {edit.text}",)) for edit in own]
+    moved = search.measured(anatomy, tiny_tokenizer(), shifted, (), 0, config)
+    assert (moved["paraphrase_nll"] - found["nll"][:3]).abs().max() > 1e-3
+    table = search.table_of(found.assign(setting=search.PUBLISHED))
+    assert table["paraphrase_nll"].item() == pytest.approx(found["paraphrase_nll"].mean())
 
 
 def test_cases_stay_whole_and_do_not_contradict_each_other(tmp_path, seed):
