@@ -29,8 +29,8 @@ from d4s.study.retained import Retained, paragraphs, untouched
 
 FILES = {"zsre": "zsre_mend.json", "mquake": "mquake.json", "wikibigedit": "wikibigedit_3k.json"}
 OF_FACTS = "counterfact.json"
-METHODS = ("d4s", "d4s-once", "memit", "memit-seq", "alphaedit", "rome")
-POINTS = (100, 200, 500, 1000, 2000)
+METHODS = ("d4s", "d4s-long", "d4s-once", "memit", "memit-seq", "alphaedit", "rome")
+POINTS = (50, 100, 200, 500, 1000, 2000)
 
 
 def chosen(edits: Sequence[Edit], count: int, seed: int) -> list[Edit]:
@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--count", type=int, default=500, help="edits of each; of whole cases, so many at most"
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=SEQUENCES)
+    parser.add_argument(
+        "--passes", type=int, default=1, help="2: what is not the greedy answer at the end is made again"
+    )
     parser.add_argument("--generate", type=int, default=50, help="edits answered freely at the end; 0: none")
     parser.add_argument(
         "--covariance", type=Path, help="key statistics, made if not there; default: in --out"
@@ -91,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             out,
             points=[point for point in POINTS if point <= options.count],
             seed=options.seed,
+            passes=options.passes,
             observers=[generate],
         )
         print(f"{name}, {len(made)} edits\n{found.summary()}", flush=True)

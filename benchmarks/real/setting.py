@@ -28,6 +28,8 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s-current": {"method": "d4s", "anchor": "current"},
     "d4s-long": {"method": "d4s", **METHODS["d4s"].presets["long"]},
     "d4s-long-stop": {"method": "d4s", **METHODS["d4s"].presets["long"], "target_stop": True},
+    "d4s-long-looks": {"method": "d4s", **METHODS["d4s"].presets["long"], "refine_looks": 4},
+    "d4s-long-deep": {"method": "d4s", **METHODS["d4s"].presets["long"], "steps": 50, "stop_loss": 0.01},
     "d4s-answers": {"method": "d4s", **METHODS["d4s"].presets["answers"]},
     "d4s-refined": {"method": "d4s", "refine_looks": 4},
     "d4s-refined-stop": {"method": "d4s", "refine_looks": 4, "target_stop": True},
@@ -47,13 +49,15 @@ SEQUENCES: dict[str, dict[str, Any]] = {
 COLLAPSE = 0.1
 GENERATED = "d4s-generated-1"
 FACTS = 200  # that no edit touches
-TOLD = (
-    "anchor",
-    "residual",
-    "context_keys",
-    "refine_looks",
-    "target_stop",
-)  # fields by which sequences of one method are told apart
+# Fields by which sequences of one method are told apart, and what is not told.
+TOLD = {
+    "anchor": None,
+    "residual": None,
+    "context_keys": "mean",
+    "refine_looks": 0,
+    "target_stop": False,
+    "stop_loss": 0.05,
+}
 
 
 def split(
@@ -144,7 +148,7 @@ def sequences_over(
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
     fields = result.config | result.config.get("target", {})
-    told = {name: value for name in TOLD if (value := fields.get(name)) and value != "mean"}
+    told = {name: value for name, usual in TOLD.items() if (value := fields.get(name)) not in (None, usual)}
     return "-".join([result.method, *(name if value is True else str(value) for name, value in told.items())])
 
 
