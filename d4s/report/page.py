@@ -37,7 +37,6 @@ _FIRST = (
     "key statistics",
     "seed",
 )
-_NAMED = 10  # edits that a summary names at most
 
 
 def write_report(
@@ -190,12 +189,7 @@ def _said(run: ToldRun, *, several: bool) -> list[str]:
     """What has to be said of the figures."""
     record, name = run.record, f"{run.label}: " if several else ""
     said = [f"{name}broke off: {record.failure}"] if record.failure else []
-    if missing := record.not_arrived():
-        named = ", ".join(missing[:_NAMED]) + (" …" if len(missing) > _NAMED else "")
-        said.append(
-            f"{name}{len(missing)} of {len(record.edits_table)} edits did not arrive (the target was found, and half "
-            f"of its probability or more was lost on the way into the weights): {named}"
-        )
+    said += [f"{name}{line}" for line in record.missing()]
     notes = [*record.notes, *(record.evaluations[-1].notes if record.evaluations else ())]
     return said + [f"{name}{note}" for note in dict.fromkeys(notes)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,16 +82,40 @@ class Record:
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
             lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
         lines += [f"{name}={value:g}, chosen by the first edits" for name, value in self.chosen.items()]
-        if missing := self.not_arrived():
-            named = ", ".join(missing[:NAMED]) + (" …" if len(missing) > NAMED else "")
-            lines.append(
-                f"{len(missing)} of {len(self.edits_table)} edits: the target was found, but half of its probability "
-                f"or more was lost on the way into the weights: {named}"
-            )
+        lines += self.missing()
         lines += [f"note: {note}" for note in self.notes]
         if self.failure:
             lines.append(f"broke off: {self.failure}")
         return "\n".join(lines)
+
+    def missing(self) -> list[str]:
+        """A line for the edits whose target was not found, and one for those whose target did not arrive, with ids."""
+        made, lines = len(self.edits_table), []
+        if lost := self.not_found():
+            looks = self.config.get("target", {}).get("steps")
+            within = (
+                "" if looks is None else f" within {looks} looks; a longer search, as steps={2 * looks}, may"
+            )
+            lines.append(
+                f"{len(lost)} of {made} edits: no target that makes the answer likelier than ½ was found{within}: "
+                f"{_named(lost)}"
+            )
+        if lost := self.not_arrived():
+            lines.append(
+                f"{len(lost)} of {made} edits: the target was found, but half of its probability or more was lost on "
+                f"the way into the weights: {_named(lost)}"
+            )
+        return lines
+
+    def not_found(self) -> list[str]:
+        """Ids of edits whose target was less likely than ½ as its search ended. Of an edit that was made again the last
+        time counts."""
+        last = {first_id(row): row for row in self.edits_table}
+        return [
+            edit_id
+            for edit_id, row in last.items()
+            if row.get("last_probability") is not None and row["last_probability"] < 0.5
+        ]
 
     def not_arrived(self) -> list[str]:
         """Ids of edits whose optimised target did not arrive: p(target) was ½ or more at the end of its optimisation,
@@ -191,6 +215,10 @@ class Record:
             if len(record.evaluations) != len(record.history):
                 raise files.WrongType("history and evaluations are not equally long")
             return record
+
+
+def _named(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:NAMED]) + (" …" if len(ids) > NAMED else "")
 
 
 def first_id(row: Mapping[str, Any]) -> str:

@@ -564,8 +564,15 @@ def test_an_edit_whose_target_does_not_arrive_is_named():
         for i, (name, last, now) in enumerate(found, 1)
     ]
     assert Record("d4s", edits_table=table).not_arrived() == ["lost"]
-    assert "1 of 4 edits" in Record("d4s", edits_table=table).summary()
-    assert "lost" in Record("d4s", edits_table=table).summary().splitlines()[-1]
+    told = Record("d4s", config={"target": {"steps": 25}}, edits_table=table)
+    assert told.not_found() == ["never found"] and Record("d4s", edits_table=table[3:]).not_found() == []
+    *_, unfound, lost = told.summary().splitlines()
+    assert unfound == (
+        "1 of 4 edits: no target that makes the answer likelier than ½ was found within 25 looks; a longer search, as "
+        "steps=50, may: never found"
+    )
+    assert lost.startswith("1 of 4 edits: the target was found, but") and lost.endswith(": lost")
+    assert Record("d4s", edits_table=[table[0] | {"last_probability": 0.0}]).not_found() == ["lost"]
     many = [table[0] | {"id": f"lost {i}"} for i in range(12)]
     assert "lost 9 …" in Record("d4s", edits_table=many).summary()
 
