@@ -92,10 +92,11 @@ class Record:
         """A line for the edits whose target was not found, and one for those whose target did not arrive, with ids."""
         made, lines = len(self.edits_table), []
         if lost := self.not_found():
-            looks = self.config.get("target", {}).get("steps")
-            within = (
-                "" if looks is None else f" within {looks} looks; a longer search, as steps={2 * looks}, may"
-            )
+            target = self.config.get("target")
+            looks = target.get("steps") if isinstance(target, Mapping) else None
+            within = ""
+            if isinstance(looks, int):
+                within = f" within {looks} looks; a longer search, as steps={2 * looks}, may"
             lines.append(
                 f"{len(lost)} of {made} edits: no target that makes the answer likelier than ½ was found{within}: "
                 f"{_named(lost)}"
@@ -228,7 +229,8 @@ def first_id(row: Mapping[str, Any]) -> str:
 
 def pass_number(row: Mapping[str, Any]) -> int:
     """Of a row of `edits_table` the pass that made it, from 1."""
-    return int(str(row["id"]).rpartition("~")[2]) if AGAIN in row else 1
+    first, _, number = str(row["id"]).rpartition("~")
+    return int(number) if row.get(AGAIN) == first and number.isdecimal() else 1
 
 
 def read_history_row(value: Any, place: str) -> dict[str, Any]:

@@ -572,7 +572,10 @@ def test_an_edit_whose_target_does_not_arrive_is_named():
         "steps=50, may: never found"
     )
     assert lost.startswith("1 of 4 edits: the target was found, but") and lost.endswith(": lost")
-    assert Record("d4s", edits_table=[table[0] | {"last_probability": 0.0}]).not_found() == ["lost"]
+    never = [table[0] | {"last_probability": 0.0}]
+    assert Record("d4s", edits_table=never).not_found() == ["lost"]
+    for config in ({}, {"target": None}, {"target": {"steps": "25"}}):  # a file that somebody has written to
+        assert "½ was found: lost" in Record("d4s", config=config, edits_table=never).summary()
     many = [table[0] | {"id": f"lost {i}"} for i in range(12)]
     assert "lost 9 …" in Record("d4s", edits_table=many).summary()
 
