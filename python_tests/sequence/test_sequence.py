@@ -133,7 +133,7 @@ def test_the_table_the_frame_and_the_file_hold_the_history(tmp_path, seed):
 
     lines = result.summary().splitlines()
     assert lines[0].split()[:6] == ["edits", "efficacy", "paraphrase", "specificity", "average", "harmonic"]
-    for line, row in zip(lines[1:], result.history, strict=True):
+    for line, row in zip(lines[1 : 1 + len(result.history)], result.history, strict=True):
         cells = line.split()
         assert int(cells[0]) == row["step"] and float(cells[4]) == pytest.approx(row["average"], abs=5e-4)
         assert float(cells[6]) == pytest.approx(100 * row["l1_growth"], abs=5e-3)
@@ -158,7 +158,7 @@ def test_a_summary_shows_what_was_measured_besides(seed):
     assert result.measured == ["arc_challenge acc_norm"]
     head, *lines = result.summary().splitlines()
     end = head.index("arc_challenge acc_norm") + len("arc_challenge acc_norm")
-    assert [line[:end].split()[-1] for line in lines] == ["0.250", "0.125"]
+    assert [line[:end].split()[-1] for line in lines[:2]] == ["0.250", "0.125"]
 
 
 def test_a_file_of_a_collapsed_model_is_json_and_can_be_read_again(tmp_path, seed):
