@@ -230,8 +230,13 @@ def made_again(edit: Edit, number: int) -> Edit:
 
 def pass_of(edit: Edit) -> int:
     """The pass that makes it: 1, or of what `made_again` gives its number."""
-    first, _, number = edit.id.rpartition("~")
-    return int(number) if edit.tags.get(AGAIN) == first and number.isdecimal() else 1
+    return pass_told(edit.id, edit.tags.get(AGAIN))
+
+
+def pass_told(edit_id: str, again: str | None) -> int:
+    """By an edit's id and its tag `AGAIN`, where these are all that is left of it."""
+    first, _, number = edit_id.rpartition("~")
+    return int(number) if again == first and number.isdecimal() else 1
 
 
 def check_batch(edits: Iterable[Edit]) -> None:

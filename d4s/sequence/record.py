@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from d4s import files
-from d4s.edits.edit import AGAIN
+from d4s.edits.edit import AGAIN, pass_told
 from d4s.errors import shown
 from d4s.files import finite_or_none, write_json
 from d4s.measure.columns import HEADLINES, Column, column
@@ -134,7 +134,7 @@ class Record:
 
     def pass_ends(self) -> list[int]:
         """Edits made at the end of each pass; one under way ends where it has come to. [] before the first edit"""
-        passes = [pass_number(row) for row in self.edits_table]
+        passes = [pass_told(str(row["id"]), row.get(AGAIN)) for row in self.edits_table]
         return [i + 1 for i in range(len(passes)) if passes[i + 1 : i + 2] != [passes[i]]]
 
     def forgetting(self, metric: str = "efficacy") -> DataFrame:
@@ -225,12 +225,6 @@ def _named(ids: Sequence[str]) -> str:
 def first_id(row: Mapping[str, Any]) -> str:
     """Of a row of `edits_table` the id under which an evaluation has its fact."""
     return str(row.get(AGAIN, row["id"]))
-
-
-def pass_number(row: Mapping[str, Any]) -> int:
-    """Of a row of `edits_table` the pass that made it, from 1."""
-    first, _, number = str(row["id"]).rpartition("~")
-    return int(number) if row.get(AGAIN) == first and number.isdecimal() else 1
 
 
 def read_history_row(value: Any, place: str) -> dict[str, Any]:
