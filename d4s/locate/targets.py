@@ -152,6 +152,7 @@ def optimise_targets(
     places: tuple[Place, ...] = ("block",),
     begin: Tensor | None = None,
     batch_tokens: int | None = None,
+    progress: bool = False,
 ) -> Targets:
     """Targets of all edits, on the model's current weights.
 
@@ -161,6 +162,7 @@ def optimise_targets(
     begin: z of one place, found on other weights, [edits, d_model]: the search begins there, within the clamp, and at
         every context; None: at v0.
     batch_tokens: tokens from the subject's last on that go through the model together; None: by device.
+    progress: whether a bar, or a line of a log every so often, says how many of several are found
 
     A request's result does not depend on the others in its batch, up to float32 rounding. Of several processes
     (`d4s.ranks`) each searches its part of them, by the tokens of their rows, and all have the same bits of each.
@@ -185,13 +187,15 @@ def optimise_targets(
             )
     ranks = here()
     ids = [edit.id for edit in edits]
+    label = "target search" if progress and len(edits) > 1 else None
     if ranks.count == 1:
-        return _search(anatomy, tokenizer, ids, requests, layer, config, places, begin, batch_tokens)
+        return _search(anatomy, tokenizer, ids, requests, layer, config, places, begin, batch_tokens, label)
 
     def rows_of_figures(own: Sequence[int]) -> list[NDArray[Any]]:
         names, part = [ids[i] for i in own], [requests[i] for i in own]
         z = None if begin is None else begin[own]
-        return list(_packed(_search(anatomy, tokenizer, names, part, layer, config, places, z, batch_tokens)))
+        found = _search(anatomy, tokenizer, names, part, layer, config, places, z, batch_tokens, label)
+        return list(_packed(found))
 
     costs = [len(one.after) * (width_of(one.before) + width_of(one.after)) for one in requests]
     return _unpacked(ranks.share("targets", costs, rows_of_figures), anatomy.device_of(layer))
@@ -220,8 +224,10 @@ def _search(
     places: tuple[Place, ...],
     z: Tensor | None,
     batch_tokens: int,
+    label: str | None,
 ) -> Targets:
-    """Of these requests, by this process. ids: their edits', for what is said of one; z: where the search begins"""
+    """Of these requests, by this process. ids: their edits', for what is said of one; z: where the search begins;
+    label: what a progress bar says"""
     prefixed = any(len(request.before) > 2 for request in requests)
     # Requests of similar length go together, before the subject's last token too: little padding.
     order = sorted(range(len(requests)), key=lambda i: -width_of(requests[i].before))
@@ -253,7 +259,7 @@ def _search(
         widths = [width_of(rows) for rows in after]
         if whole:
             widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
-        run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after])
+        run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after], progress=label)
     return Targets.concatenate([found[i] for i in range(len(requests))]).to(anatomy.device_of(layer))
 
 

@@ -122,7 +122,14 @@ class TargetMethod(Method):
 
         def search(some: Sequence[Edit]) -> Targets:
             return optimise_targets(
-                anatomy, bench.tokenizer, some, prefixes, last, self.target, places=places
+                anatomy,
+                bench.tokenizer,
+                some,
+                prefixes,
+                last,
+                self.target,
+                places=places,
+                progress=bench.progress,
             )
 
         kept = bench.targets if self.searches_ahead else None
@@ -347,6 +354,7 @@ class LocateEditor(Editor):
             config or self.method.target,
             places=self.places,
             begin=begin,
+            progress=self.bench.progress,
         )
 
     def normed(self, edits: Sequence[Edit], targets: Targets) -> Targets:

@@ -11,6 +11,7 @@ import torch
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 from support.workbench import EDITS
 
+from d4s import progress
 from d4s.cli import main
 from d4s.edits.formats import save_edits
 from d4s.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from d4s.sequence import run as sequence
 from d4s.sequence import under_way
 from d4s.sequence.compare import compare
 from d4s.sequence.run import edit_sequence
+from d4s.sequence.target_search import search_targets
 
 FIELDS = dict(layers=[0, 1], steps=4, clamp=8.0, weight_decay=0.0, prior_weight=1e-2, ridge=0.1, contexts=1)
 
@@ -65,6 +67,17 @@ def test_kept_targets_are_not_searched_again_and_give_the_same_weights(seed, tmp
     # λ, the layers below the last and the rule of the residual are not what a target hangs on.
     made(seed, tmp_path / "t.safetensors", prior_weight=3.0, layers=[1], residual="once")
     assert searched == []
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_log_says_how_many_targets_of_several_are_found(seed, monkeypatch, capsys, shown):
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    model, fields = tiny_model("llama", seed), dict(layers=[1], steps=2, contexts=0)
+    for edits in (EDITS, EDITS[:1]):
+        search_targets(model, tiny_tokenizer(), edits, config=fields, progress=shown)
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("target search: ")]
+        assert bool(told) == (shown and len(edits) > 1)
+        assert not told or f" {len(edits)}/{len(edits)} " in told[-1]
 
 
 def test_what_is_not_among_them_is_searched_and_added(seed, monkeypatch):
