@@ -60,9 +60,7 @@ def search_targets(
     kept = ranks.from_first(
         lambda: KeptTargets.load(place) if place is not None and place.exists() else KeptTargets()
     )
-    bench = Workbench(
-        model, tokenizer, targets=kept, architecture=architecture, seed=seed, progress=progress
-    )
+    bench = Workbench(model, tokenizer, targets=kept, architecture=architecture, seed=seed, progress=progress)
     configured = method_for(method, bench.anatomy, config)
     if not isinstance(configured, TargetMethod) or not configured.searches_ahead:
         raise ConfigError(
