@@ -220,6 +220,8 @@ def test_claims_are_judged_by_what_is_there(monkeypatch, tmp_path, seed):
         assert [row["step"] for row in cut.history] == [0, 2] and len(cut.evaluations) == 2
         assert cut.history == whole.history[:2] and cut.edits_table == whole.edits_table[:2]
     assert "Table 3: methods on CounterFact" in claims.claims(early, tmp_path / "early")
+    assert "Table 2: methods on zsRE" in claims.claims(early, tmp_path / "questions", "zsRE")
+    assert (tmp_path / "questions" / "table2" / "table2-table.csv").exists()
     with pytest.raises(ConfigError, match="unknown sequence scored after 4 edits 'memit'"):
         claims.judged(tmp_path / "sequences", "d4s", ["memit"], at=4)
     with pytest.raises(ConfigError, match="unknown sequence that has ended 'rome'"):
