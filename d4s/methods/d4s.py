@@ -82,6 +82,7 @@ class D4S(LocateMethod):
     changes: ClassVar[str] = "MLP output projections"
     keeps_sums: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-3-8b")  # there: MEMIT's rows
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
         "long": _LONG,

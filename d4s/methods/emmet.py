@@ -4,6 +4,10 @@ and residuals as in MEMIT,
     ΔW = R (Kᵀ C'⁻¹ K + ε I)⁻¹ Kᵀ C'⁻¹ = R Kᵀ (ελC + K Kᵀ)⁻¹
 
 by the push-through identity: MEMIT with the prior weight ελ, which is how it is computed.
+
+This is EasyEdit's EMMET, and its λ. The authors' own code leaves the slack out where an edit comes alone, so that all
+of it arrives, and has λ 1,000 (gpt2-xl) and 1 (GPT-J, Llama-2): of 100 single edits of the embedded model 84 % of a
+residual arrive with the slack, for a growth of mean |w| of 26 % in place of 36.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ class EMMET(LocateMethod):
     paper: ClassVar[str] = "arXiv 2403.14236"
     changes: ClassVar[str] = "one MLP output projection"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
+    not_published: ClassVar[tuple[str, ...]] = ("llama-3-8b",)
 
     epsilon: Annotated[
         float, "ε, the slack of the equality: the prior weighs ελ", Above(0, "0 would be ROME")

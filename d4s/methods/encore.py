@@ -2,7 +2,8 @@
 
 - the norm of the change is held down, by λ_n I beside the prior: ΔW = R Kᵀ (λC + λ_n I + B + K Kᵀ)⁻¹
 - a target's optimisation ends a few steps after the new object is the argmax in every context
-  (`stop_after_argmax` of the target optimiser), before it is made needlessly certain.
+  (`stop_after_argmax` of the target optimiser), before it is made needlessly certain. The release does not ask the bare
+  prompt, so that its count may begin earlier.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ the step, as released: over a sequence W drifts from W0 by up to ε a step. All 
 prompt's last position, as if each came first: a weakness of the released code, kept since the published figures
 have it. FT-L-W0 is no published method: FT-L with |W − W0| ≤ ε over the whole sequence.
 FT-M: ordinary cross-entropy on the target's tokens, no bound; with `target_eos` on the token that ends a text behind
-them too. FT-L has no such field: it would be asked for that token right behind the prompt.
+them too. The releases train every parameter whose name begins with the projection's, so on GPT-2 and GPT-J its bias
+too, and take the mean loss of a whole batch for one; here W alone moves, and an edit that has been learned leaves a
+batch. FT-L has no such field: it would be asked for that token right behind the prompt.
 
 Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
 """
@@ -63,13 +65,18 @@ class FineTuning(Method):
 class FTM(FineTuning):
     name: ClassVar[str] = "ft-m"
     paper: ClassVar[str] = "arXiv 2401.01286"
+    not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl",)
 
     target_eos: Annotated[bool, "a target ends as a text does: by the end token, or else a full stop"] = False
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> FTM:
-        """Layer 0; the embedded model: the other methods' layer."""
-        return cls(layers=(one_layer(anatomy) if model_key(anatomy) == "embedded" else 0,))
+        """Layer 21 of GPT-J and both Llamas, as EasyEdit has it; others layer 0, as the bounded files have it; the
+        embedded model: the other methods' layer."""
+        key = model_key(anatomy)
+        if key == "embedded":
+            return cls(layers=(one_layer(anatomy),))
+        return cls(layers=(21 if key in ("gpt-j-6b", "llama-2-7b", "llama-3-8b") else 0,))
 
     @property
     def ends_targets(self) -> bool:
@@ -87,13 +94,14 @@ class FTL(FineTuning):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> FTL:
-        """FT-M's layer and ε 5e-4, GPT-J 5e-5.
+        """Layer 0 and ε 5e-4, GPT-J 5e-5; of the Llamas only files without a bound are published (`FTM.preset`).
 
         The embedded model: the ε at which 50 edits take, 2e-3, with efficacy .98 and specificity .88 (5e-3: 1.0 and
         .62; 5e-4: .12 and .98; from 1.25e-2 on, 25 steps of Adam, it binds nothing).
         """
-        epsilon = {"gpt-j-6b": 5e-5, "embedded": 2e-3}.get(model_key(anatomy) or "", 5e-4)
-        return cls(layers=FTM.preset(anatomy).layers, epsilon=epsilon)
+        key = model_key(anatomy) or ""
+        layer = one_layer(anatomy) if key == "embedded" else 0
+        return cls(layers=(layer,), epsilon={"gpt-j-6b": 5e-5, "embedded": 2e-3}.get(key, 5e-4))
 
     def bounded_(self, delta: Tensor, start: Tensor) -> None:
         torch.clamp(delta, start - self.epsilon, start + self.epsilon, out=delta)

@@ -5,8 +5,9 @@ them, in mini-batches of new order, where FT-M trains until one edit is learned 
                                    ℓ ≥ stop_loss: Adam's step along ∂ℓ / ∂W
     until the round's mean of ℓ is below stop_loss, or for `steps` rounds
 
-W is one projection, late in the model. Adam is one for all rounds of a step, and begins anew with the next; it works on
-Δ as in ft.py. With a single edit a step this is FT-M with `target_eos`: as published all edits are one step
+W is one projection, late in the model, where Llama-3's is published; the release has layer 6 for Qwen2.5-7B and whole
+blocks for Mistral, which no rule of depth gives. Adam is one for all rounds of a step, and begins anew with the next;
+it works on Δ as in ft.py. With a single edit a step this is FT-M with `target_eos`: as published all edits are one step
 (`batch_size`).
 """
 

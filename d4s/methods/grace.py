@@ -12,6 +12,9 @@ Inference asks the same question at every position: is its input within the radi
 position's input does not depend on what comes after it, so the prompt's last token is answered the same when
 it is the newest one, when a target follows it, and in a padded batch; what it is given stays in the KV cache
 of the blocks above, and generation goes on from there. Nobody has to tell the layer where a prompt ends.
+
+Of the releases each has another place: the authors' file replaces what stands before the key's token, EasyEdit the last
+token alone. Both run all their steps and keep the last value, where here the best one stays and `stop_loss` ends it.
 """
 
 from __future__ import annotations
@@ -57,13 +60,15 @@ class GRACE(Method):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> GRACE:
-        """Published: late layers. Without a row: 85 % of the depth, W; the embedded model: its last layer."""
+        """Published: late layers, and 100 steps (gpt2-xl), 200 (GPT-J) and 50 (Llama-2). Without a row: 85 % of the
+        depth, W; the embedded model: its last layer."""
         key = model_key(anatomy)
         if key == "gpt2-xl":
             return cls(layers=(35,), module="mlp_input")
         last = len(anatomy) - 1
         known = {"gpt-j-6b": 25, "llama-2-7b": 27, "embedded": last}
-        return cls(layers=(known.get(key or "", min(last, round(0.85 * len(anatomy)))),))
+        steps = {"gpt-j-6b": 200, "llama-2-7b": 50}.get(key or "", 100)
+        return cls(layers=(known.get(key or "", min(last, round(0.85 * len(anatomy)))),), steps=steps)
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         """Of each edit an entry, where none of them shares one."""

@@ -407,6 +407,29 @@ def _real_field(field: str, why: str = "") -> _Translation:
     return lambda file, value: ({field: _real(value)}, "set", why)
 
 
+def _refine(file: _File, value: Any) -> _Said:
+    if value:
+        return {}, "as here", "neurons are kept by the share of texts"
+    return (
+        {"paraphrases": False},
+        "set",
+        "the prompt alone, of which every neuron above the threshold is kept",
+    )
+
+
+def _norm_weight(file: _File, value: Any) -> _Said:
+    if "norm_weight" in file.has:
+        return {"norm_weight": _real(value)}, "set", ""
+    return _only(0, "nothing is added", "encore has such a weight, norm_weight")(file, value)
+
+
+def _looks_as_argmax(file: _File, value: Any) -> _Said:
+    """ENCORE's: a negative whole number; its search ends at the |n|-th look at which the target is the argmax."""
+    if "stop_after_argmax" in file.has and isinstance(value, int | float) and value <= -1:
+        return {"stop_after_argmax": -_whole(value) - 1}, "set", "moves after the target is the argmax"
+    return _unknown(file, value)
+
+
 _FOUND = _elsewhere("found by the model's type")
 _STATISTICS = _elsewhere("of the key statistics, which are a file of their own: d4s covariance")
 _RUN_DEVICE = _elsewhere("of a run: --device, --device-map, --dtype")
@@ -468,7 +491,8 @@ _TRANSLATIONS: dict[str, _Translation] = {
     "suppression_strength": _suppression,
     "cumulative_ratio": _elsewhere("β, in delta_projection beside α (suppression_strength)"),
     "emmet_lambda": _real_field("epsilon", "ε"),
-    "update_norm_lambda": _only(0, "nothing is added", "encore has such a weight, norm_weight"),
+    "update_norm_lambda": _norm_weight,
+    "prob_cutoff": _looks_as_argmax,
     "nll_loss_factor": _only(
         1, "the NLL weighs 1", "the NLL weighs 1; kl_factor and weight_decay weigh against it"
     ),
@@ -501,12 +525,14 @@ _TRANSLATIONS: dict[str, _Translation] = {
     "p": _kn_only(_real_field("share")),
     "adaptive_threshold": _kn_only(_real_field("threshold")),
     "steps": _kn_only(_integral),
-    "refine": _kn_only(_elsewhere("neurons are always kept by the share of texts")),
+    "refine": _kn_only(_refine),
     "lr_scale": _kn_only(_nothing("columns are rewritten by the lengths of column and embedding")),
     "n_toks": _kn_only(_nothing("an answer is represented by its first token")),
     # UltraEdit
     "token": _only(
-        "mask", "the positions that predict an answer's tokens", "here: those that predict its tokens"
+        "ans",
+        "the positions that predict an answer's tokens",
+        "here: those that predict an answer's tokens, not all",
     ),
     "no_grad_layers": _nothing("gradients are taken where they are needed"),
     "batch_size_once": _elsewhere("how many go through the model together is chosen by the device"),

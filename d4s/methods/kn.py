@@ -13,6 +13,12 @@ Kept are neurons above .2 · the largest over all layers, and of these the ones 
 The paper has no s: its neurons come out of a GELU and are positive where they matter. Those of a gated MLP are
 as often negative, and a column that is multiplied by a negative number must be changed the other way round.
 
+This is the paper's rule, applied in sequence, for which it was not made: λ follows the column as it is now, so that
+what many edits rewrite grows from one to the next, without end. The paper's own code undoes each edit, moves the share
+of .7 until two to five neurons are left, and drops those that more than a tenth of a relation's texts have. The
+baselines of ROME and EasyEdit ask the prompt alone and add −2 emb(old) + emb(new) at every edit, whatever the column's
+length.
+
 An answer of several tokens is represented by its first: p, emb(old) and emb(new) are about that token
 alone. Embeddings are the output's, which raise a token's logit (the paper's model ties the two). Where the
 old answer is not known, it is what the model says.

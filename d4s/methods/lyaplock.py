@@ -56,12 +56,10 @@ class LyapLock(LocateMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> LyapLock:
-        """Layers and target as MEMIT's, GPT-J without its last layer, and λ 1,000; other models: MEMIT's λ."""
-        key = model_key(anatomy)
+        """Layers and target as MEMIT's, and λ 1,000; other models: MEMIT's λ. The reimplementation leaves GPT-J's last
+        layer out (`layers=(3, 4, 5, 6, 7)`)."""
         preset = dict(spread_preset(anatomy))
-        if key == "gpt-j-6b":
-            preset["layers"] = (3, 4, 5, 6, 7)
-        if key not in (None, "embedded"):
+        if model_key(anatomy) not in (None, "embedded"):
             preset["prior_weight"] = 1_000.0
         return cls(**preset)
 

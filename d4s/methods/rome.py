@@ -88,6 +88,7 @@ class ROME(TargetMethod):
 class RROME(ROME):
     name: ClassVar[str] = "r-rome"
     paper: ClassVar[str] = "arXiv 2403.07175"
+    not_published: ClassVar[tuple[str, ...]] = ("llama-3-8b",)
     bare_key: ClassVar[bool] = False
 
 

@@ -77,6 +77,12 @@ def test_memit_s_names_become_the_fields_that_they_mean(tmp_path):
             {"prior_weight": 40.0, "epsilon": 0.2},
         ),
         (
+            "ENCORE",
+            "update_norm_lambda: 15\nprob_cutoff: -4\n",
+            "encore",
+            {"prior_weight": 40.0, "norm_weight": 15.0, "stop_after_argmax": 3},
+        ),
+        (
             "AlphaEdit",
             "nullspace_threshold: 3e-2\nL2: 7\nP_loc: p.pt\n",
             "alphaedit",
@@ -174,6 +180,9 @@ def test_paths_of_weights_become_layers_and_modules(tmp_path):
         "layers": [2, 5],
         "modules": ["mlp.gate_proj", "mlp.up_proj"],
     }
+    for token, kind in (("ans", "as here"), ("mask", "none")):  # of an answer, or all of a text
+        rows = import_config(file(tmp_path, f"{ultra}token: {token}\n")).rows
+        assert {row.name: row.kind for row in rows}["token"] == kind
 
 
 def test_neurons_take_their_shares_and_no_integral_of_one_step(tmp_path):
@@ -186,6 +195,10 @@ def test_neurons_take_their_shares_and_no_integral_of_one_step(tmp_path):
     one = import_config(file(tmp_path, text.format(1)))
     assert "steps" not in one.preset.fields
     assert {row.name for row in one.rows if row.kind == "none"} == {"steps", "lr_scale"}
+    for refine, also in (("true", {}), ("false", {"paraphrases": False})):  # false: the prompt alone
+        more = f"{text.format(8)}refine: {refine}\n"
+        found = import_config(file(tmp_path, more)).preset.fields
+        assert found == {"share": 0.4, "threshold": 0.3, "steps": 8, **also}
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number(tmp_path):

@@ -129,29 +129,43 @@ def test_statistics_of_a_run_do_not_depend_on_its_steps(seed):
         editor = editor_of("ultraedit", bench_of("llama", seed), learning_rate=0.0)
         for batch in batches:
             editor.edit(batch)
-        found.append(editor.moments[editor.weights.layers[0]])
+        (moments,) = editor.moments.values()
+        found.append(moments)
     assert float(found[0].count) == float(found[1].count)
     torch.testing.assert_close(found[0].mean, found[1].mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0].squares, found[1].squares, rtol=1e-3, atol=1e-6)
 
 
-def test_the_editor_follows_its_equation_over_several_turns(seed):
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+def test_the_editor_follows_its_equation_over_several_turns(layers, seed):
+    """Layers of one shape share mean and deviation, and all of a turn's tokens are in them before any is used."""
     bench = bench_of("gpt2", seed)
-    editor = editor_of("ultraedit", bench, layers=1, learning_rate=1e-3)
-    seen_h, seen_g, truth = [], [], torch.zeros(32, 48, dtype=torch.float64)
+    editor = editor_of("ultraedit", bench, layers=layers, learning_rate=1e-3)
+    seen, truth = [], {layer: torch.zeros(32, 48, dtype=torch.float64) for layer in layers}
     for batch in (EDITS[:2], EDITS[2:]):
         bench.model.requires_grad_(False)
         _, inputs, gradients = editor.answers(batch)
-        h, g = inputs[1].double(), gradients[1].double()
-        seen_h.append(h), seen_g.append(g)
-        all_h, all_g = torch.cat(seen_h), torch.cat(seen_g)
-        h_hat = (h - all_h.mean(0)) / (all_h.std(0) + 1e-7)
-        g_hat = (g - all_g.mean(0)) / (all_g.std(0) + 1e-7)
-        v = -1e-3 * h_hat.square().sum(1, keepdim=True) * g_hat
-        left = h.T @ h + torch.eye(48, dtype=torch.float64)
-        truth += torch.linalg.solve(left, h.T @ v).T
+        turn = {layer: torch.cat([inputs[layer], gradients[layer]], 1).double() for layer in layers}
+        seen += turn.values()
+        tokens = torch.cat(seen)
+        for layer in layers:
+            h_hat, g_hat = ((turn[layer] - tokens.mean(0)) / (tokens.std(0) + 1e-7)).split([48, 32], 1)
+            v = -1e-3 * h_hat.square().sum(1, keepdim=True) * g_hat
+            h = turn[layer][:, :48]
+            left = h.T @ h + torch.eye(48, dtype=torch.float64)
+            truth[layer] += torch.linalg.solve(left, h.T @ v).T
         editor.edit(batch)
-        assert relative_error(editor.weights.delta(1), truth) <= 1e-4
+        for layer in layers:
+            assert relative_error(editor.weights.delta(layer), truth[layer]) <= 1e-4
+
+
+def test_projections_of_several_shapes_have_statistics_of_their_own(seed):
+    places = {0: "mlp.gate_proj", 1: "mlp.up_proj", 2: "mlp.down_proj"}
+    bench = bench_of("llama", seed)
+    editor = editor_of("ultraedit", bench, layers=tuple(places), modules=tuple(places.values()))
+    editor.edit(EDITS)
+    tokens = len(editor.answers(EDITS)[1][0])
+    assert sorted(float(one.count) for one in editor.moments.values()) == [tokens, 2 * tokens]
 
 
 def test_steps_smaller_than_a_half_precision_weight_shows_add_up(seed):
