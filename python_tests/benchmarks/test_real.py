@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 from support.sequences import EDITS, FAST, failing, ready
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 import d4s
+from d4s.edits import Edit
 from d4s.errors import ConfigError, EditingStopped
 from d4s.locate.targets import TargetConfig
 from d4s.measure.downstream import TaskMetric
@@ -23,7 +25,7 @@ from d4s.models.architectures import Anatomy
 from d4s.sequence.record import Record
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind all else: d4s is the one that is tested
-from benchmarks.real import claims, datasets, downstream, search, setting, tables
+from benchmarks.real import claims, datasets, downstream, relations, search, setting, tables
 
 try:
     import lm_eval
@@ -241,6 +243,45 @@ def test_a_target_added_by_hand_does_in_its_own_prompt_what_its_search_found(see
     assert (moved["paraphrase_nll"] - found["nll"][:3]).abs().max() > 1e-3
     table = search.table_of(found.assign(setting=search.PUBLISHED))
     assert table["paraphrase_nll"].item() == pytest.approx(found["paraphrase_nll"].mean())
+
+
+def test_other_relations_of_a_subject_are_asked(tmp_path, seed):
+    kinds = {
+        "P103": relations.PERSON,
+        "P1303": relations.PERSON,
+        "P131": relations.PLACE,
+        "P176": relations.WORK,
+    }
+    for relation, kind in kinds.items():
+        edit = Edit(prompt="{} is", subject="Lyon", target_new="Paris", relation=relation, id=relation)
+        asked = relations.other_prompts(edit, seed)
+        own = kind.get(relation, "").replace("{}", "Lyon")
+        assert len(set(asked)) == 3 and own not in asked
+        assert set(asked) <= {prompt.replace("{}", "Lyon") for prompt in kind.values()}
+
+    model, covariance = ready(seed)
+    measure = relations.OtherRelations(model, tiny_tokenizer(), EDITS, seed)
+    assert measure()["other_relations_kept"] == 1
+    head = model.get_output_embeddings().weight
+    before = head.detach().clone()
+    with torch.no_grad():
+        head.zero_()  # all logits are equal: the first word of all is said
+    assert set(measure.targets) - {0} and measure()["other_relations_said"] < 1
+    measure.targets[:3] = [0, 0, 0]
+    share = sum(token == 0 for token in measure.targets) / len(measure.targets)
+    assert measure()["other_relations_said"] == pytest.approx(share) and share > 0
+    kept = sum(token == 0 for token in measure.before) / len(measure.before)
+    assert measure()["other_relations_kept"] == kept < 1
+    with torch.no_grad():
+        head.copy_(before)
+
+    covariance.save(tmp_path / "c.safetensors")
+    found = relations.measured(
+        model, tiny_tokenizer(), EDITS, {"d4s": FAST}, seed,
+        covariance=tmp_path / "c.safetensors", out=tmp_path / "out", progress=False,
+    )  # fmt: skip
+    row = found.results["d4s"][seed].history[-1]
+    assert 0 <= row["other_relations_said"] <= 1 and "other_relations_kept" in row
 
 
 def test_cases_stay_whole_and_do_not_contradict_each_other(tmp_path, seed):
