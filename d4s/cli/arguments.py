@@ -136,11 +136,12 @@ def add_fields(verb: ArgumentParser) -> None:
     )
 
 
-def add_preset(verb: ArgumentParser) -> None:
+def add_preset(verb: ArgumentParser, *, before: str = "; --set goes before them") -> None:
+    """before: what of the verb's options goes before a preset's settings, as its help says it"""
     verb.add_argument(
         "--preset",
         metavar="FILE|NAME",
-        help="settings from a file made by d4s tune, or a method's named ones, as paper; --set goes before them",
+        help=f"settings from a file made by d4s tune, or a method's named ones, as paper{before}",
     )
 
 

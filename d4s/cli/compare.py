@@ -50,7 +50,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     verb.add_argument("--count", type=count, help="edits made, the first of that order; default: all")
     add_targets(verb)
-    add_preset(verb)
+    add_preset(verb, before="")
     verb.add_argument(
         "--front",
         nargs="*",

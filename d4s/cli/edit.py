@@ -242,8 +242,9 @@ def _goes_on(out: Path, passes: int) -> bool:
 
 
 def _is_unsaved(out: Path) -> bool:
-    """Whether a sequence has ended there without its model."""
-    return (out / CHANGES).is_file() and not (out / "model").exists()
+    """Whether a sequence has ended there without its model, or beside one of fewer edits: what it has changed goes as
+    its model is saved."""
+    return (out / CHANGES).is_file()
 
 
 def _save_again(options: Namespace) -> None:

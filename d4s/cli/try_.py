@@ -233,7 +233,7 @@ class Talk:
         number = len(session.made)
         self.say(f"  edit {number}, {seconds:.1f} s")
         (reached,) = step.last_probability
-        if reached >= 0.5 and after[1] < 0.5 * reached:
+        if reached >= 0.5 and session.mean_probability(edit) < 0.5 * reached:
             self.say(
                 f"  its target was found (p = {reached:.2f}), and did not arrive; a smaller prior_weight writes more"
             )

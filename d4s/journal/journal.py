@@ -63,6 +63,10 @@ class Verification:
         return "\n".join([*self.checked, *(f"WRONG: {text}" for text in self.problems)])
 
 
+class _NoWeightsError(DataError):
+    """Of a method that changes none."""
+
+
 @dataclass
 class Journal:
     """The journal in a folder, as `edit_sequence(journal=…)` and `d4s edit --out` write it.
@@ -354,7 +358,7 @@ class Journal:
                     change = delta.T if self.head["transposed"][str(layer)] else delta
                     found[layer] = (base[f"{layer}"].float() + change).to(base[f"{layer}"].dtype)
                 else:
-                    raise DataError(
+                    raise _NoWeightsError(
                         f"{self.path}: {self.head['method']} changes no weight that could be given; "
                         "a method that does is needed"
                     )
@@ -453,6 +457,14 @@ class Journal:
                 save_file(tensors, beside, metadata=facts)
         self.write_card(folder)
 
+    def steps_made(self) -> int:
+        """Edits that the sequence's own steps have made, those made again among them."""
+        return sum(len(event["edits"]) for event in self.folder.events if event["kind"] == "step")
+
+    def model_follows(self) -> bool:
+        """Whether the model that is saved beside the journal has the weights that it comes to, or none is there."""
+        return not self.folder.model.is_dir() or not self._beside(self.weights())
+
     def verify(
         self,
         *,
@@ -507,9 +519,19 @@ class Journal:
             if self.folder.model.is_dir():
                 problems += self._beside(weights)
                 checked.append("the model beside it: every edited weight")
-            if model is not None:
-                problems += self._made_again(model, tokenizer, covariance, sums_on, weights)
-                checked.append("every edit made again from the log alone: the same weights, bit for bit")
+            if model is not None and any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
+                checked.append(
+                    "not made again: only what a sequence alone has made can be; this journal was changed afterwards"
+                )
+            elif model is not None:
+                others = self._made_again(model, tokenizer, covariance, sums_on, weights)
+                problems += others
+                if not others:
+                    checked.append("every edit made again from the log alone: the same weights, bit for bit")
+        except _NoWeightsError:
+            checked.append(
+                f"weights: {self.head['method']} changes none, so that there are none to be compared"
+            )
         except D4SError as error:
             problems.append(str(error))
         return Verification(tuple(checked), tuple(problems), difference)
@@ -523,10 +545,6 @@ class Journal:
         weights: Mapping[str, Tensor],
     ) -> list[str]:
         """What differs after all steps of the log on the unedited model, which is unedited again afterwards."""
-        if any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
-            return [
-                "made again: only what a sequence alone has made can be; this journal was changed afterwards"
-            ]
         self._unedited(model, None)
         steps = [edits_of(event, self.folder) for event in self.folder.events if event["kind"] == "step"]
         with evaluating(model):

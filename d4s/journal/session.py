@@ -27,7 +27,7 @@ from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.generation import generate_greedy
-from d4s.models.scoring import score
+from d4s.models.scoring import Score, score
 
 
 @dataclass
@@ -86,9 +86,16 @@ class Session:
 
     def probability(self, edit: Edit) -> float:
         """p(the whole new target) on the edit's prompt."""
-        question = (edit.text, (edit.target(edit.target_new),))
-        ((found,),) = score(self.model, self.tokenizer, [question])
+        found = self._scored(edit)
         return math.exp(-found.nll * len(found.target))
+
+    def mean_probability(self, edit: Edit) -> float:
+        """exp(−mean NLL of the new target's tokens) on the edit's prompt, as a search tells it."""
+        return math.exp(-self._scored(edit).nll)
+
+    def _scored(self, edit: Edit) -> Score:
+        ((found,),) = score(self.model, self.tokenizer, [(edit.text, (edit.target(edit.target_new),))])
+        return found
 
     # What is done
 

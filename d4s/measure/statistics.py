@@ -58,7 +58,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], own: Mapping[str, Column] | No
         combined[name] = sum(values) / len(values)
         if about.interval and len(values) > 1:
             low, high = student_interval(values)
-            if about.is_share:  # Student's t does not know that these end at 0 and 1
+            if about.unit in ("share", "probability"):  # Student's t does not know that these end at 0 and 1
                 low, high = max(low, 0.0), min(high, 1.0)
             combined |= {f"{name}.low": low, f"{name}.high": high}
     combined["step"] = min(row["step"] for row in rows)

@@ -89,6 +89,7 @@ class GRACEEditor(Editor):
     def __init__(self, method: GRACE, bench: Workbench) -> None:
         super().__init__(method, bench, method.layers)
         self.wrapped = WrappedLayer(self.anatomy, method.wrapping, asdict(method))
+        self.wrapped.check_free()  # before anything is asked of a model that is not unedited
         self.layer, self.module = self.wrapped.layer, self.wrapped.module
         self.model: CausalLM = self.anatomy.model
 

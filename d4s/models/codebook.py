@@ -175,14 +175,18 @@ class WrappedLayer:
             d_in, d_out = d_out, d_in
         self.codebook = Codebook(d_in, d_out, self.wrapping.epsilon, self.module.weight.device)
 
+    def check_free(self) -> None:
+        """ModelError where the model has another codebook."""
+        if "save_pretrained" in vars(self.model):
+            raise ModelError(
+                "another GRACE codebook is attached to this model, and the two could not be saved together; "
+                "restore() its editor first"
+            )
+
     def attach(self) -> None:
         """From now on the codebook answers. Raises ModelError where the model has another one."""
         if self._hook is None:
-            if "save_pretrained" in vars(self.model):
-                raise ModelError(
-                    "another GRACE codebook is attached to this model, and the two could not be saved together; "
-                    "restore() its editor first"
-                )
+            self.check_free()
             self._hook = self.module.register_forward_hook(
                 lambda _module, arguments, output: self.codebook.answer(arguments[0], output)
             )

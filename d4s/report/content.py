@@ -222,6 +222,7 @@ def _edits(run: ToldRun, places: Mapping[str, int]) -> dict[str, list[Any]]:
     before = {row["id"]: row for row in _evaluated(run.record, last=False)}
     now = {row["id"]: row for row in _evaluated(run.record, last=True)}
     lost = set(run.record.not_arrived())
+    last = {first_id(row): row for row in table}  # of an edit that was made again the last time counts
 
     def whole(values: Iterable[Any]) -> list[int | None]:
         return [
@@ -246,8 +247,8 @@ def _edits(run: ToldRun, places: Mapping[str, int]) -> dict[str, list[Any]]:
         "greedy": of(now, "efficacy_argmax"),
         "paraphrase": of(now, "paraphrase"),
         "specificity": of(now, "specificity"),
-        "misspelt": [now.get(row["id"], {}).get("misspelt_as") for row in table],
-        "lost": [int(row["id"] in lost) for row in table],
+        "misspelt": [now.get(first_id(row), {}).get("misspelt_as") for row in table],
+        "lost": [int(first_id(row) in lost and last[first_id(row)] is row) for row in table],
         "undone": [int(row["id"] in run.facts and not run.facts[row["id"]].stands) for row in table],
     }
     return {name: values for name, values in columns.items() if any(v is not None for v in values)}

@@ -111,6 +111,8 @@ def _of_journal(folder: Path) -> ToldRun:
     result = journal.folder.root.parent / "result.json"
     beside = journal.folder.root.name == "journal" and result.exists()
     record = Record.load(result) if beside else record_of(journal.folder.root)
+    if beside and journal.steps_made() > len(record.edits_table):  # gone on with since
+        record = record_of(journal.folder.root)
     facts = {
         row["id"]: Fact(
             row["prompt"].replace("{}", row["subject"]), row["target_new"], row["target_true"], row["stands"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ def edit_alone(
     with evaluating(model):
         sums_place.on_host(bench, configured, len(edits))
         settled = configured.settled(bench, edits)
+        fields = asdict(configured)
+        chosen = {name: value for name, value in asdict(settled).items() if value != fields[name]}
+        kept.notes |= dict.fromkeys(
+            f"{name}={value:g}, chosen by the first edits" for name, value in chosen.items()
+        )
         if baseline is None:
             stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=progress)
             baseline = take_baseline(model, tokenizer, edits, progress=progress)

@@ -271,9 +271,11 @@ class _Kept:
         stored = files.parse_json(data.decode("utf-8", "replace"), f"{path}: not what a comparison wrote")
         with files.checking(path, "a comparison"):
             files.as_json(files.as_object(stored, "it"), "it")
-        for name, value in wanted.items():
-            if stored.get(name) != value:
-                there, here = _short(stored.get(name)), _short(value)
+        one_pass = {"passes": 1}  # is not told
+        stored, wanted = one_pass | stored, one_pass | wanted
+        for name in dict.fromkeys([*wanted, *stored]):
+            if stored.get(name) != wanted.get(name):
+                there, here = _short(stored.get(name)), _short(wanted.get(name))
                 raise ConfigError(
                     f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
                     "name a new folder, or ask for the same"

@@ -483,7 +483,12 @@ def record_of(path: str | os.PathLike[str]) -> Record:
         if event["kind"] == "step":
             made += len(event["edits"])
             record.edits_table += _table_rows(event, edits_of(event, folder), made)
-            unfinished = f"unfinished, {made} of {head['count']} edits made"
+            whole = f"{head['count']} edits"
+            unfinished = (
+                f"unfinished, {made} of {whole} made"
+                if made <= head["count"]
+                else f"unfinished, {whole} made, and {made - head['count']} of them again"
+            )
         elif event["kind"] == "tested":
             _take_tested(event, record.edits_table)
         elif event["kind"] == "point":

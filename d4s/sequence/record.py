@@ -90,7 +90,7 @@ class Record:
 
     def missing(self) -> list[str]:
         """A line for the edits whose target was not found, and one for those whose target did not arrive, with ids."""
-        made, lines = len(self.edits_table), []
+        made, lines = len({first_id(row) for row in self.edits_table}), []
         if lost := self.not_found():
             target = self.config.get("target")
             looks = target.get("steps") if isinstance(target, Mapping) else None

@@ -69,13 +69,16 @@ def search_targets(
     with evaluating(model), progress_bar(len(edits), "edit", "targets", shown=progress) as bar:
         ahead = Ahead(_Search(configured, bench))
         saved = len(kept)
-        for at in range(0, len(edits), EDITS_AHEAD):
-            window = edits[at : at + EDITS_AHEAD]
-            ahead.targets(window)
-            # Each time as much again: what is written stays within a few times the file.
-            last = at + EDITS_AHEAD >= len(edits)
-            if place is not None and len(kept) > saved and (last or len(kept) >= saved + max(64, saved // 4)):
-                ranks.on_first(partial(kept.save, place))
-                saved = len(kept)
-            bar.update(len(window))
+        try:
+            for at in range(0, len(edits), EDITS_AHEAD):
+                window = edits[at : at + EDITS_AHEAD]
+                ahead.targets(window)
+                # Each time as much again: what is written stays within a few times the file.
+                if place is not None and len(kept) >= saved + max(64, saved // 4):
+                    ranks.on_first(partial(kept.save, place))
+                    saved = len(kept)
+                bar.update(len(window))
+        finally:  # what was found before an interruption, too; alone, since other processes may be gone
+            if place is not None and len(kept) > saved and ranks.is_first:
+                kept.save(place)
     return kept

@@ -78,6 +78,8 @@ class Run:
             if not edits or not self._pass(edits, made, observers):
                 return
             made += len(edits)
+            if number < self.schedule.passes and self._has_collapsed(made):
+                return
 
     def _lost(self, made: int, number: int) -> tuple[Edit, ...]:
         """To be made again in a pass, by the point after `made` edits: of several edits of a prompt the last one."""
@@ -102,7 +104,7 @@ class Run:
                 if made == done and self._lacks_point(before, made, end):
                     self.point(made)
                     observers.point(result)
-                if self._has_collapsed(made, end):
+                if made < end and self._has_collapsed(made):
                     return False
                 continue
             try:
@@ -120,14 +122,14 @@ class Run:
             if self._lacks_point(before, made, end):
                 self.point(made)
                 observers.point(result)
-            if self._has_collapsed(made, end):
+            if made < end and self._has_collapsed(made):
                 return False
         return True
 
-    def _has_collapsed(self, made: int, end: int) -> bool:
-        """Whether the last point lies here, before the pass's end, and is one that the schedule lets no step follow."""
+    def _has_collapsed(self, made: int) -> bool:
+        """Whether the last point lies here, and is one that the schedule lets no step follow."""
         result = self.result
-        if result.history[-1]["step"] != made or made == end:
+        if result.history[-1]["step"] != made:
             return False
         why = self.schedule.collapse(result.history[-1])
         if why is not None:

@@ -19,7 +19,7 @@ from d4s.figures.tables import frame_lines
 from d4s.files import finite_or_none, write_table, write_text
 from d4s.measure.columns import layers
 from d4s.measure.statistics import correlation
-from d4s.sequence.comparison import Comparison
+from d4s.sequence.comparison import Comparison, file_name
 from d4s.sequence.curves import few_layers, plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence.record import Record
 from d4s.study.decline import estimate_remaining
@@ -187,7 +187,7 @@ class ModelView:
             plot_original_and_current(histories, folder / "forgetting.png")
         for label, record in self.records.items():
             if any(row["step"] for row in record.history):
-                plot_forgetting(record.forgetting(), folder / f"forgetting-{label.replace(os.sep, '-')}.png")
+                plot_forgetting(record.forgetting(), folder / f"forgetting-{file_name(label)}.png")
 
 
 def plot_change(histories: Mapping[str, DataFrame], path: str | os.PathLike[str]) -> None:

@@ -64,6 +64,35 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
     assert "WRONG" in out and "things are wrong with this journal" in err
 
 
+def test_a_model_that_could_not_follow_its_journal_follows_when_the_command_comes_again(
+    capsys, tmp_path, monkeypatch
+):
+    run = str(tmp_path / "run")
+    done(capsys, *EDIT, "--out", run)
+    first, second, _ = ids(run)
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(d4s.Journal, "write_to_folder", full)
+        line = failed(capsys, "undo", run, second)
+    assert "No space left" in line and "the journal has changed" in line and f"d4s redo {run} {first}" in line
+    assert not d4s.Journal(run).model_follows()
+    assert "unknown edit 'nobody'" in failed(capsys, "undo", run, "nobody")
+    assert "was undone already" not in done(capsys, "undo", run, second)
+    assert d4s.Journal(run).model_follows() and "WRONG" not in done(capsys, "verify", run)
+    assert "was undone already" in failed(capsys, "undo", run, second)
+    said = done(capsys, "verify", run, "--again", "m", "--covariance", "c.safetensors")
+    assert "not made again" in said and "bit for bit" not in said
+
+
+def test_a_method_that_changes_no_weight_has_none_to_be_verified(capsys, tmp_path):
+    run = str(tmp_path / "run")
+    done(capsys, "edit", "m", "edits.json", "--method", "grace", "--set", "steps=2", "--out", run)
+    assert "grace changes none" in done(capsys, "verify", run)
+
+
 def test_a_sequence_that_was_interrupted_goes_on_by_the_same_command(capsys, tmp_path, monkeypatch):
     whole, run = str(tmp_path / "whole"), str(tmp_path / "run")
     done(capsys, *EDIT, "--out", whole)

@@ -19,7 +19,7 @@ from d4s.locate.covariance import estimate_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import locate_then_edit
 from d4s.sequence import run as sequence
-from d4s.sequence import under_way
+from d4s.sequence import target_search, under_way
 from d4s.sequence.compare import compare
 from d4s.sequence.run import edit_sequence
 from d4s.sequence.target_search import search_targets
@@ -78,6 +78,25 @@ def test_a_log_says_how_many_targets_of_several_are_found(seed, monkeypatch, cap
         told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("target search: ")]
         assert bool(told) == (shown and len(edits) > 1)
         assert not told or f" {len(edits)}/{len(edits)} " in told[-1]
+
+
+def test_what_was_found_before_an_interruption_is_in_the_file(seed, monkeypatch, tmp_path):
+    own, windows = locate_then_edit.optimise_targets, []
+
+    def interrupted(anatomy, tokenizer, edits, *arguments, **named):
+        windows.append(edits)
+        if len(windows) > 2:
+            raise KeyboardInterrupt
+        return own(anatomy, tokenizer, edits, *arguments, **named)
+
+    monkeypatch.setattr(locate_then_edit, "optimise_targets", interrupted)
+    monkeypatch.setattr(target_search, "EDITS_AHEAD", 1)
+    place, fields = tmp_path / "t.safetensors", dict(layers=[1], steps=2, contexts=0)
+    with pytest.raises(KeyboardInterrupt):
+        search_targets(
+            tiny_model("llama", seed), tiny_tokenizer(), EDITS, config=fields, out=place, progress=False
+        )
+    assert len(KeptTargets.load(place)) == 2
 
 
 def test_what_is_not_among_them_is_searched_and_added(seed, monkeypatch):

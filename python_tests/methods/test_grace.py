@@ -150,6 +150,8 @@ def test_a_second_codebook_on_one_model_is_refused(seed):
     first, second = (editor_of("grace", bench, steps=3) for _ in range(2))
     first.edit(EDITS[:1])
     with pytest.raises(ModelError, match="another GRACE codebook is attached"):
+        editor_of("grace", bench, steps=3)  # before anything is asked of the model
+    with pytest.raises(ModelError, match="another GRACE codebook is attached"):
         second.edit(EDITS[1:2])
     first.restore()
     second.restore()

@@ -16,15 +16,17 @@ import pytest
 from support.command import FAST as SETTINGS
 from support.command import RECORDS, done, failed
 from support.reports import made_up
-from support.sequences import EDITS, ready, sequence
+from support.sequences import EDITS, FAST, ready, sequence
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 
 from d4s.errors import ConfigError, DataError
 from d4s.locate.covariance import estimate_covariance
+from d4s.report import content as told_content
 from d4s.report.content import content_of
 from d4s.report.page import page, write_report
-from d4s.report.runs import runs_in, statements_in
+from d4s.report.runs import ToldRun, runs_in, statements_in
 from d4s.sequence.compare import compare
+from d4s.sequence.record import Record
 
 LIMIT = 5_000_000  # bytes
 
@@ -233,6 +235,32 @@ def test_a_run_under_way_is_told_as_far_as_it_has_come(tmp_path):
     assert run.label == "d4s" and len(run.record.edits_table) == 2 and [*run.facts] == ["e0", "e1"]
     tags = Tags(page([run]))
     assert "broke off" in tags.text and "2 edits" in tags.text
+
+
+def test_a_run_that_goes_on_with_a_pass_is_told_by_its_journal(tmp_path, seed):
+    options = dict(config=FAST | dict(steps=1, learning_rate=1e-30), journal=tmp_path / "journal")
+    sequence(*ready(seed), **options).save(tmp_path / "result.json")
+    (ended,) = runs_in([tmp_path])
+    assert ended.record.failure is None and len(ended.record.edits_table) == len(EDITS)
+    found = sequence(*ready(seed), **options, passes=2)
+    again = len(found.edits_table) - len(EDITS)
+    (run,) = runs_in([tmp_path])
+    assert again > 0 and len(run.record.edits_table) == len(EDITS) + again
+
+
+def test_of_an_edit_that_was_made_again_the_last_row_says_whether_it_arrived():
+    table = [
+        {"id": "a", "last_probability": 0.9, "written_probability": 0.85},
+        {"id": "b", "last_probability": 0.2, "written_probability": 0.2},
+        {"id": "a~2", "again": "a", "last_probability": 0.9, "written_probability": 0.2},
+    ]
+    record = Record("d4s", {"target": {"steps": 25}}, edits_table=table)
+    columns = told_content._edits(
+        ToldRun("d4s", record, {}, {}), {row["id"]: i for i, row in enumerate(table)}
+    )
+    assert columns["lost"] == [0, 0, 1]
+    unfound, lost = record.missing()
+    assert unfound.startswith("1 of 2 edits") and lost.startswith("1 of 2 edits")
 
 
 def test_a_folder_without_a_run_or_with_a_damaged_one_is_said(folder, tmp_path):

@@ -527,6 +527,16 @@ def test_weights_come_back_when_a_sequence_cannot_be_kept(tmp_path, seed):
     assert same(state(model), before)
 
 
+def test_sequences_of_other_passes_are_refused(tmp_path, seed):
+    model, covariance = ready(seed)
+    options = dict(edits=EDITS[:2], out=tmp_path)
+    compared(model, covariance, ["d4s"], passes=2, **options)
+    with pytest.raises(ConfigError, match=r"with other passes \(2 there, 1 here\)"):
+        compared(model, covariance, **options)
+    with pytest.raises(ConfigError, match=r"with other passes \(2 there, 3 here\)"):
+        compared(model, covariance, passes=3, **options)
+
+
 def test_no_two_labels_share_a_file():
     labels = ("a/b", "a-b", "a%2Fb", "ft-l", "re-anchored", "..", "a b", "λ")
     places = [record_place(Path("c"), label, 0) for label in labels]

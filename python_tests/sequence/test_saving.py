@@ -94,6 +94,19 @@ def test_a_model_that_could_not_be_saved_is_saved_by_the_same_command(method, ca
     assert "already holds files" in fails(capsys, *command, "--out", "run")
 
 
+def test_a_model_of_more_passes_that_could_not_be_saved_is_saved_by_the_same_command(capsys, monkeypatch):
+    more = ("edit", "m", "edits.json", "--method", "ft-m", "--set", "steps=1", "--passes", "2")
+    assert main([*more, "--out", "whole"]) == 0
+    assert main([*more[:-2], "--out", "run"]) == 0
+    with monkeypatch.context() as broken:
+        broken.setattr(GPT2LMHeadModel, "save_pretrained", full)
+        line = fails(capsys, *more, "--out", "run")
+    assert "repeat the command with --out run" in line and not same(weights("run"), weights("whole"))
+    assert main([*more, "--out", "run"]) == 0
+    assert "their model is saved now" in capsys.readouterr().out
+    assert same(weights("run"), weights("whole")) and not Path("run/weights.safetensors").exists()
+
+
 def test_ctrl_c_while_saving_costs_nothing(capsys, monkeypatch):
     def interrupted(*_arguments, **_options):
         raise KeyboardInterrupt

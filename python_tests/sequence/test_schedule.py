@@ -187,6 +187,14 @@ def test_the_end_of_a_sequence_is_no_collapse(seed):
     assert result.failure is None and [row["step"] for row in result.history] == [0, len(EDITS)]
 
 
+def test_no_pass_follows_a_collapse(seed):
+    result = sequence(*ready(seed), config=STILL, stop_on_collapse=1.0, passes=2)
+    assert result.failure is not None and result.failure.startswith(f"after edit {len(EDITS)}: ")
+    assert [row["step"] for row in result.history] == [0, len(EDITS)]
+    held = sequence(*ready(seed), config=STILL, passes=2)
+    assert held.failure is None and held.history[-1]["step"] > len(EDITS)
+
+
 def test_what_has_collapsed_does_not_go_on_in_its_journal(tmp_path, seed):
     model, covariance = ready(seed)
     before = state(model)
