@@ -1,6 +1,7 @@
 """What a target's search costs against the NLL it reaches: each setting on the same edits, a window after another.
 
 python -m benchmarks.real.search smollm2 counterfact.json --out search [--count 60] [--skip 1000] [--settings NAME …]
+    [--layer 14]
 
 The edits are those of the comparison's order (`benchmarks.real.comparison`) behind its first `--skip`. What --out holds
 is not searched again, so that a run that was ended goes on. Passes are tokens of rows that went through the layers
@@ -163,6 +164,7 @@ def main() -> None:
         "--skip", type=int, default=1000, help="edits of the order that others are measured on"
     )
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--layer", type=int, help="of the targets; default: the preset's last one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -171,7 +173,7 @@ def main() -> None:
     anatomy = Anatomy(model)
     method = method_for("d4s", anatomy)
     prefixes = method.prefixes(Workbench(model, tokenizer, seed=options.seed, progress=False))
-    layer = method.layers[-1]
+    layer = method.layers[-1] if options.layer is None else options.layer
     spares(anatomy, layer, ("block",))  # asked once a model, and not a search's cost
     edits = d4s.load_edits(options.edits)
     order = Random(options.seed).sample(edits, len(edits))[options.skip : options.skip + options.count]

@@ -31,8 +31,24 @@ OTHER_TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
+def further_up(preset: Any) -> dict[str, dict[str, Any]]:
+    """The preset `long` on layers that end above the preset's own."""
+    first, last = preset.layers[0], preset.layers[-1]
+    ranges = ((first, last + 6, None), (first, last + 6, 5.0), (first + 6, last + 9, None))
+    found = {}
+    for begin, end, times in ranges:
+        fields: dict[str, Any] = {**preset.presets["long"], "layers": list(range(begin, end + 1))}
+        label = f"long, layers {begin}–{end}"
+        if times is not None and preset.prior_weight is not None:
+            fields["prior_weight"] = times * preset.prior_weight
+            label += f", λ {fields['prior_weight']:g}"
+        found[label] = fields
+    return found
+
+
 def settings(preset: Any) -> dict[str, dict[str, Any]]:
-    """Label → what differs from the preset; the last edited layer, on which the targets hang, is the same in all."""
+    """Label → what differs from the preset. The last edited layer, on which the targets hang, is the same in all but
+    those of `further_up`."""
     layers = preset.layers
     found: dict[str, dict[str, Any]] = {
         f"λ {weight}": {"prior_weight": weight} for weight in (30, 100, 300, 1000, 3000)
@@ -46,7 +62,7 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     found["each, λ 400"] = {"context_keys": "each", "prior_weight": 400}
     found["refined"] = {"refine_looks": 4}
     found |= {name: dict(preset.presets[name]) for name in ("long", "answers")}
-    found |= OTHER_TARGETS
+    found |= OTHER_TARGETS | further_up(preset)
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 
 
@@ -77,7 +93,8 @@ def main() -> None:
     anatomy = Anatomy(model)
     labels = {"preset": {"method": "d4s"}} | settings(method_for("d4s", anatomy))
     if options.targets is not None:
-        labels = {label: fields for label, fields in labels.items() if label not in OTHER_TARGETS}
+        others = {*OTHER_TARGETS, *further_up(method_for("d4s", anatomy))}
+        labels = {label: fields for label, fields in labels.items() if label not in others}
     if unknown := set(options.only or ()) - set(labels):
         parser.error(
             f"--only: no setting is called {', '.join(sorted(unknown))}; there are {', '.join(labels)}"
