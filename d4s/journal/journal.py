@@ -165,7 +165,11 @@ class Journal:
         if not named:
             raise EditError("no edit was named; the journal's log has their ids (d4s log)")
         with self._writing():
-            named = list(dict.fromkeys([*named, *self._again(named, stand=not stand)]))
+            again, standing = self._again(named, stand=not stand), self._standing()
+            for_it = {standing.made[one].edit.tags[AGAIN] for one in again}
+            # Of one that was left out in favour of what a later pass has made, that alone is meant.
+            named = [one for one in named if one not in standing.dropped or one not in for_it]
+            named = list(dict.fromkeys([*named, *again]))
             self.sums.change(named, stand=stand)
             self.sums.settle_()  # fails, if it does, before anything is written
             self.folder.append("redone" if stand else "undone", ids=named)

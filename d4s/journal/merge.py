@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from d4s.change.closed_form import Rows
 from d4s.edits import Edit
+from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError, DataError
 from d4s.journal.folder import Folder, differing, digest_of, now
 from d4s.journal.journal import Journal
@@ -163,7 +164,7 @@ def _decided(journals: Sequence[Journal]) -> tuple[list[_Fact], list[Conflict]]:
             if left:
                 edit = standing.made[left[-1]].edit
                 rows = tuple(_joined(standing.rows(place, standing.undone).values()))
-                places.setdefault(place, []).append(_Fact(number, at[edit.id], edit, rows))
+                places.setdefault(place, []).append(_Fact(number, at[edit.id], _under_first_id(edit), rows))
     facts: list[_Fact] = []
     conflicts: list[Conflict] = []
     for found in places.values():
@@ -183,6 +184,13 @@ def _decided(journals: Sequence[Journal]) -> tuple[list[_Fact], list[Conflict]]:
             )
         seen[fact.edit.id] = fact
     return facts, conflicts
+
+
+def _under_first_id(edit: Edit) -> Edit:
+    """As the fact is called, whichever pass has made it last: of each one edit is left."""
+    tags = dict(edit.tags)
+    first = tags.pop(AGAIN, None)
+    return edit if first is None else replace(edit, id=first, tags=tags)
 
 
 def _times(journal: Journal) -> dict[str, str]:

@@ -57,11 +57,14 @@ class Standing:
     replaces: whether a later edit of a prompt takes the place of an earlier one (d4s), or both stay (as published, the
         others)
     by_place: edits of one prompt, in the order in which they were made
+    dropped: of the undone ones those whose rows were left out when the journal was consolidated, a later edit of their
+        prompt having taken their place
     """
 
     replaces: bool = True
     made: dict[str, Made] = field(default_factory=dict)
     undone: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
     by_place: dict[tuple[str, int], list[str]] = field(default_factory=dict)
 
     def add(self, made: Made) -> None:
@@ -117,8 +120,8 @@ class Standing:
         if kind == "consolidated":
             batch = [self.get(edit_id).edit for edit_id in event["ids"]]
             # The undone ones keep their rows, and may be redone; earlier edits of a prompt are in no sum any more.
-            for edit in self.edits:
-                self.made[edit.id] = Made(edit, step)
+            self.dropped |= {edit.id for edit in self.edits} - set(event["ids"])
+            self.undone = self.undone | self.dropped
             for made in by_edit(batch, put, step):
                 self.made[made.edit.id] = made
             return put, [], True
@@ -352,6 +355,11 @@ class Sums:
         """
         for edit_id in ids:
             self.standing.get(edit_id)
+            if stand and edit_id in self.standing.dropped:
+                raise EditError(
+                    f"edit {edit_id!r} had been replaced when the journal was consolidated, and is in it no more; make "
+                    "it anew (d4s revise)"
+                )
             if (edit_id in self.standing.undone) != stand:
                 raise EditError(
                     f"edit {edit_id!r} {'stands' if stand else 'was undone'} already; name another, or none"

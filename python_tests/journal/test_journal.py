@@ -207,6 +207,46 @@ def test_consolidating_is_one_batch_of_the_edits_that_stand(tmp_path, seed):
     assert Journal(tmp_path / "j").verify().sound
 
 
+def test_what_was_replaced_before_consolidating_is_in_the_journal_no_more(tmp_path, seed):
+    other = Edit(EDITS[1].prompt, EDITS[1].subject, "Lyon Manila", id="other")
+    model, covariance, _ = made(tmp_path / "j", seed, [*EDITS[:4], other])
+    journal = Journal(tmp_path / "j")
+    assert [e.id for e in journal.edits] == ["e0", "e1", "e2", "e3", "other"]
+    journal.consolidate(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+    assert [e.id for e in journal.edits] == ["e0", "e2", "e3", "other"]
+    journal.undo("other")
+    assert [e.id for e in Journal(tmp_path / "j").edits] == ["e0", "e2", "e3"]
+    assert [row["id"] for row in journal.log() if row["stands"]] == ["e0", "e2", "e3"]
+    with pytest.raises(EditError, match="'e1' had been replaced when the journal was consolidated"):
+        journal.redo("e1")
+    journal.redo("other")
+    assert journal.edits[-1].id == "other" and Journal(tmp_path / "j").verify().sound
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+def test_an_edit_of_two_passes_is_called_as_the_first(consolidated, tmp_path, seed):
+    weak = ONE | dict(steps=1, learning_rate=1e-30)
+    for name, edits in (("a", EDITS[:2]), ("b", EDITS[2:4])):
+        model, covariance = ready(seed)
+        found = sequence(model, covariance, edits, config=weak, passes=2, journal=tmp_path / name)
+        again = [row["id"] for row in found.edits_table if row["id"].endswith("~2")]
+        assert again
+        found.restore()
+    if consolidated:
+        journal = Journal(tmp_path / "b")
+        journal.consolidate(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+        first = again[-1].removesuffix("~2")
+        journal.undo(first)
+        assert again[-1] not in [e.id for e in journal.edits]
+        journal.redo(first)
+        assert again[-1] in [e.id for e in journal.edits]
+        return
+    joined, _ = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert sorted(e.id for e in joined.edits) == ["e0", "e1", "e2", "e3"]
+    joined.undo("e3")
+    assert Journal(tmp_path / "ab").verify().sound
+
+
 def test_sequences_made_apart_become_one(tmp_path, seed):
     made(tmp_path / "a", seed, EDITS[:3], ONE)
     made(tmp_path / "b", seed, EDITS[3:], ONE)
