@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from d4s.change.expert_form import solve_jointly
+from torch import Tensor
+
+from d4s.change.expert_form import Delta, solve_jointly
 from d4s.edits import Edit
 from d4s.methods.base import Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, LocateMethod, step_of
@@ -44,6 +46,10 @@ class MEMITEditor(LocateEditor):
         layers = self.weights.layers
         for i, layer in enumerate(layers):
             residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
-            change = solve_jointly(residuals, self.keys(rows, layer), self._priors[layer])
+            change = self.solved(residuals, self.keys(rows, layer), layer)
             self.weights.add_(layer, self.projected(layer, change))
         return step_of(targets)
+
+    def solved(self, residuals: Tensor, keys: Tensor, layer: int) -> Delta:
+        """ΔW of a layer. residuals: [edits, d_out]; keys: [edits, d_in]"""
+        return solve_jointly(residuals, keys, self._priors[layer])

@@ -28,6 +28,26 @@ def test_emmet_is_memit_with_the_prior_weight_epsilon_lambda(seed):
     assert relative_error(solve(residuals, keys, Prior(covariance, epsilon * weight)), emmet) <= 1e-10
 
 
+def test_an_emmet_edit_alone_arrives_whole_where_it_has_no_slack(seed):
+    """The limit of ε → 0; several at once have the slack either way."""
+    bench = bench_of("llama", seed)
+
+    def changed(edits, **config):
+        editor = editor_of("emmet", bench, layers=1, prior_weight=50.0, **config)
+        keys = editor.keys(editor.rows(edits), 1)
+        lacks = editor.targets(edits).target.double() - editor.state(editor.bare_rows(edits))
+        editor.edit(edits)
+        delta = editor.weights.delta(1).double()
+        editor.restore()
+        return delta, keys, lacks
+
+    delta, keys, lacks = changed(EDITS[:1], slack_alone=False)
+    assert relative_error(delta @ keys[0], lacks[0]) <= 1e-5
+    assert relative_error(delta, changed(EDITS[:1], epsilon=1e-9)[0]) <= 1e-5
+    assert relative_error(delta, changed(EDITS[:1])[0]) > 1e-3
+    assert torch.equal(changed(EDITS, slack_alone=False)[0], changed(EDITS)[0])
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_the_emmet_editor_is_memit_in_one_layer(model_type, seed):
     bench = bench_of(model_type, seed)
