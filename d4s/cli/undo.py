@@ -58,8 +58,8 @@ def follow(options: Namespace, journal: Journal, said: str) -> None:
                 else f"d4s redo {options.journal} {again.id}"
             )
             raise D4SError(
-                f"{model}: {error.strerror or error}; the journal has changed ({said}), and its model has not. Make "
-                f"room; then {way} writes the model, and changes nothing else"
+                f"{model}: {error.strerror or error}; the journal has changed ({said}), and its model has not; make "
+                f"room, and {way} writes the model, and changes nothing else"
             ) from error
     left = [edit.id for edit in journal.edits]
     if options.json:
