@@ -202,6 +202,16 @@ class Folder:
     def events(self) -> list[dict[str, Any]]:
         return self.log.events
 
+    @property
+    def steps_made(self) -> int:
+        """Edits that the sequence's own steps have made, those made again among them."""
+        return sum(len(event["edits"]) for event in self.events if event["kind"] == "step")
+
+    @property
+    def is_changed_after(self) -> bool:
+        """Whether it is no longer what its sequence alone has made."""
+        return any(event["kind"] in CHANGED_AFTER for event in self.events)
+
     # Tensor files: "base", "priors", or a number in "segments", "snapshots" or "targets".
 
     def place(self, kind: str, number: int | None = None) -> Path:

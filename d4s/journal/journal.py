@@ -21,7 +21,7 @@ from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
 from d4s.journal.changes import Change, changes_within
 from d4s.journal.edits_card import write_edits_card
-from d4s.journal.folder import CHANGED_AFTER, Folder, now
+from d4s.journal.folder import Folder, now
 from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
 from d4s.journal.patch import export_patch
 from d4s.journal.sums import Standing, Sums, edits_of, packed
@@ -461,10 +461,6 @@ class Journal:
                 save_file(tensors, beside, metadata=facts)
         self.write_card(folder)
 
-    def steps_made(self) -> int:
-        """Edits that the sequence's own steps have made, those made again among them."""
-        return sum(len(event["edits"]) for event in self.folder.events if event["kind"] == "step")
-
     def model_follows(self) -> bool:
         """Whether the model that is saved beside the journal has the weights that it comes to, or none is there."""
         return not self.folder.model.is_dir() or not self._beside(self.weights())
@@ -523,7 +519,7 @@ class Journal:
             if self.folder.model.is_dir():
                 problems += self._beside(weights)
                 checked.append("the model beside it: every edited weight")
-            if model is not None and any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
+            if model is not None and self.folder.is_changed_after:
                 checked.append(
                     "not made again: only what a sequence alone has made can be; this journal was changed afterwards"
                 )

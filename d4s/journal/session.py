@@ -139,8 +139,7 @@ class Session:
                 settled = self.method.settled(self.bench, [edit])
                 editor = settled.editor(self.bench)
             assert isinstance(editor, D4SEditor)
-            before = vars(self.method)
-            self.chosen = {n: v for n, v in vars(settled).items() if v != before[n]}
+            self.chosen = self.method.decided(settled)
             self.editor = editor
         return self.editor
 

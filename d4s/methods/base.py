@@ -209,6 +209,10 @@ class Method(Configuration, ABC):
         """With what is left open decided, on the unedited model, by the edits that are to be made."""
         return self
 
+    def decided(self, settled: Method) -> dict[str, Any]:
+        """The fields that are open here, as `settled` has them."""
+        return {name: value for name, value in vars(settled).items() if value != vars(self)[name]}
+
     def value(self, name: str) -> Any:
         """A field's value, by the name that `changed` takes; None where there is no such field."""
         return getattr(self, name, getattr(getattr(self, "target", None), name, None))

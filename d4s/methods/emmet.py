@@ -18,7 +18,8 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from d4s.change.closed_form import Prior, solve
+from d4s.change.closed_form import Prior
+from d4s.change.expert_form import Delta
 from d4s.configuration import Above
 from d4s.methods.base import Workbench
 from d4s.methods.locate_then_edit import LocateMethod
@@ -62,13 +63,12 @@ class EMMET(LocateMethod):
 
 
 class EMMETEditor(MEMITEditor):
-    _priors: dict[int, Prior]
-
     def priors(self) -> dict[int, Prior]:
         return self.plain_priors(self.method.epsilon * self.method.prior_weight)  # ελ
 
-    def solved(self, residuals: Tensor, keys: Tensor, layer: int) -> Tensor:
+    def solved(self, residuals: Tensor, keys: Tensor, layer: int) -> Delta:
+        if len(keys) > 1 or self.method.slack_alone:
+            return super().solved(residuals, keys, layer)
         prior = self._priors[layer]
-        if len(keys) == 1 and not self.method.slack_alone:
-            return rank_one(residuals[0], keys[0], keys[0], prior)
-        return solve(residuals, keys, prior)
+        assert isinstance(prior, Prior)  # of no experts
+        return rank_one(residuals[0], keys[0], keys[0], prior)

@@ -73,10 +73,9 @@ class FTM(FineTuning):
     def preset(cls, anatomy: Anatomy) -> FTM:
         """Layer 21 of GPT-J and both Llamas, as EasyEdit has it; others layer 0, as the bounded files have it; the
         embedded model: the other methods' layer."""
-        key = model_key(anatomy)
-        if key == "embedded":
-            return cls(layers=(one_layer(anatomy),))
-        return cls(layers=(21 if key in ("gpt-j-6b", "llama-2-7b", "llama-3-8b") else 0,))
+        if model_key(anatomy) in ("gpt-j-6b", "llama-2-7b", "llama-3-8b"):
+            return cls(layers=(21,))
+        return cls(layers=(_first_layer(anatomy),))
 
     @property
     def ends_targets(self) -> bool:
@@ -100,8 +99,9 @@ class FTL(FineTuning):
         .62; 5e-4: .12 and .98; from 1.25e-2 on, 25 steps of Adam, it binds nothing).
         """
         key = model_key(anatomy) or ""
-        layer = one_layer(anatomy) if key == "embedded" else 0
-        return cls(layers=(layer,), epsilon={"gpt-j-6b": 5e-5, "embedded": 2e-3}.get(key, 5e-4))
+        return cls(
+            layers=(_first_layer(anatomy),), epsilon={"gpt-j-6b": 5e-5, "embedded": 2e-3}.get(key, 5e-4)
+        )
 
     def bounded_(self, delta: Tensor, start: Tensor) -> None:
         torch.clamp(delta, start - self.epsilon, start + self.epsilon, out=delta)
@@ -121,6 +121,11 @@ class FTLW0(FTL):
 
     def bounded_(self, delta: Tensor, start: Tensor) -> None:
         delta.clamp_(-self.epsilon, self.epsilon)
+
+
+def _first_layer(anatomy: Anatomy) -> int:
+    """Layer 0; of the embedded model that of the other methods."""
+    return one_layer(anatomy) if model_key(anatomy) == "embedded" else 0
 
 
 class FTEditor(MasterEditor):

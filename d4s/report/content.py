@@ -222,7 +222,7 @@ def _edits(run: ToldRun, places: Mapping[str, int]) -> dict[str, list[Any]]:
     before = {row["id"]: row for row in _evaluated(run.record, last=False)}
     now = {row["id"]: row for row in _evaluated(run.record, last=True)}
     lost = set(run.record.not_arrived())
-    last = {first_id(row): row for row in table}  # of an edit that was made again the last time counts
+    last = run.record.last_rows()
 
     def whole(values: Iterable[Any]) -> list[int | None]:
         return [

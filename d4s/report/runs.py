@@ -111,7 +111,7 @@ def _of_journal(folder: Path) -> ToldRun:
     result = journal.folder.root.parent / "result.json"
     beside = journal.folder.root.name == "journal" and result.exists()
     record = Record.load(result) if beside else record_of(journal.folder.root)
-    if beside and journal.steps_made() > len(record.edits_table):  # gone on with since
+    if beside and journal.folder.steps_made > len(record.edits_table):  # gone on with since
         record = record_of(journal.folder.root)
     facts = {
         row["id"]: Fact(

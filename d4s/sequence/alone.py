@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from d4s.models.forward import evaluating
 from d4s.progress import progress_bar, stage
 from d4s.ranks import here
 from d4s.sequence.journaling import identity_of
-from d4s.sequence.record import read_evaluation
+from d4s.sequence.record import read_evaluation, told_chosen
 from d4s.sequence.run import check_asked
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.under_way import made_alike
@@ -90,11 +89,7 @@ def edit_alone(
     with evaluating(model):
         sums_place.on_host(bench, configured, len(edits))
         settled = configured.settled(bench, edits)
-        fields = asdict(configured)
-        chosen = {name: value for name, value in asdict(settled).items() if value != fields[name]}
-        kept.notes |= dict.fromkeys(
-            f"{name}={value:g}, chosen by the first edits" for name, value in chosen.items()
-        )
+        kept.notes |= dict.fromkeys(told_chosen(configured.decided(settled)))
         if baseline is None:
             stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=progress)
             baseline = take_baseline(model, tokenizer, edits, progress=progress)

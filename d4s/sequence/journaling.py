@@ -20,7 +20,6 @@ from d4s.edits.edit import AGAIN, pass_of
 from d4s.errors import ConfigError, D4SError, DataError, EditingFailed, shown
 from d4s.files import as_list, as_text, check_folder, checking, finite_or_none
 from d4s.journal.folder import (
-    CHANGED_AFTER,
     SAME,
     SNAPSHOTS_KEPT,
     Folder,
@@ -183,13 +182,13 @@ class Journaling(Observer):
             self.folder = Folder.create(self.path, wanted)
         else:
             self._same(wanted, method)
-            if any(event["kind"] in CHANGED_AFTER for event in self.folder.events):
+            if self.folder.is_changed_after:
                 raise ConfigError(
                     f"{self.path}: edits of this journal were taken back or solved for anew after its sequence, which "
                     "does not go on. d4s.Journal works with it; name another folder for a new sequence"
                 )
         folder = self.folder
-        expected = self._expected_bytes(editor, max(0, len(result.edits) - self._made()), state)
+        expected = self._expected_bytes(editor, max(0, len(result.edits) - self.folder.steps_made), state)
         stage(
             f"journal {self.path}: up to {expected / 1e6:.0f} MB more",
             shown=bench.progress and expected > 1e6,
@@ -206,10 +205,6 @@ class Journaling(Observer):
             result.baseline.save(self.path / "baseline.json")
         if isinstance(bench.targets, KeptInJournal) and bench.targets.folder is None:
             bench.targets.keep_in(folder)
-
-    def _made(self) -> int:
-        assert self.folder is not None
-        return sum(len(event["edits"]) for event in self.folder.events if event["kind"] == "step")
 
     def _expected_bytes(self, editor: Editor, edits: int, state: int) -> int:
         """What the journal will hold: W0, priors, snapshots, and of each edit its line and its vectors.

@@ -81,7 +81,7 @@ class Record:
             )
             pace = row["edit_seconds"] / row["step"] if row["step"] else 0.0
             lines.append(f"{row['step']:6d}  {cells}  {100 * row['l1_growth']:+7.2f} %  {pace:8.3f}")
-        lines += [f"{name}={value:g}, chosen by the first edits" for name, value in self.chosen.items()]
+        lines += told_chosen(self.chosen)
         lines += self.missing()
         lines += [f"note: {note}" for note in self.notes]
         if self.failure:
@@ -90,7 +90,7 @@ class Record:
 
     def missing(self) -> list[str]:
         """A line for the edits whose target was not found, and one for those whose target did not arrive, with ids."""
-        made, lines = len({first_id(row) for row in self.edits_table}), []
+        made, lines = len(self.last_rows()), []
         if lost := self.not_found():
             target = self.config.get("target")
             looks = target.get("steps") if isinstance(target, Mapping) else None
@@ -108,13 +108,16 @@ class Record:
             )
         return lines
 
+    def last_rows(self) -> dict[str, dict[str, Any]]:
+        """Id → the row of its edit; of one that was made again, by its first id, that of the last time."""
+        return {first_id(row): row for row in self.edits_table}
+
     def not_found(self) -> list[str]:
         """Ids of edits whose target was less likely than ½ as its search ended. Of an edit that was made again the last
         time counts."""
-        last = {first_id(row): row for row in self.edits_table}
         return [
             edit_id
-            for edit_id, row in last.items()
+            for edit_id, row in self.last_rows().items()
             if row.get("last_probability") is not None and row["last_probability"] < 0.5
         ]
 
@@ -122,10 +125,9 @@ class Record:
         """Ids of edits whose optimised target did not arrive: p(target) was ½ or more at the end of its optimisation,
         and right after the step, on the edit prompt, less than half of that. Of an edit that was made again the last
         time counts."""
-        last = {first_id(row): row for row in self.edits_table}
         return [
             edit_id
-            for edit_id, row in last.items()
+            for edit_id, row in self.last_rows().items()
             if row.get("written_probability") is not None
             and row.get("last_probability") is not None
             and row["last_probability"] >= 0.5
@@ -216,6 +218,11 @@ class Record:
             if len(record.evaluations) != len(record.history):
                 raise files.WrongType("history and evaluations are not equally long")
             return record
+
+
+def told_chosen(chosen: Mapping[str, Any]) -> list[str]:
+    """A line for each field that was left open."""
+    return [f"{name}={value:g}, chosen by the first edits" for name, value in chosen.items()]
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -217,11 +217,10 @@ def _begun(
     if baseline is None:
         stage(f"baseline: the unedited model is asked about {len(edits)} edits", shown=shown)
         baseline = take_baseline(model, bench.tokenizer, edits, progress=shown)
-    fields, decided = asdict(method), asdict(settled)
     result = Result(
         method.name,
-        fields,
-        chosen={name: value for name, value in decided.items() if value != fields[name]},
+        asdict(method),
+        chosen=method.decided(settled),
         model=model,
         edits=edits,
         editor=editor,
