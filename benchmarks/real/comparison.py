@@ -1,4 +1,4 @@
-"""Single CounterFact edits on a real language model, one sequence per method; what is kept goes on where it was.
+"""CounterFact edits on a real language model, one sequence per method; what is kept goes on where it was.
 
 python -m benchmarks.real.comparison smollm2 counterfact.json corpus.txt --text held_out.txt --out comparison
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, required=True, help="other text, for the perplexity")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=1, help="edits a step, in an OUT of its own")
     parser.add_argument(
         "--neighbors", type=int, default=3, help="neighbourhood prompts an edit that are asked"
     )
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         covariance,
         Retained(model, tokenizer, facts, paragraphs(options.text), seed=options.seed),
         options.out,
-        points=[point for point in POINTS if point <= options.count],
+        points=[point for point in POINTS if point <= options.count and point % options.batch == 0],
+        batch_size=options.batch,
         seed=options.seed,
         targets=None if options.targets is None else KeptTargets.load(options.targets),
         passes=options.passes,

@@ -45,6 +45,10 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "ultraedit": {},
     "grace": {},
     "kn": {},
+    "nas": {},
+    "sphere": {},
+    "lyaplock": {},
+    "ft-bf": {},
 }
 COLLAPSE = 0.1
 GENERATED = "d4s-generated-1"
@@ -117,13 +121,15 @@ def sequences_over(
     *,
     points: Sequence[int],
     seed: int,
+    batch_size: int = 1,
     targets: KeptTargets | None = None,
     passes: int = 1,
     observers: Sequence[Observer] = (),
 ) -> Comparison:
     """A sequence of each label, in `out`: what is there goes on.
 
-    points: edits at which is scored; targets: of the unedited model, found before; passes: over the edits
+    points: edits at which is scored; batch_size: edits a step; targets: of the unedited model, found before
+    passes: over the edits
     """
     found = d4s.compare(
         model,
@@ -132,6 +138,7 @@ def sequences_over(
         {label: SEQUENCES[label] for label in labels},
         covariance=covariance,
         targets=targets,
+        batch_size=batch_size,
         evaluate_every=points,
         seeds=seed,
         baseline=answers(model, tokenizer, made, out / "baseline.json"),

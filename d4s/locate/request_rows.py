@@ -326,6 +326,13 @@ class RequestRows:
             logits = self._forward().logits
         return log_softmax(logits[0].float(), -1).to(self.device)
 
+    @property
+    def is_on_one_gpu(self) -> bool:
+        """Whether nothing in a run over the rows leaves their device, and that is a GPU."""
+        return self.device.type == "cuda" and all(
+            self.anatomy.device_of(block) == self.device for block in range(len(self.anatomy))
+        )
+
     def keep_requests(self, left: Tensor) -> None:
         """Drops the rows of all requests but those at `left` (ascending)."""
         number = torch.full((self.count,), -1, dtype=torch.long, device=self.device)

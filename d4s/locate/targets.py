@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy
@@ -47,6 +48,7 @@ from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
 from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id, stop_mark
+from d4s.models.recorded import Recorded, recorded
 from d4s.models.trace import Trace
 from d4s.ranks import here
 
@@ -365,49 +367,48 @@ def _optimise(
         first = torch.exp(-mean_nll(rows, log_p, rows.own_weight))
         deltas = deltas if begin is None else list(begin)
 
+    again: Recorded | None = None
     for look in range(looks):
         goes_on = look < looks - 1
-        deltas = [d.detach().requires_grad_(goes_on) for d in deltas]
-        with products_in(config.search_precision, device):
-            with torch.set_grad_enabled(goes_on):
-                log_p = rows.log_probabilities(deltas)
-                if reference is None:
-                    reference = log_p[rows.extra].detach()
-                norms = [q[alive] for q in square]
-                nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, reference, norms, config)
-                loss = nll_factor * nll + weighted_kl + decay
-            gradients = torch.autograd.grad(loss.sum(), deltas) if goes_on else ()
+        square_left = [q[alive] for q in square]
+        if again is None and reference is not None and _is_worth_recording(rows, looks - look):
+            look_on = partial(_recorded_look, rows, config, reference, square_left)
+            again = recorded(rows.model, look_on, [nll_factor, *deltas])
+        if again is not None:
+            seen = _Look.of(again(nll_factor, *deltas))
+        else:
+            seen = _look(rows, config, reference, square_left, nll_factor, deltas, goes_on)
+        reference = seen.extra if reference is None else reference
+        deltas = [d.detach() for d in deltas]
         if narrow:
-            lost = ~torch.isfinite(loss.detach()) & ~done
+            lost = ~torch.isfinite(seen.loss) & ~done
             overflowed[alive] |= lost
             for total, delta in zip(failing, deltas, strict=True):
-                total[alive] = torch.where(lost.unsqueeze(1), delta.detach(), total[alive])
+                total[alive] = torch.where(lost.unsqueeze(1), delta, total[alive])
             done = done | lost
-        settled = _settled(rows, log_p)
-        probability = torch.exp(-mean_nll(rows, log_p.detach(), rows.own_weight))
         if look == 0 and begin is None and not apart:
-            first[alive] = probability
+            first[alive] = seen.probability
         counts = ~done
         if config.optimizer != "adam":
-            counts = counts & (loss.detach() < least)
-            least = torch.where(counts, loss.detach(), least)
-        last[alive] = torch.where(counts, probability, last[alive])
+            counts = counts & (seen.loss < least)
+            least = torch.where(counts, seen.loss, least)
+        last[alive] = torch.where(counts, seen.probability, last[alive])
         for total, delta in zip(result, deltas, strict=True):
-            total[alive] = torch.where(counts.unsqueeze(1), delta.detach(), total[alive])
-        done = done | (loss.detach() < config.stop_loss)
+            total[alive] = torch.where(counts.unsqueeze(1), delta, total[alive])
+        done = done | (seen.loss < config.stop_loss)
         if config.stop_nll is not None:
-            done = done | (nll.detach() < config.stop_nll)
+            done = done | (seen.nll < config.stop_nll)
         if config.stop_after_argmax is not None:
-            looks_as_argmax = looks_as_argmax + settled
+            looks_as_argmax = looks_as_argmax + seen.settled
             done = done | (looks_as_argmax > config.stop_after_argmax)
         if config.settled_kl is not None:
-            done = done | (settled & (weighted_kl.detach() <= config.settled_kl))
-        nll_factor = torch.where(settled, config.settled_nll_factor, 1.0).to(first.dtype)
+            done = done | (seen.settled & (seen.weighted_kl <= config.settled_kl))
+        nll_factor = torch.where(seen.settled, config.settled_nll_factor, 1.0).to(first.dtype)
         if not goes_on:
             break
         with torch.no_grad():
             limits = [limit[alive] for limit in bound]
-            for p, moved in enumerate(moves.move(deltas, gradients, nll.detach(), limits)):
+            for p, moved in enumerate(moves.move(deltas, seen.gradients, seen.nll, limits)):
                 deltas[p] = torch.where(done.unsqueeze(1), deltas[p], _clamped(moved, limits[p]))
         # The only look at the device: are enough requests done to shrink the batch? A GPU waits for it, and a release's
         # search ends late; a CPU waits for nothing.
@@ -416,11 +417,12 @@ def _optimise(
             if len(left) == 0:
                 break
             if len(left) <= 0.75 * rows.count:
-                deltas = [d.detach()[left] for d in deltas]
+                deltas = [d[left] for d in deltas]
                 moves.keep_requests(left)
                 looks_as_argmax, nll_factor = looks_as_argmax[left], nll_factor[left]
                 reference, alive, done, least = reference[left], alive[left], done[left], least[left]
                 rows.keep_requests(left)
+                again = None
     if narrow and bool(overflowed.any()):
         raise _overflow(everything, failing, int(overflowed.nonzero()[0]), config)
     if apart:
@@ -429,6 +431,80 @@ def _optimise(
                 -mean_nll(everything, everything.log_probabilities(result), everything.own_weight)
             )
     return Targets(start[0], result[0], first, last), result
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a look at δ has seen, without a gradient of its own; [requests] but for `extra` and `gradients`."""
+
+    loss: Tensor
+    nll: Tensor
+    weighted_kl: Tensor
+    probability: Tensor  # of the target's own tokens
+    settled: Tensor
+    extra: Tensor  # log p at the extra rows, [requests, vocabulary]
+    gradients: tuple[Tensor, ...]  # of each place, [requests, d_model]; none of the last look
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> _Look:
+        loss, nll, weighted_kl, probability, settled, extra, *gradients = parts
+        return cls(loss, nll, weighted_kl, probability, settled, extra, tuple(gradients))
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        once = (self.loss, self.nll, self.weighted_kl, self.probability, self.settled, self.extra)
+        return (*once, *self.gradients)
+
+
+def _look(
+    rows: RequestRows,
+    config: TargetConfig,
+    reference: Tensor | None,
+    square: Sequence[Tensor],
+    nll_factor: Tensor,
+    deltas: Sequence[Tensor],
+    goes_on: bool,
+) -> _Look:
+    """reference: of `loss_terms`; None: these δ are 0. goes_on: whether gradients are wanted"""
+    deltas = [d.detach().requires_grad_(goes_on) for d in deltas]
+    with products_in(config.search_precision, rows.device):
+        with torch.set_grad_enabled(goes_on):
+            log_p = rows.log_probabilities(deltas)
+            extra = log_p[rows.extra].detach()
+            before = extra if reference is None else reference
+            nll, weighted_kl, decay = loss_terms(rows, log_p, deltas, before, square, config)
+            loss = nll_factor * nll + weighted_kl + decay
+        gradients = torch.autograd.grad(loss.sum(), deltas) if goes_on else ()
+    log_p = log_p.detach()
+    return _Look(
+        loss.detach(),
+        nll.detach(),
+        weighted_kl.detach(),
+        torch.exp(-mean_nll(rows, log_p, rows.own_weight)),
+        _settled(rows, log_p),
+        extra,
+        tuple(gradients),
+    )
+
+
+def _recorded_look(
+    rows: RequestRows,
+    config: TargetConfig,
+    reference: Tensor,
+    square: Sequence[Tensor],
+    nll_factor: Tensor,
+    *deltas: Tensor,
+) -> tuple[Tensor, ...]:
+    return _look(rows, config, reference, square, nll_factor, deltas, True).parts
+
+
+RECORDED_POSITIONS = 2048  # that a look runs over: with more a GPU no longer waits for Python
+RECORDED_LOOKS = 4  # that are left at least
+
+
+def _is_worth_recording(rows: RequestRows, looks: int) -> bool:
+    """Whether looks, so many of which are left, are run as one CUDA graph."""
+    return rows.is_on_one_gpu and rows.ids.numel() <= RECORDED_POSITIONS and looks >= RECORDED_LOOKS
 
 
 def _clamped(deltas: Tensor, radius: Tensor) -> Tensor:

@@ -254,6 +254,7 @@ class _Scripted:
 
     def __init__(self, script):
         self.script, self.looks, self.count, self.device = script, 0, 1, torch.device("cpu")
+        self.is_on_one_gpu = False
         self.model = torch.nn.Linear(1, 1)  # float32, which nothing overflows
         self.start = [torch.tensor([[3.0, 4.0]])]
         self.owner = torch.tensor([0, 0])

@@ -1,0 +1,111 @@
+"""A pass over a model that is made again and again with other numbers, recorded once as a CUDA graph.
+
+A small model's pass keeps a GPU waiting for Python: over a thousand kernels of a few microseconds, each launched by
+itself. A recorded one is launched as one. Recording costs about what one pass does, and nothing is computed by it.
+
+A pass can be recorded that waits for the device nowhere, and whose shapes no number decides. Most models of
+transformers have such; the others say so by an error, and are run as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from d4s.models.causal_lm import CausalLM
+
+logger = logging.getLogger("d4s.models.recorded")
+
+# Models whose passes could not be recorded, or gave other numbers; gone with the model.
+_REFUSED: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()
+
+
+class Recorded:
+    """A function of some tensors, all on one GPU, as it ran once.
+
+    function: takes as many tensors as `inputs`, and gives tensors; it must have run before, so that nothing in it is
+        set up for the first time
+    inputs: of the shapes and types that all later ones have
+
+    What a call gives is overwritten by the next one.
+    Raises RuntimeError for a function that waits for the device.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+        self.inputs = [one.detach().clone() for one in inputs]
+        device = self.inputs[0].device
+        self.graph, self.outputs = _record(
+            lambda: function(*self.inputs), device, _pool(device.index or 0)[0]
+        )
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given.detach())
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(
+    model: CausalLM, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> Recorded | None:
+    """The function of a model, recorded; None: it cannot be.
+
+    A model's first recording is run once with `inputs`, and taken if it gives what the function does.
+    """
+    if _REFUSED.get(model, False):
+        return None
+    try:
+        found = Recorded(function, inputs)
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        _refuse(model, str(error).splitlines()[0])
+        return None
+    if model not in _REFUSED:
+        right = [one.detach().clone() for one in function(*found.inputs)]
+        close = [
+            torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
+            for one, other in zip(found(*inputs), right, strict=True)
+        ]
+        if not all(close):
+            _refuse(model, "a recorded pass gives other numbers")
+            return None
+        _REFUSED[model] = False
+    return found
+
+
+def _refuse(model: CausalLM, why: str) -> None:
+    _REFUSED[model] = True
+    logger.info("%s: its passes are launched kernel by kernel (%s)", type(model).__name__, why)
+
+
+@cache
+def _pool(index: int) -> tuple[Any, torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """Memory that all recordings on a GPU share, one after another, and the graph that keeps it."""
+    device = torch.device("cuda", index)
+    pool = torch.cuda.graph_pool_handle()
+    one = torch.zeros(1, device=device)
+    return pool, *_record(lambda: [one + 1], device, pool)
+
+
+def _record(
+    work: Callable[[], Sequence[Tensor]], device: torch.device, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor]]:
+    """torch.cuda.graph without its synchronisation and emptied cache, which cost more than the recording here."""
+    graph = torch.cuda.CUDAGraph()
+    own, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(own)
+    with torch.cuda.stream(side):
+        graph.capture_begin(pool=pool)
+        try:
+            outputs = work()
+        finally:
+            graph.capture_end()
+    own.wait_stream(side)
+    return graph, outputs
