@@ -4,9 +4,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
-#include <c10/util/StringUtil.h>
 
 #include "../shared/errors.h"
+#include "../shared/text.h"
 #include "closed_form.h"
 
 namespace d4s {
@@ -20,7 +20,7 @@ at::Tensor closed_form_any_device(const at::Tensor& residual_sum, const at::Tens
     const auto [factor, info] = at::linalg_cholesky_ex(key_sum[layer] + prior[layer]);
     // cuSOLVER may pass NaN through without a word; a NaN anywhere below the diagonal reaches the diagonal.
     if (info.item<int64_t>() != 0 || !at::isfinite(factor.diagonal()).all().item<bool>()) {
-      throw NotPositiveDefinite(c10::str(
+      throw NotPositiveDefinite(text_of(
           "closed_form: layer ", layer, " of ", layers,
           ": key_sum + prior is not positive definite; the prior needs more key vectors than d_in = ",
           key_sum.size(-1), ", or a ridge, and no NaN"));

@@ -19,7 +19,7 @@ at::Tensor l1_norms(std::vector<at::Tensor> weights) {
   std::vector<Weight> views;
   for (size_t i = 0; i < weights.size(); ++i) {
     at::Tensor& weight = weights[i];
-    const std::string name = c10::str("weights[", i, "]");
+    const std::string name = text_of("weights[", i, "]");
     check_tensor(weight, name.c_str(), kFloating);
     check_device(weights[0], weight, name.c_str());
     // Σ|w| does not depend on the order, so a dense transpose is read where it lies.

@@ -7,7 +7,6 @@
 #include <c10/core/ScalarType.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/ArrayRef.h>
-#include <c10/util/StringUtil.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -15,12 +14,13 @@
 
 #include "errors.h"
 #include "matrix.h"
+#include "text.h"
 
 namespace d4s {
 
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
-  if (!holds) throw ArgumentError(c10::str(parts...));
+  if (!holds) throw ArgumentError(text_of(parts...));
 }
 
 // "float32": the name of a type in Python.

@@ -360,7 +360,8 @@ def _optimise(
     # Probabilities that are kept, and what KL compares with, are δ = 0's in float32.
     apart = config.search_precision != "float32"
     everything = copy(rows) if apart or narrow else rows  # the copy keeps what `rows` will lose
-    if begin is not None or apart:
+    ahead = begin is not None or apart or _is_worth_recording(rows, looks)
+    if ahead:
         with torch.no_grad():
             log_p = rows.log_probabilities(deltas)
         reference = log_p[rows.extra]
@@ -386,7 +387,7 @@ def _optimise(
             for total, delta in zip(failing, deltas, strict=True):
                 total[alive] = torch.where(lost.unsqueeze(1), delta, total[alive])
             done = done | lost
-        if look == 0 and begin is None and not apart:
+        if look == 0 and not ahead:
             first[alive] = seen.probability
         counts = ~done
         if config.optimizer != "adam":
@@ -498,13 +499,16 @@ def _recorded_look(
     return _look(rows, config, reference, square, nll_factor, deltas, True).parts
 
 
-RECORDED_POSITIONS = 2048  # that a look runs over: with more a GPU no longer waits for Python
+# Positions times weights of a look that is recorded, at most: with more a GPU has enough to do, and no memory to spare.
+RECORDED_WORK = 10**12
 RECORDED_LOOKS = 4  # that are left at least
 
 
 def _is_worth_recording(rows: RequestRows, looks: int) -> bool:
     """Whether looks, so many of which are left, are run as one CUDA graph."""
-    return rows.is_on_one_gpu and rows.ids.numel() <= RECORDED_POSITIONS and looks >= RECORDED_LOOKS
+    if not rows.is_on_one_gpu or looks < RECORDED_LOOKS:
+        return False
+    return rows.ids.numel() * sum(weight.numel() for weight in rows.model.parameters()) <= RECORDED_WORK
 
 
 def _clamped(deltas: Tensor, radius: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ _REFUSED: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()
 class Recorded:
     """A function of some tensors, all on one GPU, as it ran once.
 
-    function: takes as many tensors as `inputs`, and gives tensors; it must have run before, so that nothing in it is
-        set up for the first time
+    function: takes as many tensors as `inputs`, and gives tensors; something like it must have run before, so that
+        nothing in it is set up for the first time
     inputs: of the shapes and types that all later ones have
 
     What a call gives is overwritten by the next one.
@@ -56,19 +56,23 @@ def recorded(
 ) -> Recorded | None:
     """The function of a model, recorded; None: it cannot be.
 
-    A model's first recording is run once with `inputs`, and taken if it gives what the function does.
+    A model's first recording is run with `inputs`, and taken if it gives what the function does.
     """
     if _REFUSED.get(model, False):
         return None
+    right = None
     try:
+        if model not in _REFUSED:
+            right = [one.clone() for one in function(*inputs)]
         found = Recorded(function, inputs)
     except torch.OutOfMemoryError:
+        _recover(inputs[0].device)
         return None
     except RuntimeError as error:
+        _recover(inputs[0].device)
         _refuse(model, str(error).splitlines()[0])
         return None
-    if model not in _REFUSED:
-        right = [one.detach().clone() for one in function(*found.inputs)]
+    if right is not None:
         close = [
             torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
             for one, other in zip(found(*inputs), right, strict=True)
@@ -78,6 +82,12 @@ def recorded(
             return None
         _REFUSED[model] = False
     return found
+
+
+def _recover(device: torch.device) -> None:
+    """A recording that failed leaves torch's generator in it; one that succeeds takes it out."""
+    if device.type == "cuda":
+        _record(lambda: [torch.zeros(1, device=device)], device, _pool(device.index or 0)[0])
 
 
 def _refuse(model: CausalLM, why: str) -> None:
