@@ -499,8 +499,9 @@ def _recorded_look(
     return _look(rows, config, reference, square, nll_factor, deltas, True).parts
 
 
-# Positions times weights of a look that is recorded, at most: with more a GPU has enough to do, and no memory to spare.
-RECORDED_WORK = 10**12
+# Positions times weights of a look that is recorded, at most: with more a GPU has enough to do, and what a recording
+# keeps of its memory matters.
+RECORDED_WORK = 4 * 10**11
 RECORDED_LOOKS = 4  # that are left at least
 
 

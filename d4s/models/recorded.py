@@ -67,6 +67,8 @@ def recorded(
         found = Recorded(function, inputs)
     except torch.OutOfMemoryError:
         _recover(inputs[0].device)
+        _pool.cache_clear()
+        torch.cuda.empty_cache()
         return None
     except RuntimeError as error:
         _recover(inputs[0].device)
