@@ -20,10 +20,10 @@ at::Tensor closed_form_any_device(const at::Tensor& residual_sum, const at::Tens
     const auto [factor, info] = at::linalg_cholesky_ex(key_sum[layer] + prior[layer]);
     // cuSOLVER may pass NaN through without a word; a NaN anywhere below the diagonal reaches the diagonal.
     if (info.item<int64_t>() != 0 || !at::isfinite(factor.diagonal()).all().item<bool>()) {
-      throw NotPositiveDefinite(text_of(
-          "closed_form: layer ", layer, " of ", layers,
-          ": key_sum + prior is not positive definite; the prior needs more key vectors than d_in = ",
-          key_sum.size(-1), ", or a ridge, and no NaN"));
+      throw NotPositiveDefinite(
+          text_of("closed_form: layer ", layer, " of ", layers,
+                  ": key_sum + prior is not positive definite; the prior needs more key vectors than d_in = ",
+                  key_sum.size(-1), ", or a ridge, and no NaN"));
     }
     delta[layer].copy_(at::cholesky_solve(residual_sum[layer].t(), factor).t());
   }

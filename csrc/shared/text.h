@@ -1,5 +1,6 @@
-// Texts of errors, put together without streams. Where the compiler links its own libstdc++ into the extension (a
-// toolchain that has only the static one), a stream finds no locale beside torch's libstdc++, and ends the process.
+// Texts of errors, put together without streams. Where the compiler links its own libstdc++ into the
+// extension (a toolchain that has only the static one), a stream finds no locale beside torch's libstdc++,
+// and ends the process.
 #pragma once
 
 #include <ATen/core/TensorBody.h>

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from d4s.errors import ModelError
+from d4s.models import recorded
 from d4s.models.architectures import text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.prompts import padded
@@ -246,8 +247,8 @@ def run_in_batches(
     """Calls `run` with the indices of rows of similar width, the widest first, until each has had its turn.
 
     A batch holds rows × widest ≤ batch_tokens (or a single row). `copies[i]` counts row i several times.
-    Where CUDA memory runs out the batch is halved, and later ones with it; a single row that does not fit
-    raises torch.OutOfMemoryError.
+    Where CUDA memory runs out the batch is halved, and later ones with it, and what recorded passes keep is given back;
+    a single row that does not fit then raises torch.OutOfMemoryError.
     progress: what a progress bar, or a line of a log every so often, says is being done; None: neither
     """
     order = sorted(range(len(widths)), key=lambda i: -widths[i])
@@ -263,11 +264,11 @@ def run_in_batches(
             try:
                 run(order[at:stop])
             except torch.OutOfMemoryError:
-                if stop - at == 1:
+                if stop - at == 1 and not recorded.keep_memory():
                     raise
                 batch_tokens = max(1, rows * widths[order[at]] // 2)
             else:
                 bar.update(stop - at)
                 at = stop
                 continue
-            torch.cuda.empty_cache()  # outside the handler, whose traceback still holds the batch's tensors
+            recorded.release()  # outside the handler, whose traceback still holds the batch's tensors

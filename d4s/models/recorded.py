@@ -67,8 +67,6 @@ def recorded(
         found = Recorded(function, inputs)
     except torch.OutOfMemoryError:
         _recover(inputs[0].device)
-        _pool.cache_clear()
-        torch.cuda.empty_cache()
         return None
     except RuntimeError as error:
         _recover(inputs[0].device)
@@ -86,10 +84,27 @@ def recorded(
     return found
 
 
+def keep_memory() -> bool:
+    """Whether recordings that are gone still keep some of a GPU's memory."""
+    return _pool.cache_info().currsize > 0
+
+
+def release() -> None:
+    """Gives back what recordings that are gone keep of a GPU's memory, and all else that nothing uses."""
+    _pool.cache_clear()
+    torch.cuda.empty_cache()
+
+
 def _recover(device: torch.device) -> None:
-    """A recording that failed leaves torch's generator in it; one that succeeds takes it out."""
-    if device.type == "cuda":
-        _record(lambda: [torch.zeros(1, device=device)], device, _pool(device.index or 0)[0])
+    """After a recording that failed: torch stays recording to its memory, which no other may then use, and its
+    generator stays in it, until one in other memory succeeds."""
+    if device.type != "cuda":
+        return
+    release()
+    try:
+        _pool(device.index or 0)
+    except RuntimeError as error:
+        logger.warning("torch does not come out of a recording that failed on %s (%s)", device, error)
 
 
 def _refuse(model: CausalLM, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from d4s.cli import main
 from d4s.cli.try_ import fact, read
 from d4s.errors import EditError
 from d4s.journal.patch import apply_patch
+from d4s.journal.session import Session
 from d4s.models.chat import ChatForm
 from d4s.models.generation import generate_greedy
 
@@ -266,3 +268,15 @@ def test_key_statistics_come_from_a_corpus(lines, capsys):
     lines(EDIT)
     (edited,) = told(done(capsys, "try", "m", "--corpus", "corpus.txt", *FAST, "--json"))
     assert edited["edit"] == 1
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_whether_a_target_arrived_is_told_by_the_mean_over_its_tokens(arrived, lines, capsys, monkeypatch):
+    """As its search tells it: the product over a long target's tokens is small where each of them is likely."""
+    monkeypatch.setattr(Session, "probability", lambda *_: 0.01)
+    monkeypatch.setattr(Session, "mean_probability", lambda *_: 0.9 if arrived else 0.1)
+    edit = Session.edit
+    monkeypatch.setattr(Session, "edit", lambda *given: replace(edit(*given), last_probability=(0.95,)))
+    lines(EDIT)
+    out = done(capsys, "try", "m", *KEPT)
+    assert ("and did not arrive" in out) != arrived

@@ -101,6 +101,12 @@ def test_bounds_of_a_share_that_a_measure_declares_end_at_0_and_1() -> None:
     assert over_seeds(rows)["kept.high"] > 1.0 == over_seeds(rows, own)["kept.high"]
 
 
+def test_bounds_of_a_probability_end_at_0_and_1() -> None:
+    rows = [{"step": 4, "target_probability": 0.0}, {"step": 4, "target_probability": 1.0}]
+    found = over_seeds(rows)
+    assert (found["target_probability.low"], found["target_probability.high"]) == (0.0, 1.0)
+
+
 def test_mcnemar_is_a_binomial_test_of_the_facts_that_changed_sides() -> None:
     assert mcnemar(0, 0) == mcnemar(3, 3) == 1
     assert mcnemar(5, 0) == pytest.approx(2 / 32) and mcnemar(0, 6) == pytest.approx(2 / 64)

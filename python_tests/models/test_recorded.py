@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from d4s.locate import targets
 from d4s.locate.targets import TargetConfig, optimise_targets
 from d4s.models import recorded as module
 from d4s.models.architectures import Anatomy
-from d4s.models.recorded import Recorded, recorded
+from d4s.models.recorded import Recorded
 
 EDITS = [
     Edit(prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),
@@ -143,13 +145,21 @@ def test_a_function_is_recorded_and_run_again(device):
                 torch.testing.assert_close(one, right)
 
 
+WAITING = """
+import torch
+from d4s.models.recorded import Recorded, recorded
+model, x = torch.nn.Linear(4, 4).cuda(), torch.randn(2, 4, device="cuda")
+assert recorded(model, lambda one: [one * float(one.sum().item())], [x]) is None
+assert recorded(model, lambda one: [one * 2], [x]) is None
+assert torch.randn(3, device="cuda").isfinite().all()
+assert Recorded(lambda one: [one * 2], [x])(x)[0].equal(2 * x)
+assert recorded(torch.nn.Linear(4, 4).cuda(), lambda one: [one * 2], [x])(x)[0].equal(2 * x)
+"""
+
+
 def test_a_waiting_function_is_refused_on_a_gpu(device):
-    """On cuda: and everything goes on as before."""
+    """On cuda: and everything goes on as before. In a process of its own, which nothing else has to share."""
     if torch.device(device).type != "cuda":
         pytest.skip("a recording is of a GPU")
-    model = torch.nn.Linear(4, 4).to(device)
-    x = torch.randn(2, 4, device=device)
-    assert recorded(model, lambda one: [one * float(one.sum().item())], [x]) is None
-    assert recorded(model, lambda one: [one * 2], [x]) is None
-    assert torch.randn(3, device=device).isfinite().all()
-    assert Recorded(lambda one: [one * 2], [x])(x)[0].equal(2 * x)
+    done = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from support.tiny import REPRESENTATIVE, TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d4s.errors import ConfigError, ModelError, TokenizerError
+from d4s.models import recorded
 from d4s.models.forward import _CACHED_WAY, Calling, Forward, run_in_batches
 from d4s.models.prompts import prompt_and_target_ids
 from d4s.models.scoring import _tokenised, perplexity, score
@@ -208,6 +209,23 @@ def test_batches_are_halved_where_memory_runs_out() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         run_in_batches(widths, never, 100)
+
+
+def test_what_recordings_keep_is_given_back_before_a_single_row_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[int] = []
+    held = [True]
+    monkeypatch.setattr(recorded, "keep_memory", lambda: held[0])
+    monkeypatch.setattr(recorded, "release", lambda: held.__setitem__(0, False))
+
+    def run(chosen: list[int]) -> None:
+        if held[0]:
+            raise torch.OutOfMemoryError
+        served.extend(chosen)
+
+    run_in_batches([5], run, 100)
+    assert served == [0]
 
 
 def test_batches_keep_to_the_token_budget() -> None:

@@ -51,6 +51,15 @@ def test_it_is_a_sequence_of_one_edit_for_each(method, seed):
     assert found.metrics["average"].count == len(EDITS)
 
 
+def test_what_the_first_edits_choose_is_told(seed):
+    config = {name: value for name, value in FAST.items() if name != "prior_weight"}
+    model, covariance = ready(seed)
+    settled = sequence(*ready(seed), edits=EDITS, method="d4s", config=config).chosen["prior_weight"]
+    notes = taken(model, covariance, config=config).notes
+    assert any(f"prior_weight={settled:g}" in note for note in notes), notes
+    assert not any("prior_weight" in note for note in taken(model, covariance).notes)
+
+
 def test_a_batch_is_scored_together_and_taken_back_together(seed):
     model, covariance = ready(seed)
     before = state(model)

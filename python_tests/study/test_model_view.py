@@ -116,6 +116,20 @@ def test_a_comparison_is_analyzed_method_by_method_and_written(tmp_path, seed):
     assert "Forgetting" in view.summary() and "kn" in view.summary()
 
 
+def test_labels_that_differ_in_signs_alone_have_a_file_each(tmp_path, seed):
+    model, covariance = ready(seed)
+    options = dict(covariance=covariance, evaluate_every=1, progress=False)
+    found = compare(
+        model,
+        tiny_tokenizer(),
+        EDITS[:2],
+        {"a/b": {"method": "d4s", **FAST}, "a-b": {"method": "d4s", **FAST}},
+        **options,
+    )
+    analyze_model(found).save(tmp_path)
+    assert len([path for path in tmp_path.glob("forgetting-*.png")]) == 2
+
+
 def test_a_stored_sequence_is_analyzed_as_a_fresh_one(tmp_path, seed):
     model, covariance = ready(seed)
     result = edit_sequence(
