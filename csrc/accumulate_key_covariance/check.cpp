@@ -10,6 +10,7 @@
 #include "../shared/dispatch.h"
 #include "../shared/triangle_tiles.h"
 #include "accumulate_key_covariance.h"
+#include "by_library.h"
 
 namespace d4s {
 namespace {
@@ -44,6 +45,9 @@ int64_t accumulate_key_covariance(at::Tensor moment, at::Tensor keys, const std:
   dispatch(
       moment, [&] { accumulate_key_covariance_cpu(matrix_of(keys), row_indices, count, matrix_of(moment)); },
       [&](auto stream) {
+        if (is_by_library(moment, keys)) {
+          return accumulate_key_covariance_library(moment, mask ? keys.index_select(0, rows) : keys);
+        }
         const int64_t lane = 16 / keys.element_size();
         if (keys.stride(0) % lane != 0 || reinterpret_cast<uintptr_t>(keys.data_ptr()) % 16 != 0) {
           keys = at::constant_pad_nd(keys, {0, (lane - d % lane) % lane}).contiguous().narrow(1, 0, d);
