@@ -141,7 +141,7 @@ stage_sanitize() {
 stage_claims() {
   within 30 limits.log python3 -m benchmarks.limits --device cuda --out "$results/limits.json" || failed=1
   # A row is written as soon as it is measured, so a run that is cut off keeps the others. Kernels first.
-  for part in "key_covariance or l1_norms or write_back" "bench_closed_form" \
+  for part in "key_covariance or l1_norms or write_back" "recorded_looks" "bench_closed_form" \
     "targets or whole_sequence" "covariance_of_all_layers"; do
     rows=claims.jsonl within 100 claims.log python3 -m benchmarks.claims --json --device cuda --only "$part" ||
       failed=1
