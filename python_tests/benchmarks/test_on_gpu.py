@@ -38,7 +38,7 @@ def test_it_can_be_read():
 @pytest.mark.parametrize(
     ("stage", "commands"),
     [
-        ("build", ["cmake --build", "pytest python_tests -k cuda"]),
+        ("build", ["cmake --build", "pytest -k cuda"]),
         ("sanitize", ["cmake --build", "--tool memcheck", "--tool racecheck", "--tool synccheck"]),
         ("claims", ["benchmarks.limits", "benchmarks.claims", "bench_closed_form"]),
         ("model", ["--methods d4s", "--methods rome", "--count 7", "benchmarks.real.tables"]),
@@ -55,6 +55,15 @@ def test_a_dry_run_names_every_command_and_makes_nothing(stage, commands, tmp_pa
     files = re.findall(r"(?:python_tests|benchmarks)/[\w/.]+\.py", done.stdout)
     modules = [f"{m.replace('.', '/')}.py" for m in re.findall(r"-m (benchmarks[\w.]+)", done.stdout)]
     assert all((ROOT / name).exists() for name in (*files, *modules))
+
+
+def test_every_test_that_takes_a_device_runs_on_a_gpu(tmp_path):
+    told = said("--dry-run", "build", OUT=str(tmp_path)).stdout
+    asked = {name for name in re.findall(r"python_tests/(\w+)(?= |$)", told, re.MULTILINE)}
+    on_a_device = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+    tests = ROOT / "python_tests"
+    taking = {path for path in tests.rglob("test_*.py") if on_a_device.search(path.read_text())}
+    assert taking and {path.relative_to(tests).parts[0] for path in taking} <= asked
 
 
 def test_no_stage_takes_more_than_four_minutes(tmp_path):
