@@ -5,10 +5,9 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import compare, relative_error
+from benchmarks.subjects import of_smollm2s_shape
 from d4s.embedded import load_demo_edits
 from d4s.locate import targets
 from d4s.locate.targets import TargetConfig, optimise_targets
@@ -19,30 +18,13 @@ from d4s.models.prompts import generate_contexts
 LAYER = 8
 
 
-@pytest.fixture(scope="module")
-def small():
-    """(a random model of SmolLM2-135M's shape, tokenizer, contexts)."""
-    embedded, tokenizer = load_model("embedded", device="cpu")
-    config = LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1_536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).float().eval()
-    return Anatomy(model), tokenizer, generate_contexts(embedded, tokenizer)
-
-
 @pytest.mark.parametrize(("count", "target"), [(1, 3.0), (64, 1.5)])
-def test_recorded_looks(benchmark, claim, device, small, count, target):
+def test_recorded_looks(benchmark, claim, device, count, target):
     if device.type != "cuda":
         pytest.skip("a CPU has nothing to launch")
-    anatomy, tokenizer, prefixes = small
-    anatomy.model.to(device)
+    embedded, tokenizer = load_model("embedded")
+    prefixes = generate_contexts(embedded, tokenizer)
+    anatomy = Anatomy(of_smollm2s_shape(device))
     edits, config = load_demo_edits(count), TargetConfig(stop_loss=0.0)  # all 25 looks
 
     def recorded():

@@ -24,7 +24,9 @@ def subject_of_measurement(
     prefixes = generate_contexts(model, tokenizer)
     if device.type == "cpu":
         return Anatomy(model), tokenizer, edits, prefixes, 0
-    config = LlamaConfig(
+    large = random_llama(
+        device,
+        torch.bfloat16,
         vocab_size=128_256,
         hidden_size=4_096,
         intermediate_size=14_336,
@@ -34,7 +36,25 @@ def subject_of_measurement(
         max_position_embeddings=8_192,
         rope_theta=500_000.0,
     )
+    return Anatomy(large), tokenizer, edits, prefixes, 8
+
+
+def of_smollm2s_shape(device: torch.device) -> Any:
+    """A random model of SmolLM2-135M's shape, float32."""
+    return random_llama(
+        device,
+        torch.float32,
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+def random_llama(device: torch.device, dtype: torch.dtype, **shape: Any) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
-        large = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    return Anatomy(large.eval()), tokenizer, edits, prefixes, 8
+        return LlamaForCausalLM._from_config(LlamaConfig(**shape), dtype=dtype).eval()
