@@ -75,3 +75,12 @@ def test_without_clang_format_that_is_a_failure(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda *_arguments, **_options: None)
     with pytest.raises(pytest.fail.Exception, match="clang-format is not installed"):
         clang_format()
+
+
+def test_the_extension_uses_no_streams():
+    """Where a compiler has only the static libstdc++, a stream inside the extension ends the process beside torch's."""
+    streams = re.compile(r"c10::str\(|<<\s*\"|stringstream|std::(cout|cerr|locale)|#include <(io|s)stream>")
+    found = [
+        path.name for path in ROOT.glob("csrc/**/*") if path.is_file() and streams.search(path.read_text())
+    ]
+    assert not found
