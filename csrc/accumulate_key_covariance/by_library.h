@@ -9,7 +9,7 @@ namespace d4s {
 // cores since Hopper's (measured on an H200).
 bool is_by_library(const at::Tensor& moment, const at::Tensor& keys);
 
-// keys [n, d], col_stride 1, float16 | bfloat16. moment [d, d], contiguous, float32; nothing changes above
+// keys [n, d], col_stride 1, bfloat16. moment [d, d], contiguous, float32; nothing changes above
 // its diagonal.
 void accumulate_key_covariance_library(const at::Tensor& moment, const at::Tensor& keys);
 

@@ -1,4 +1,4 @@
-// 16-bit keys by the library's products. The kernel multiplies by mma.sync, which an H100 or H200 runs at a
+// bfloat16 keys by the library's products. The kernel multiplies by mma.sync, which an H100 or H200 runs at a
 // third of what cuBLAS reaches there by instructions of its own (wgmma).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/mm.h>
@@ -19,7 +19,9 @@ constexpr int64_t kPanel = 2048;
 
 bool is_by_library(const at::Tensor& moment, const at::Tensor& keys) {
 #if defined(D4S_WITH_CUDA) && (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 8)
-  if (keys.element_size() != 2 || moment.scalar_type() != at::kFloat) return false;
+  // Rows at multiples of 16 bytes; float16 products may be set to be summed in float16.
+  if (keys.scalar_type() != at::kBFloat16 || moment.scalar_type() != at::kFloat) return false;
+  if (keys.size(1) % 8 != 0 || keys.stride(0) % 8 != 0) return false;
   int major = 0;
   return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, moment.device().index()) ==
              cudaSuccess &&

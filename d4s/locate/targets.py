@@ -48,7 +48,7 @@ from d4s.models.architectures import Anatomy, text_config
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating, run_in_batches
 from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id, stop_mark
-from d4s.models.recorded import Recorded, recorded
+from d4s.models.recorded import Recorded, is_refused, keep_memory, recorded, release
 from d4s.models.trace import Trace
 from d4s.ranks import here
 
@@ -262,6 +262,8 @@ def _search(
         if whole:
             widths = [w + width_of(requests[i].before) for w, i in zip(widths, order, strict=True)]
         run_in_batches(widths, run, batch_tokens, copies=[len(rows) for rows in after], progress=label)
+    if len(requests) > 1 and keep_memory():  # one edit's is little, and the next one takes it
+        release()
     return Targets.concatenate([found[i] for i in range(len(requests))]).to(anatomy.device_of(layer))
 
 
@@ -369,10 +371,12 @@ def _optimise(
         deltas = deltas if begin is None else list(begin)
 
     again: Recorded | None = None
+    tried = False  # to record looks at these requests
     for look in range(looks):
         goes_on = look < looks - 1
         square_left = [q[alive] for q in square]
-        if again is None and reference is not None and _is_worth_recording(rows, looks - look):
+        if not tried and reference is not None and _is_worth_recording(rows, looks - look):
+            tried = True
             look_on = partial(_recorded_look, rows, config, reference, square_left)
             again = recorded(rows.model, look_on, [nll_factor, *deltas])
         if again is not None:
@@ -423,7 +427,7 @@ def _optimise(
                 looks_as_argmax, nll_factor = looks_as_argmax[left], nll_factor[left]
                 reference, alive, done, least = reference[left], alive[left], done[left], least[left]
                 rows.keep_requests(left)
-                again = None
+                again, tried = None, False
     if narrow and bool(overflowed.any()):
         raise _overflow(everything, failing, int(overflowed.nonzero()[0]), config)
     if apart:
@@ -444,7 +448,7 @@ class _Look:
     probability: Tensor  # of the target's own tokens
     settled: Tensor
     extra: Tensor  # log p at the extra rows, [requests, vocabulary]
-    gradients: tuple[Tensor, ...]  # of each place, [requests, d_model]; none of the last look
+    gradients: tuple[Tensor, ...]  # of each place, [requests, d_model]; of the last look nobody asks
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> _Look:
@@ -508,7 +512,7 @@ RECORDED_LOOKS = 4  # that are left at least
 def _is_worth_recording(rows: RequestRows, looks: int) -> bool:
     """Whether looks, so many of which are left, are run as one CUDA graph."""
     # Routing to experts is found on the device, and waited for.
-    if not rows.is_on_one_gpu or looks < RECORDED_LOOKS or rows.anatomy.has_experts:
+    if not rows.is_on_one_gpu or looks < RECORDED_LOOKS or rows.anatomy.has_experts or is_refused(rows.model):
         return False
     return rows.ids.numel() * sum(weight.numel() for weight in rows.model.parameters()) <= RECORDED_WORK
 

@@ -253,7 +253,7 @@ def run_in_batches(
     """
     order = sorted(range(len(widths)), key=lambda i: -widths[i])
     count = [1] * len(widths) if copies is None else copies
-    at = 0
+    at, again = 0, -1
     with progress_bar(len(order), "row", progress or "", shown=progress is not None, leave=False) as bar:
         while at < len(order):
             here().look()
@@ -264,9 +264,11 @@ def run_in_batches(
             try:
                 run(order[at:stop])
             except torch.OutOfMemoryError:
-                if stop - at == 1 and not recorded.keep_memory():
+                if stop - at > 1:
+                    batch_tokens = max(1, rows * widths[order[at]] // 2)
+                elif again == at or not recorded.keep_memory():
                     raise
-                batch_tokens = max(1, rows * widths[order[at]] // 2)
+                again = at
             else:
                 bar.update(stop - at)
                 at = stop

@@ -122,6 +122,8 @@ def test_recorded_looks_on_a_gpu(model_type, device, seed, monkeypatch):
     monkeypatch.setattr(targets, "RECORDED_LOOKS", 2)
     for _ in range(2):
         _same(_search(model, CONFIGS["adam"]), right, rtol=1e-3, atol=1e-4)
+    if device.type == "cuda" and not Anatomy(model).has_experts and module.is_refused(model):
+        pytest.skip(f"{model_type} was not recorded")
 
 
 def test_a_function_is_recorded_and_run_again(device):
@@ -135,7 +137,8 @@ def test_a_function_is_recorded_and_run_again(device):
         value = (y @ matrix).square().sum()
         return value.detach(), torch.autograd.grad(value, y)[0]
 
-    for _ in range(3):
+    reserved = []
+    for _ in range(5):
         x = torch.randn(8, 64, device=device)
         square(x)
         found = Recorded(square, [x])
@@ -143,6 +146,9 @@ def test_a_function_is_recorded_and_run_again(device):
             x = torch.randn(8, 64, device=device)
             for one, right in zip(found(x), square(x), strict=True):
                 torch.testing.assert_close(one, right)
+        del found, one
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1:] == reserved[1:2] * 4
 
 
 WAITING = """
@@ -154,6 +160,11 @@ assert recorded(model, lambda one: [one * 2], [x]) is None
 assert torch.randn(3, device="cuda").isfinite().all()
 assert Recorded(lambda one: [one * 2], [x])(x)[0].equal(2 * x)
 assert recorded(torch.nn.Linear(4, 4).cuda(), lambda one: [one * 2], [x])(x)[0].equal(2 * x)
+large = torch.zeros(2**26, device="cuda")
+held = torch.cuda.memory_reserved()
+del large
+torch.cuda.empty_cache()
+assert torch.cuda.memory_reserved() < held
 """
 
 

@@ -227,6 +227,13 @@ def test_what_recordings_keep_is_given_back_before_a_single_row_is_refused(
     run_in_batches([5], run, 100)
     assert served == [0]
 
+    def never(_chosen: list[int]) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recorded, "keep_memory", lambda: True)  # as after a recording that failed
+    with pytest.raises(torch.OutOfMemoryError):
+        run_in_batches([5, 3], never, 100)
+
 
 def test_batches_keep_to_the_token_budget() -> None:
     widths, copies = [4, 10, 6, 4, 5, 9], [1, 1, 3, 2, 1, 1]
