@@ -59,7 +59,10 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     found[f"layers {layers[0] - 2}–{layers[-1]}"] = {"layers": list(range(layers[0] - 2, layers[-1] + 1))}
     found["once"] = {"residual": "once"}
     found["each"] = {"context_keys": "each"}
-    found["each, λ 400"] = {"context_keys": "each", "prior_weight": 400}
+    found |= {
+        f"each, λ {weight}": {"context_keys": "each", "prior_weight": weight}
+        for weight in (400, 800, 3200, 6400)
+    }
     found["refined"] = {"refine_looks": 4}
     found |= {name: dict(preset.presets[name]) for name in ("long", "answers")}
     found |= OTHER_TARGETS | further_up(preset)
