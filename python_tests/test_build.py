@@ -110,8 +110,10 @@ def test_an_op_goes_by_one_name_everywhere():
     for folder in folders:
         op = folder.name
         halves = {f"{op}.h", "check.cpp"}
+        kernels = halves | {"cpu.cpp", f"{op}_cuda.cu"}
         assert {path.name for path in folder.iterdir()} in (
-            halves | {"cpu.cpp", f"{op}_cuda.cu"},
+            kernels,
+            kernels | {"library.h", "library.cpp"},
             halves | {"any_device.cpp"},
         )
         names = {op, f"{op}_"}  # with the underscore where it changes an argument

@@ -10,7 +10,7 @@
 #include "../shared/dispatch.h"
 #include "../shared/triangle_tiles.h"
 #include "accumulate_key_covariance.h"
-#include "by_library.h"
+#include "library.h"
 
 namespace d4s {
 namespace {

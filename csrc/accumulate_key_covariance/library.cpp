@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "by_library.h"
+#include "library.h"
 
 namespace d4s {
 
