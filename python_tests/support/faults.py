@@ -9,12 +9,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from support.sequences import sequence, state, without_times
+from tqdm import tqdm
 
 from d4s import tensor_files
 from d4s.journal.folder import Folder
@@ -155,6 +157,8 @@ def forked(work: Callable[[], object]) -> int:
     child = os.fork()
     if child:
         return child
+    # tqdm's own lock is one of all processes: a child that is killed with it would hold it for ever.
+    tqdm.set_lock(RLock())
     status = 1
     try:
         work()
