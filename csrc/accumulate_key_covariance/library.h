@@ -5,8 +5,8 @@
 
 namespace d4s {
 
-// Whether tensors on a CUDA device are better off with the library: 16-bit keys, a float32 moment, and tensor
-// cores since Hopper's (measured on an H200).
+// Whether tensors on a CUDA device are better off with the library: bfloat16 keys, a float32 moment, and
+// tensor cores since Hopper's (measured on an H200).
 bool is_by_library(const at::Tensor& moment, const at::Tensor& keys);
 
 // keys [n, d], col_stride 1, bfloat16. moment [d, d], contiguous, float32; nothing changes above

@@ -72,7 +72,7 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, Types types
   check(!keys.has(c10::DispatchKey::FuncTorchBatched) && !keys.has(c10::DispatchKey::FuncTorchGradWrapper) &&
             !keys.has(c10::DispatchKey::Functionalize),
         name, " is a tensor that torch.func follows (vmap, grad, functionalize, ...)", wanted);
-  check(tensor.layout() == at::kStrided, name, " has the layout ", tensor.layout(), "; pass ", name,
+  check(tensor.layout() == at::kStrided, name, " has the layout ", name_of(tensor.layout()), "; pass ", name,
         ".to_dense()");
   check(tensor.is_cpu() || tensor.is_cuda(), name, " is on ", tensor.device(), "; it must be on cpu or cuda");
   bool known = false;

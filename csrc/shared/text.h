@@ -3,7 +3,6 @@
 // and ends the process.
 #pragma once
 
-#include <ATen/core/TensorBody.h>
 #include <c10/core/Device.h>
 #include <c10/core/Layout.h>
 #include <c10/util/ArrayRef.h>
@@ -25,31 +24,24 @@ inline void append(std::string& text, c10::ArrayRef<int64_t> sizes) {
   text += ']';
 }
 
-inline void append(std::string& text, c10::Layout layout) {
+inline const char* name_of(c10::Layout layout) {
   switch (layout) {
     case c10::Layout::Strided:
-      text += "strided";
-      break;
+      return "strided";
     case c10::Layout::Sparse:
-      text += "sparse";
-      break;
+      return "sparse";
     case c10::Layout::SparseCsr:
-      text += "sparse_csr";
-      break;
+      return "sparse_csr";
     case c10::Layout::SparseCsc:
-      text += "sparse_csc";
-      break;
+      return "sparse_csc";
     case c10::Layout::SparseBsr:
-      text += "sparse_bsr";
-      break;
+      return "sparse_bsr";
     case c10::Layout::SparseBsc:
-      text += "sparse_bsc";
-      break;
+      return "sparse_bsc";
     case c10::Layout::Mkldnn:
-      text += "mkldnn";
-      break;
+      return "mkldnn";
     default:
-      text += "jagged";
+      return "jagged";
   }
 }
 

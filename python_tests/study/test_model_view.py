@@ -127,7 +127,7 @@ def test_labels_that_differ_in_signs_alone_have_a_file_each(tmp_path, seed):
         **options,
     )
     analyze_model(found).save(tmp_path)
-    assert len([path for path in tmp_path.glob("forgetting-*.png")]) == 2
+    assert len(list(tmp_path.glob("forgetting-*.png"))) == 2
 
 
 def test_a_stored_sequence_is_analyzed_as_a_fresh_one(tmp_path, seed):
