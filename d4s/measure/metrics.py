@@ -302,17 +302,25 @@ def _summarise(
     means = dict(zip(present, numpy.nanmean(values, 0), strict=True))
     draws = dict(zip(present, sampled.T, strict=True))
     counts = dict(zip(present, (~numpy.isnan(values)).sum(0), strict=True))
-    if all(name in means for name in THREE):
-        for name, combine in (("average", _average), ("harmonic", _harmonic)):
-            means[name] = combine(numpy.array([means[n] for n in THREE]))
-            draws[name] = combine(numpy.stack([draws[n] for n in THREE]))
-            counts[name] = min(counts[n] for n in THREE)
+    counts |= add_combined(means, draws, counts)
     metrics = {}
     for name in named:
         if name in means:
             low, high = numpy.nanpercentile(draws[name], [2.5, 97.5])
             metrics[name] = Metric(float(means[name]), float(low), float(high), int(counts[name]))
     return metrics
+
+
+def add_combined(
+    means: dict[str, Any], draws: dict[str, NDArray[Any]], counts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Beside means and draws of the three figures those of average and harmonic; their numbers of edits."""
+    if not all(name in means for name in THREE):
+        return {}
+    for name, combine in (("average", _average), ("harmonic", _harmonic)):
+        means[name] = combine(numpy.array([means[n] for n in THREE]))
+        draws[name] = combine(numpy.stack([draws[n] for n in THREE]))
+    return dict.fromkeys(("average", "harmonic"), min(counts[n] for n in THREE))
 
 
 def _average(three: NDArray[Any]) -> NDArray[Any]:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import aligned
 from d4s.files import finite_or_none, write_table, write_text
 from d4s.measure.columns import HEADLINES, Column, column
-from d4s.measure.statistics import over_seeds
+from d4s.measure.differences import differences
+from d4s.measure.metrics import Evaluation
+from d4s.measure.statistics import over_seeds, student_interval
 from d4s.sequence.curves import few_layers, plot_metrics, plot_norms, plot_target_probability
 from d4s.sequence.record import Record
 
@@ -113,6 +116,33 @@ class Comparison:
         table = pandas.DataFrame(rows, columns=None if rows else ["method", "edits", "l1_growth", *last])
         return table[[c for c in table.columns if c not in last] + last]
 
+    def differences(self, against: str | None = None, points: Sequence[int] | None = None) -> DataFrame:
+        """Edit by edit, how far each method is from one of them: a row a method (and a point).
+
+        against: label; None: the first
+        points: numbers of edits, of those at which both were scored; None: the end of both where they made the same
+            edits, else the last point that both reached
+        Columns: method, against, edits, and each figure that both have, its mean less that of `against`, with `.low`
+        and `.high`: a paired bootstrap over edits (`measure.differences`); over seeds that both have, Student's t of
+        the differences.
+
+        Raises ConfigError for a label that is not compared.
+        """
+        import pandas
+
+        chosen = next(iter(self.results), "") if against is None else against
+        if chosen not in self.results and against is not None:
+            raise ConfigError(unknown_name("label", against, self.results))
+        rows = []
+        for label, by_seed in self.results.items():
+            if label == chosen:
+                continue
+            pairs = [(by_seed[seed], one) for seed, one in self.results[chosen].items() if seed in by_seed]
+            for point in points if points is not None else (None,):
+                if (cells := _apart(pairs, point)) is not None:
+                    rows.append({"method": label, "against": chosen} | cells)
+        return pandas.DataFrame(rows, columns=None if rows else ["method", "against", "edits"])
+
     def target_probabilities(self) -> dict[str, DataFrame]:
         """Label → edits_table, mean over seeds edit by edit in the order made, of methods that search a target."""
         import pandas
@@ -148,9 +178,28 @@ class Comparison:
         lines.append(
             f"Shares in percent{plain}, [95 % interval {self.interval}]; mean |w|: growth over the edited layers."
         )
+        lines += self._apart_lines(points)
         lines += [f"{label} broke off: {why}" for label, why in self.collapsed.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _apart_lines(self, points: Sequence[int] | None) -> list[str]:
+        """`differences` as text; nothing where there is one method alone."""
+        apart = self.differences(points=points)
+        if not len(apart):
+            return []
+        columns = [("method", list(apart["method"])), ("edits", [str(n) for n in apart["edits"]])]
+        columns += [
+            (column(name).title, _spelled(apart, column(name), signed=True))
+            for name in apart.columns
+            if not column(name).bound and column(name).shown in ("headline", "summary")
+        ]
+        return [
+            "",
+            f"Less {apart['against'].iloc[0]}, edit by edit, in points; an interval without 0 tells the two apart:",
+            *aligned(columns),
+            "",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of the table; figures that are not finite are None."""
@@ -161,16 +210,20 @@ class Comparison:
             "collapsed": self.collapsed,
             "notes": list(self.notes),
             "rows": finite_or_none(self.table().to_dict("records")),
+            "differences": finite_or_none(self.differences().to_dict("records")),
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """table.csv, table.json, history.csv, the figures, and each sequence as results/<label>-<seed>.json."""
+        """table.csv, table.json, differences.csv, history.csv, the figures, and each sequence as
+        results/<label>-<seed>.json."""
         import pandas
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_table(self.table(), folder / "table.csv")
         write_text(json.dumps(self.to_dict(), indent=1), folder / "table.json")
+        if len(apart := self.differences()):
+            write_table(apart, folder / "differences.csv")
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():
@@ -186,6 +239,51 @@ class Comparison:
         plot_norms(few_layers(histories), folder / "norms.png")
         if probabilities := self.target_probabilities():
             plot_target_probability(probabilities, folder / "target_probability.png")
+
+
+def _apart(pairs: Sequence[tuple[Record, Record]], point: int | None) -> dict[str, Any] | None:
+    """edits, and what `differences` finds over pairs of records, one a seed; None where they share no point."""
+    found, steps = [], []
+    for one, other in pairs:
+        if (same := _same_edits(one, other, point)) is None:
+            return None
+        steps.append(same[0])
+        found.append(differences(*same[1:]))
+    if not found or not all(found):
+        return None
+    cells: dict[str, Any] = {"edits": round(sum(steps) / len(steps))}
+    for name in found[0]:
+        if not all(name in one for one in found):
+            continue
+        metrics = [one[name] for one in found]
+        low, high = (
+            student_interval([metric.mean for metric in metrics])
+            if len(metrics) > 1
+            else (metrics[0].low, metrics[0].high)
+        )
+        mean = sum(metric.mean for metric in metrics) / len(metrics)
+        cells |= {name: mean, f"{name}.low": low, f"{name}.high": high}
+    return cells
+
+
+def _same_edits(one: Record, other: Record, point: int | None) -> tuple[int, Evaluation, Evaluation] | None:
+    """(edits made by the first, both evaluations) at the point; None: at the last at which both made the same edits."""
+    mine, theirs = (
+        {
+            row["step"]: found
+            for row, found in zip(record.history, record.evaluations, strict=False)
+            if row["step"]
+        }
+        for record in (one, other)
+    )
+    if point is None and mine and theirs:
+        ends = mine[max(mine)], theirs[max(theirs)]
+        if {row["id"] for row in ends[0].rows} == {row["id"] for row in ends[1].rows}:
+            return max(mine), *ends
+    shared = mine.keys() & theirs.keys()
+    if point is not None:
+        shared &= {point}
+    return None if not shared else (max(shared), mine[max(shared)], theirs[max(shared)])
 
 
 def record_place(folder: Path, label: str, seed: int) -> Path:
@@ -223,9 +321,10 @@ def _points(records: Iterable[Record]) -> dict[int, list[dict[str, Any]]]:
     return dict(sorted(found.items()))
 
 
-def _spelled(table: DataFrame, about: Column) -> list[str]:
+def _spelled(table: DataFrame, about: Column, *, signed: bool = False) -> list[str]:
     def number(value: float) -> str:
-        return about.spelled(value).removesuffix(" %")  # said once, below the table
+        text = about.spelled(value).removesuffix(" %")  # said once, below the table
+        return f"+{text}" if signed and value > 0 else text
 
     cells, name = [], about.name
     for _, row in table.iterrows():

@@ -19,10 +19,11 @@ import torch
 from support.sequences import EDITS, FAST, broken_off, failing, ready, same, state, without_times
 from support.tiny import tiny_model, tiny_tokenizer
 
-from d4s import cli, save_edits
+from d4s import Edit, cli, save_edits
 from d4s.change.weights import EditedWeights
 from d4s.errors import ConfigError, DataError, EditingFailed, ModelError
 from d4s.measure.columns import Column
+from d4s.measure.metrics import evaluation_of
 from d4s.methods.d4s import D4SEditor
 from d4s.methods.locate_then_edit import LocateEditor
 from d4s.methods.memit import MEMITEditor
@@ -302,6 +303,81 @@ def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
     assert not len(Comparison({"d4s": {0: record([0, 10])}}).table((30,)))
 
 
+def scored(steps, ids=None, again=(), gain=0.0):
+    """A record whose edit i has efficacy (i mod 3) / 4 + gain at every step."""
+    made = [str(i) for i in range(steps[-1])] if ids is None else ids
+    evaluations = [
+        evaluation_of(
+            [{"id": i, "kind": "completion", "efficacy": int(i) % 3 / 4 + gain} for i in made[:step]],
+            [Edit(prompt="{} is", subject=i, target_new="x", id=i) for i in made[:step]],
+            0,
+        )
+        for step in steps
+    ]
+    history = [
+        {
+            "step": step,
+            "efficacy": one.metrics["efficacy"].mean if step else 0.0,
+            "edit_seconds": 1.0,
+            "l1_growth": 0.0,
+        }
+        for step, one in zip(steps, evaluations, strict=True)
+    ]
+    if again:
+        evaluations, history = (
+            [*evaluations, evaluations[-1]],
+            [*history, history[-1] | {"step": steps[-1] + len(again)}],
+        )
+    table = [{"id": i, "step": n} for n, i in enumerate(made)]
+    table += [{"id": f"{i}~2", "again": i, "step": 99} for i in again]
+    return Record("memit", history=history, evaluations=evaluations, edits_table=table)
+
+
+def test_methods_are_told_apart_edit_by_edit_where_both_had_made_the_same_edits():
+    found = Comparison(
+        {
+            "d4s": {0: scored([0, 6, 12], again=("1", "4"))},
+            "memit": {0: scored([0, 6, 12], gain=0.125)},
+            "rome": {0: scored([0, 6], gain=-0.25)},
+            "none": {0: Record("none", failure="no room")},
+        }
+    )
+    table = found.differences().set_index("method")
+    assert list(table.index) == ["memit", "rome"] and set(table["against"]) == {"d4s"}
+    # The ends, although d4s has made two edits more, in its second pass; and the last point that rome came to.
+    assert list(table["edits"]) == [12, 6]
+    # Edits differ among each other and not between the methods, so that nothing is left to chance.
+    for name in ("efficacy", "efficacy.low", "efficacy.high"):
+        assert list(table[name]) == pytest.approx([0.125, -0.25])
+    other = found.differences("memit", points=(6, 12)).set_index(["method", "edits"])["efficacy"]
+    assert other.to_dict() == pytest.approx({("d4s", 6): -0.125, ("d4s", 12): -0.125, ("rome", 6): -0.375})
+    lines = found.summary().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("Less d4s, edit by edit"))
+    assert lines[at + 2].split()[:3] == ["memit", "12", "+12.5"] and lines[at + 3].split()[2] == "-25.0"
+    with pytest.raises(ConfigError, match="unknown label 'ROME'"):
+        found.differences("ROME")
+    alone = Comparison({"d4s": found.results["d4s"]})
+    assert not len(alone.differences()) and "edit by edit" not in alone.summary()
+
+
+def test_over_seeds_differences_are_of_the_same_seed():
+    gains = (0.0, 0.125, 0.25)
+    found = Comparison(
+        {
+            "d4s": {seed: scored([0, 6], gain=gain) for seed, gain in enumerate(gains)},
+            "memit": {seed: scored([0, 6], gain=gain + 0.25) for seed, gain in enumerate(gains)},
+            "rome": {seed: scored([0, 6], gain=2 * gain) for seed, gain in enumerate(gains)},
+        }
+    )
+    table = found.differences().set_index("method")
+    assert table.loc["memit", ["efficacy.low", "efficacy", "efficacy.high"]].to_list() == pytest.approx(
+        [0.25] * 3
+    )
+    half = 4.302653 * statistics.stdev(gains) / math.sqrt(3)  # Student's t of two degrees of freedom
+    assert table["efficacy"]["rome"] == pytest.approx(0.125)
+    assert table["efficacy.high"]["rome"] == pytest.approx(0.125 + half, rel=1e-6)
+
+
 def test_an_evaluation_that_fails_costs_neither_the_weights_nor_the_other_methods(tmp_path, seed):
     model, covariance = ready(seed)
     before, calls = state(model), []
@@ -357,7 +433,7 @@ def test_only_figures_known_to_be_shares_are_shown_in_percent(seed):
         "wiki bits_per_byte": 0.9,
     }
     found = compared(model, covariance, edits=EDITS[:2], seeds=(0, 1), measure=lambda: measured)
-    head, *rows, said = found.summary().splitlines()
+    head, *rows, said = found.summary().splitlines()[:4]
     assert len(rows) == 2 and "weight, loss, text perplexity, wiki bits per byte: as measured" in said
     for row in rows:
         for name, text in (
@@ -405,8 +481,11 @@ def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path
     figures = {
         f"{name}.{kind}" for name in ("metrics", "norms", "target_probability") for kind in ("png", "csv")
     }
-    assert names == figures | {"table.csv", "table.json", "history.csv", "results"}
+    assert names == figures | {"table.csv", "table.json", "differences.csv", "history.csv", "results"}
     stored = json.loads((tmp_path / "table.json").read_text())
+    (apart,) = stored["differences"]
+    assert (apart["method"], apart["against"], apart["edits"]) == ("memit", "d4s", 4)  # where both still were
+    assert apart["efficacy"] == found.differences()["efficacy"][0]
     assert [row["method"] for row in stored["rows"]] == list(BOTH) and stored["collapsed"] == found.collapsed
     assert stored["rows"][1]["efficacy"] == found.table()["efficacy"][1]
     history = pandas.read_csv(tmp_path / "history.csv")
