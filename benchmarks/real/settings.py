@@ -63,8 +63,24 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
         f"each, λ {weight}": {"context_keys": "each", "prior_weight": weight}
         for weight in (400, 800, 3200, 6400)
     }
+    found |= {
+        f"each, prompts {share}, λ {weight}": {
+            "context_keys": "each",
+            "prompt_weight": share,
+            "prior_weight": weight,
+        }
+        for share in (0.25, 0.5, 1)
+        for weight in (400, 800, 1600)
+    }
+    found |= {
+        f"long, layers {first}–{layers[-1]}": {
+            **preset.presets["long"],
+            "layers": list(range(first, layers[-1] + 1)),
+        }
+        for first in (0, layers[0] - 2)
+    }
     found["refined"] = {"refine_looks": 4}
-    found |= {name: dict(preset.presets[name]) for name in ("long", "answers")}
+    found |= {name: dict(preset.presets[name]) for name in ("long", "hold", "answers")}
     found |= OTHER_TARGETS | further_up(preset)
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 

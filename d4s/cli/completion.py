@@ -42,7 +42,7 @@ def script(parser: ArgumentParser, shell: str) -> str:
     import shtab
 
     if shell not in shtab.SUPPORTED_SHELLS:
-        raise ConfigError(f"this shtab knows no {shell}, a newer one does: pip install -U 'd4s[completion]'")
+        raise ConfigError(f"this shtab knows no {shell}, a newer one does: pip install -U shtab")
     _mark(parser, shtab.FILE)
     return shtab.complete(parser, shell)
 

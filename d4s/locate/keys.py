@@ -1,7 +1,7 @@
-"""Keys and outputs at the subject's last token.
+"""Keys and outputs at the subject's last token, and keys at the prompt's other tokens.
 
-Nothing after that token can change them, so a row ends there, and the forward pass ends at the module that
-is asked about.
+Nothing after the subject can change what is at its last token, so a row ends there, and the forward pass ends at the
+module that is asked about.
 """
 
 from __future__ import annotations
@@ -44,6 +44,46 @@ def subject_rows(
     bare = 1 / (1 + len(prefixes)) if bare_share is None or not prefixes else bare_share
     shares = torch.tensor([bare] + [(1 - bare) / len(prefixes) for _ in prefixes], dtype=torch.float32)
     return SubjectRows(tuple(ids), shares, pad_id(tokenizer))
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Token ids of whole prompts, and the positions of all but the subject's last token.
+
+    edits: of each position, the place of its edit among those given
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    fill: int
+
+    @property
+    def edits(self) -> tuple[int, ...]:
+        return tuple(edit for edit, here in enumerate(self.positions) for _ in here)
+
+
+def prompt_rows(tokenizer: Any, edits: Sequence[Edit], most: int) -> PromptRows:
+    """Rows of the bare prompts. most: positions of a prompt, the last ones, of those other than the subject's last"""
+    rows = [subject_row(tokenizer, edit.prompt, edit.subject, head=edit.chat) for edit in edits]
+    positions = [[i for i in range(len(row.ids)) if i != row.subject_last][-most:] for row in rows]
+    return PromptRows(tuple(row.ids for row in rows), tuple(map(tuple, positions)), pad_id(tokenizer))
+
+
+@torch.no_grad()
+def keys_beside(anatomy: Anatomy, rows: PromptRows, layer: int) -> Tensor:
+    """Keys at the rows' positions, in their order. [positions, d_in] float32. The layer has no experts."""
+    model, device, d_in = anatomy.model, anatomy.device, anatomy.shape(layer)[1]
+    taken: dict[int, Tensor] = {}
+
+    def run(chosen: list[int]) -> None:
+        ids, mask = padded([rows.ids[i] for i in chosen], rows.fill)
+        with Trace(anatomy.projection(layer), stop=True) as trace, stopping():
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        keys = trace.input.view(len(chosen), ids.shape[1], d_in)  # OPT flattens rows and positions
+        taken.update((i, row[list(rows.positions[i])].float()) for i, row in zip(chosen, keys, strict=True))
+
+    run_in_batches([len(row) for row in rows.ids], run, most_tokens(model, None))
+    return torch.cat([taken[i] for i in range(len(rows.ids))])
 
 
 def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int) -> Tensor:

@@ -28,6 +28,14 @@ what it lacks itself,
 
 with the mean's weights w_j (½ the bare prompt, ½ all contexts). That is a row of the sums, and of a journal, a context.
 
+prompt_weight=w puts in, beside an edit's keys, those at all other tokens of its bare prompt, p_1 … p_m, as places at
+which nothing is to change:
+
+    B += w Σ_j p_j p_jᵀ        A as it is
+
+Other facts are asked with the same words around other subjects. C is of ordinary text and knows little of them; without
+these rows what a thousand edits do there adds up.
+
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
 both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
 (once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
@@ -44,7 +52,7 @@ their matrices; the sums are then kept as the rows that are in them (d4s/change/
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -57,6 +65,7 @@ from d4s.configuration import AtLeast
 from d4s.edits import Edit, check_batch
 from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError
+from d4s.locate.keys import PromptRows, keys_beside, prompt_rows
 from d4s.locate.targets import Targets, refining
 from d4s.methods.base import Holding, LayerSize, Step, Workbench
 from d4s.methods.locate_then_edit import (
@@ -72,6 +81,8 @@ from d4s.models.architectures import Anatomy
 # What was lost at its target of W0 is lost again with the same one: of 1,000 edits of SmolLM2 72 % are the greedy
 # answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2-long.md).
 AGAIN_LOOKS = 8
+MOST_BESIDE = 64  # tokens of a prompt, beside the subject's last, whose keys are put in: the last ones
+BESIDE = 8  # how many CounterFact's prompts have, about
 _LONG = {"anchor": "base", "residual": "measured", "context_keys": "each"}
 
 
@@ -86,6 +97,7 @@ class D4S(LocateMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
         "long": _LONG,
+        "hold": {**_LONG, "prompt_weight": 0.25},
         "answers": {**_LONG, "refine_looks": 4, "target_stop": True},
     }
     edits_experts: ClassVar[bool] = True
@@ -102,6 +114,12 @@ class D4S(LocateMethod):
         Literal["mean", "each"],
         "a key an edit, the mean over its contexts as published, or one of each context, with what that context lacks",
     ] = "mean"
+    prompt_weight: Annotated[
+        float,
+        "of the keys at the prompt's other tokens, at which nothing is to change, where an edit's own key has 1; "
+        "0: they do not count",
+        AtLeast(0),
+    ] = 0.0
     refine_looks: Annotated[
         int,
         "at a target of W0, on the weights as they are, before it is written; 0: it stays, but of an edit that a later "
@@ -121,10 +139,14 @@ class D4S(LocateMethod):
         super().check_experts(anatomy, layers)
         if self.context_keys == "each":
             self.refuse_experts("context_keys='each'", anatomy, layers)
+        if self.prompt_weight:
+            self.refuse_experts("prompt_weight", anatomy, layers)
 
     @property
     def keys_an_edit(self) -> int:
-        return self.rows_an_edit if self.context_keys == "each" else 1
+        return (self.rows_an_edit if self.context_keys == "each" else 1) + (
+            BESIDE if self.prompt_weight else 0
+        )
 
     @property
     def measures_again(self) -> bool:
@@ -145,12 +167,13 @@ class D4S(LocateMethod):
             measured=self.measures_again,
             refine_looks=self.refine_looks,
             each=self.context_keys == "each",
+            prompt_weight=self.prompt_weight,
         )
 
 
 class D4SEditor(LocateEditor):
     """replaces: whether an edit takes the place of an earlier one of the same prompt
-    each: whether every context has a key of its own; the others as of `D4S`
+    each: whether every context has a key of its own; the others, prompt_weight among them, as of `D4S`
     """
 
     growing: frozenset[str] = frozenset({"held"})
@@ -165,9 +188,10 @@ class D4SEditor(LocateEditor):
         replaces: bool = True,
         refine_looks: int = 0,
         each: bool = False,
+        prompt_weight: float = 0.0,
     ) -> None:
         super().__init__(method, bench)
-        self.each = each
+        self.each, self.prompt_weight = each, prompt_weight
         self.anchor, self.measured, self.replaces = anchor, measured, replaces
         self.refine_looks = refine_looks
         self._priors = self.priors()
@@ -216,6 +240,7 @@ class D4SEditor(LocateEditor):
         once = not self.measured
         old = self.base_residuals([self.held[batch[i].place] for i in again]) if once and again else None
         wanted = Wanted(self, batch, targets, unedited)
+        prompts = prompt_rows(self.tokenizer, batch, MOST_BESIDE) if self.prompt_weight else None
         layers = self.weights.layers
         for i, layer in enumerate(layers):
             share = len(layers) - i  # n − i
@@ -226,6 +251,10 @@ class D4SEditor(LocateEditor):
                 already = self.closed_form.image(keys, layer)
                 residuals = (left / share).to(already.device) + already
             self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
+            if prompts is not None and (beside := self._beside(prompts, layer)).edits:
+                self._put(beside)
+                if again and i == 0:
+                    self._put(_of_edits(beside, set(again), -1.0))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
                 rows = wanted.rows_of(again)
                 taken = already[rows] if old is None else wanted.spread(old) / share
@@ -233,6 +262,11 @@ class D4SEditor(LocateEditor):
             self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
         self.hold(batch)
         return step_of(targets)
+
+    def _beside(self, prompts: PromptRows, layer: int) -> Rows:
+        """The prompts' other tokens, at which nothing is to change, with the layers below as they are now."""
+        keys = (self.prompt_weight**0.5 * keys_beside(self.anatomy, prompts, layer)).double()
+        return Rows(layer, 1.0, prompts.edits, keys.new_zeros(len(keys), self.anatomy.shape(layer)[0]), keys)
 
     def unedited(self, edits: Sequence[Edit]) -> Tensor:
         """Where every context has a key of its own: its state, which δ is added to. [edits, rows, d_model] float64"""
@@ -380,6 +414,12 @@ class Wanted:
         """rows: of whole edits, each with all of its contexts"""
         roots = self.rows.shares.sqrt().to(rows)
         return rows * roots.repeat(len(rows) // self.count).unsqueeze(1)
+
+
+def _of_edits(rows: Rows, edits: Collection[int], sign: float) -> Rows:
+    """The rows of some of a step's edits. edits: their places within it"""
+    own = [i for i, edit in enumerate(rows.edits) if edit in edits]
+    return Rows(rows.layer, sign, tuple(rows.edits[i] for i in own), rows.residuals[own], rows.keys[own])
 
 
 def _told(edit: Edit) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ from d4s.locate.covariance import KEYS_A_DIMENSION
 from d4s.locate.targets import batch_tokens_of, frozen
 from d4s.methods import Method, sums_place
 from d4s.methods.base import LayerSize, SumsOn
+from d4s.methods.d4s import D4S
 from d4s.methods.grace import GRACE
 from d4s.methods.kn import KN
 from d4s.methods.locate_then_edit import EDITS_AHEAD, TargetMethod
@@ -508,10 +509,14 @@ def _passes(
         tokens = mine * (method.rows_an_edit * AFTER + 1) * looks
         passes.append(Pass("targets", rows * looks, tokens, 2 * above))
         of_keys = edits * method.rows_an_edit
-        each = method.keys_an_edit > 1  # then a key's row goes on to where its residual is measured
+        # With a key of each context its row goes on to where its residual is measured.
+        each = isinstance(method, D4S) and method.context_keys == "each"
+        beside = isinstance(method, D4S) and bool(method.prompt_weight)
         for layer in layers:
             share = below if each else (layer + 1) / blocks
             passes.append(Pass("keys", of_keys, of_keys * length, share))
+            if beside:
+                passes.append(Pass("keys", edits, edits * PROMPT, (layer + 1) / blocks))
         if not each:
             passes.append(Pass("residuals", edits * len(layers), edits * len(layers) * PROMPT, below))
     elif isinstance(method, KN):
