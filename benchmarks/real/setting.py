@@ -31,6 +31,12 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s-long-looks": {"method": "d4s", **METHODS["d4s"].presets["long"], "refine_looks": 4},
     "d4s-long-deep": {"method": "d4s", **METHODS["d4s"].presets["long"], "steps": 50, "stop_loss": 0.01},
     "d4s-hold": {"method": "d4s", **METHODS["d4s"].presets["hold"]},
+    "d4s-hold-800": {
+        "method": "d4s",
+        **METHODS["d4s"].presets["hold"],
+        "prompt_weight": 0.5,
+        "prior_weight": 800.0,
+    },
     "d4s-answers": {"method": "d4s", **METHODS["d4s"].presets["answers"]},
     "d4s-refined": {"method": "d4s", "refine_looks": 4},
     "d4s-refined-stop": {"method": "d4s", "refine_looks": 4, "target_stop": True},

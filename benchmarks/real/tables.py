@@ -5,7 +5,7 @@ python -m benchmarks.real.tables comparison/sequences --at 300 --out tables
 
 SEQUENCES is the folder that `d4s compare --out` or a long run keeps its sequences in. A sequence that was not scored
 at the point has a row of its last one before it, with the number of edits. OUT gets table.csv (each sequence's last
-point), history.csv and the figures, and at-N.csv and at-N.md for each N of --at. Cost: seconds.
+point), history.csv, differences.csv and the figures, and at-N.csv and at-N.md for each N of --at. Cost: seconds.
 """
 
 from __future__ import annotations
@@ -126,6 +126,20 @@ def markdown(found: Comparison, point: int) -> str:
     return "\n".join([*lines, "", text, *(["", *notes] if notes else []), ""])
 
 
+def apart(found: Comparison, against: str) -> str:
+    """Edit by edit, each sequence less one of them at the ends: a row a sequence, in points."""
+    table = found.differences(against)
+    heads = {head: name for head, name in FIGURES.items() if name in table and column(name).is_share}
+    lines = [f"| less {against}, edit by edit | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for _, row in table.iterrows():
+        cells = [
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[f"{name}{end}"] for end in ("", ".low", ".high")))
+            for name in heads.values()
+        ]
+        lines.append(f"| {row['method']}, after {row['edits']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     import pandas
 
@@ -133,6 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sequences", type=Path)
     parser.add_argument("--at", type=int, nargs="+", help="edits; default: the most at which any was scored")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--against", metavar="LABEL", help="of what each differs from it by: differences.md, .csv"
+    )
     options = parser.parse_args(arguments)
     if options.out.resolve() == options.sequences.resolve():
         parser.error("--out is the comparison's own folder, which is not to be changed; name another one")
@@ -140,6 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = sequences(options.sequences)
     most = max(int(frame["step"].max()) for frame in found.histories().values())
     found.save(options.out)
+    if options.against is not None:
+        write_table(found.differences(options.against), options.out / "differences.csv")
+        write_text(apart(found, options.against), options.out / "differences.md")
     for point in options.at or [most]:
         text = markdown(found, point)
         write_text(text, options.out / f"at-{point}.md")

@@ -19,6 +19,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, EditingStopped
 from d4s.locate.targets import TargetConfig
 from d4s.measure.downstream import TaskMetric
+from d4s.measure.metrics import evaluation_of
 from d4s.methods import Editor
 from d4s.methods.memit import MEMITEditor
 from d4s.models.architectures import Anatomy
@@ -162,6 +163,37 @@ def test_data_sets_are_edited_through_interruptions(world, monkeypatch, capsys):
     assert cells["efficacy"] == "{:.1f} [{:.1f}, {:.1f}]".format(*bounds)
     assert cells["mean \\|w\\|"] == f"{100 * row['l1_growth']:+.1f} %"
     assert before.startswith(f"| unedited | {100 * row['efficacy.unedited']:.1f} |")
+
+
+def test_a_table_tells_how_far_each_is_from_one_of_them(tmp_path):
+    def record(gain):
+        edits = [d4s.Edit("{} is", f"s{i}", "x", id=f"e{i}") for i in range(6)]
+        rows = [{"id": edit.id, "efficacy": (i % 3) / 4 + gain} for i, edit in enumerate(edits)]
+        history = [
+            {"step": step, "efficacy": 0.5, "l1_norm.1": 1.0, "l1_growth": 0.0, "edit_seconds": 1.0}
+            for step in (0, 6)
+        ]
+        return Record(
+            "d4s",
+            history=history,
+            evaluations=[evaluation_of([], [], 0), evaluation_of(rows, edits, 0)],
+            edits_table=[{"id": edit.id, "step": i} for i, edit in enumerate(edits)],
+        )
+
+    for label, gain in (("d4s", 0.25), ("memit", 0.0), ("rome", 0.125)):
+        record(gain).save(tmp_path / "sequences" / "results" / f"{label}-0.json")
+    tables.main(
+        [str(tmp_path / "sequences"), "--out", str(tmp_path / "tables"), "--against", "memit", "--at", "6"]
+    )
+    head, _, *rows = (tmp_path / "tables" / "differences.md").read_text().splitlines()
+    assert head == "| less memit, edit by edit | efficacy |"
+    assert rows == [
+        "| d4s, after 6 | +25.0 [+25.0, +25.0] |",
+        "| rome, after 6 | +12.5 [+12.5, +12.5] |",
+    ]
+    stored = pandas.read_csv(tmp_path / "tables" / "differences.csv")
+    assert list(stored["against"]) == ["memit", "memit"]
+    assert list(stored["efficacy"]) == pytest.approx([0.25, 0.125])
 
 
 def test_claims_are_judged_by_what_is_there(monkeypatch, tmp_path, seed):
