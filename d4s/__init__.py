@@ -1,4 +1,4 @@
-"""d4s: edits facts in large language models, one after another, thousands of times, in constant memory."""
+"""d4s: edits facts in large language models, one after another, with sums of a size that the number does not change."""
 
 from __future__ import annotations
 
