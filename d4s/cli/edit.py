@@ -221,14 +221,18 @@ def _save_model(model: CausalLM, tokenizer: Any, path: Path, out: Path) -> None:
     """With the card of its edits; in the place of an earlier model, which a part of the sequence had made."""
     from d4s.journal.journal import Journal
 
-    new = path.with_name(f"{path.name}.new") if path.exists() else path
+    new, old = (path.with_name(f"{path.name}.{end}") for end in ("new", "old"))
+    for left in (new, old):  # by a save that was killed: what it was to be is made anew
+        if left.is_dir():
+            shutil.rmtree(left)
+    if not path.exists():
+        new = path
     with whole(new) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         if (out / "journal").exists():  # an earlier version's runs have none
             Journal(out).write_card(beside)
     if new != path:
-        old = path.with_name(f"{path.name}.old")
         path.rename(old)
         new.rename(path)
         shutil.rmtree(old)

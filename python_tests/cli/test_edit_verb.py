@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from d4s.cli import main
+from d4s.cli.edit import _save_model
 from d4s.edits.formats import load_edits
 from d4s.errors import ModelError
 from d4s.locate.covariance import Covariance, fingerprint_of
@@ -130,6 +132,20 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_a_model(place, tmp_p
     assert str(out / "model") in line and "No space left" in line
     kept = ["baseline.json", "history.csv", "journal", "result.json", "weights.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == kept
+
+
+def test_a_model_takes_the_place_of_an_earlier_one_whatever_a_kill_has_left(tmp_path):
+    """As a process leaves them that is killed between its renames, or while the earlier model is removed."""
+    out = tmp_path / "run"
+    model, tokenizer = load_model("m")
+    for left in (["model", "model.old"], ["model", "model.new"], ["model.old", "model.new"]):
+        for name in left:
+            (out / name).mkdir(parents=True)
+            (out / name / "half").write_text("of another")
+        _save_model(model, tokenizer, out / "model", out)
+        assert [path.name for path in out.iterdir()] == ["model"]
+        assert (out / "model" / "model.safetensors").exists() and not (out / "model" / "half").exists()
+        shutil.rmtree(out)
 
 
 def test_weights_are_of_the_type_that_is_asked_for(tmp_path, capsys):
