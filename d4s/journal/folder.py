@@ -343,10 +343,25 @@ def _check_head(head: Mapping[str, Any]) -> None:
 def differing(head: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str] = SAME) -> list[str]:
     """What a journal's head and a sequence that wants to go on in it do not agree in, each with both values."""
     return [
-        f"{name} ({_short(head.get(name))} there, {_short(wanted[name])} here)"
+        told
         for name in names
         if head.get(name) != wanted[name]
+        for told in _apart(name, head.get(name), wanted[name])
     ]
+
+
+def _apart(name: str, there: Any, here: Any) -> list[str]:
+    """Of objects their fields, each by itself."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        fields = [
+            field
+            for field in (*there, *(f for f in here if f not in there))
+            if there.get(field) != here.get(field)
+        ]
+        return [
+            told for field in fields for told in _apart(f"{name}.{field}", there.get(field), here.get(field))
+        ]
+    return [f"{name} ({_short(there)} there, {_short(here)} here)"]
 
 
 def _short(value: Any, most: int = 120) -> str:

@@ -124,7 +124,9 @@ class Journal:
                         "subject": edit.subject,
                         "target_new": edit.target_new,
                         "target_true": edit.target_true,
-                        "at": event.get("at"),
+                        "at": event.get(
+                            "made_at", event.get("at")
+                        ),  # of a merged journal, when it was made there
                         "by": event.get("by"),
                         "step": event["step"],
                         "stands": edit.id not in standing.undone,
@@ -371,7 +373,7 @@ class Journal:
 
     def changes(self) -> list[Change]:
         """What the edits that stand have changed, a weight each, with exact factors where the method keeps sums; of a
-        layer of experts those that differ."""
+        layer of experts those that differ. Raises ModelError where none has changed."""
         head, base, weights = self.head, self.folder.load("base").tensors, self.weights()
         summed = self.folder.place("priors").exists() and head["keeps_vectors"]
         factors = self.sums.factors() if summed else {}
@@ -388,7 +390,12 @@ class Journal:
             left, right = factors.get(layer, (None, None))
             if left is not None and not left.shape[1]:
                 left = right = None  # no edit stands
-            found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
+            if not torch.equal(base[f"{layer}"].cpu(), weights[name].cpu()):
+                found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
+        if not found:
+            raise ModelError(
+                f"{self.path}: no weight differs from the unedited model's, for no edit stands that changed one"
+            )
         return found
 
     def export_patch(self, path: str | os.PathLike[str]) -> dict[str, int]:
@@ -481,6 +488,8 @@ class Journal:
             on the machine that made them, in float32 on the CPU, that gives the same bits. None: they are not
         covariance: key statistics, where the method has any
         sums_on: as of `edit_sequence`
+
+        Raises ConfigError for key statistics that are not the sequence's.
         """
         checked, problems = [f"log: {len(self.folder.events)} events, each bound to those before it"], []
         if self.folder.log.torn:
@@ -532,6 +541,8 @@ class Journal:
             checked.append(
                 f"weights: {self.head['method']} changes none, so that there are none to be compared"
             )
+        except ConfigError:
+            raise  # an argument that does not fit says nothing of the journal
         except D4SError as error:
             problems.append(str(error))
         return Verification(tuple(checked), tuple(problems), difference)

@@ -13,10 +13,11 @@ from support.tiny import tiny_tokenizer
 
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError, EditError, ModelError
-from d4s.journal.folder import Folder
+from d4s.journal.folder import Folder, differing
 from d4s.journal.journal import Journal
 from d4s.journal.merge import merge
 from d4s.journal.sums import Sums
+from d4s.locate.covariance import Covariance
 from d4s.sequence import journaling
 
 ONE = FAST | {"layers": [1], "residual": "once"}  # one layer, no contexts, the paper's rule: undoing is exact
@@ -287,6 +288,57 @@ def test_a_fact_with_two_answers_is_told_and_decided(rule, tmp_path, seed):
     delta, wanted = joined.sums.closed_form.delta(1), right.editor.closed_form.delta(1)
     assert off(delta, wanted) < ROUNDED
     assert off(delta, solved(tmp_path / "ab", ["e0", "other", "e2", "e5"])) < 1e-9
+
+
+def test_of_a_merged_journal_the_time_of_an_answer_is_when_it_was_made(monkeypatch, tmp_path, seed):
+    """A conflict goes by what was made last, and not by what was merged last."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr(
+        "d4s.journal.folder.now", lambda: {"at": f"2026-01-01T00:{next(clock):05}", "by": "somebody"}
+    )
+    later = Edit(EDITS[0].prompt, EDITS[0].subject, "Lyon Manila", id="later")
+    made(tmp_path / "a", seed, EDITS[:1], ONE)
+    made(tmp_path / "b", seed, EDITS[1:2], ONE)
+    made(tmp_path / "c", seed, [later], ONE)
+    both, _ = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert [row["at"] for row in both.log()] == sorted(
+        row["at"] for name in "ab" for row in Journal(tmp_path / name).log()
+    )
+    joined, (conflict,) = merge([tmp_path / "ab", tmp_path / "c"], tmp_path / "abc")
+    assert {e.id for e in joined.edits} == {"later", "e1"} and conflict.edits[-1][1].id == "later"
+
+
+def test_what_differs_is_told_field_by_field(tmp_path, seed):
+    """Each field that differs, and none that does not, however long the rest is."""
+    made(tmp_path / "j", seed, EDITS[:2], ONE)
+    there = Journal(tmp_path / "j").head
+    here = {**there, "schedule": {**there["schedule"], "seed": 5, "extra": 1}}
+    here["config"] = {**there["config"], "target": {**there["config"]["target"], "steps": 99}}
+    steps = there["config"]["target"]["steps"]
+    assert differing(there, here) == [
+        f"config.target.steps ({steps} there, 99 here)",
+        f"schedule.seed ({there['schedule']['seed']} there, 5 here)",
+        "schedule.extra (null there, 1 here)",
+    ]
+
+
+def test_statistics_of_another_corpus_say_nothing_of_a_journal(tmp_path, seed):
+    made(tmp_path / "j", seed, EDITS[:2], ONE)
+    model, covariance = ready(seed)
+    other = Covariance(
+        {i: 2 * m for i, m in covariance.moments.items()}, 9, fingerprint=covariance.fingerprint
+    )
+    with pytest.raises(ConfigError, match="the key statistics are not those of"):
+        Journal(tmp_path / "j").verify(model=model, tokenizer=tiny_tokenizer(), covariance=other)
+
+
+def test_where_no_edit_stands_there_is_no_change_to_hand_on(tmp_path, seed):
+    made(tmp_path / "j", seed, EDITS[:2], ONE)
+    journal = Journal(tmp_path / "j")
+    journal.undo(["e0", "e1"])
+    with pytest.raises(ModelError, match="no weight differs from the unedited model's"):
+        journal.export_patch(tmp_path / "p.safetensors")
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_the_log_says_what_was_done(tmp_path, seed):
