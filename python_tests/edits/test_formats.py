@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from d4s.edits import Edit, Question, check_batch, check_sequence
+from d4s.edits.edit import made_again
 from d4s.edits.formats import FORMATS, load_edits, save_edits
 from d4s.edits.formats.fields import FieldError, split_subject
 from d4s.errors import ConfigError, DataError
@@ -804,15 +805,16 @@ def test_a_fact_that_stands_there_thousands_of_times_gets_its_ids_in_linear_time
     began = time.process_time()
     edits = load_edits(write(tmp_path / "x", [statement] * 20_000))
     assert time.process_time() - began < 20, "minutes, where each looked for its number from 2 on"
-    assert edits[-1].id == f"{edits[0].id}~20000"
+    assert edits[-1].id == f"{edits[0].id}#20000"
 
 
 def test_a_repeated_fact_in_a_published_file_gets_an_id_of_its_own(tmp_path: Path) -> None:
     statements = records("statements_20q.json")
     edits = load_edits(write(tmp_path / "x", [*statements, statements[0], statements[0]]))
     first = edits[0].id
-    assert [e.id for e in edits[4:]] == [f"{first}~2", f"{first}~3"]
+    assert [e.id for e in edits[4:]] == [f"{first}#2", f"{first}#3"]
     check_batch(edits)
+    check_sequence([*edits, *(made_again(edit, 2) for edit in edits)])  # as a sequence of two passes has them
 
 
 def test_a_repeated_id_in_a_file_of_edits_is_an_error_that_names_both_records(tmp_path: Path) -> None:

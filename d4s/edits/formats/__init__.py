@@ -86,7 +86,7 @@ def load_edits(
 
     Every edit's `tags` say where it comes from: 'source' is the format, 'case' the record (the data's own
     case number where it has one). Ids are unique: in the published sets, where the same fact occurs more
-    than once, a repeated id gets '~2', '~3', …; in files with the fields of `Edit` it is an error.
+    than once, a repeated id gets '#2', '#3', …; in files with the fields of `Edit` it is an error.
     Record numbers in messages start at 1; lines do too, and bytes at 0.
     Raises DataError naming file, record and field; ConfigError for a wrong argument.
     """
@@ -198,12 +198,12 @@ def _edits_of(
 
 
 def _free_id(id_: str, taken: Mapping[str, Record], repeats: dict[str, int]) -> str:
-    """The id, or the first free one of id~2, id~3, …
+    """The id, or the first free one of id#2, id#3, …: later passes over a sequence have id~2 and so on.
 
     repeats: id → the number given last, from where the search goes on: a fact may occur thousands of times
     """
     free = id_
     while free in taken:
         repeats[id_] = repeats.get(id_, 1) + 1
-        free = f"{id_}~{repeats[id_]}"
+        free = f"{id_}#{repeats[id_]}"
     return free
