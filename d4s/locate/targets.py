@@ -26,7 +26,7 @@ How little of the model has to run for that: `d4s.locate.request_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -44,9 +44,9 @@ from d4s.errors import ConfigError, ModelError
 from d4s.locate.moves import Adam, Moves, Polyak
 from d4s.locate.precision import Precision, products_in
 from d4s.locate.request_rows import Place, Request, RequestRows, bare, request_of, spares, width_of
-from d4s.models.architectures import Anatomy, text_config
+from d4s.models.architectures import Anatomy
 from d4s.models.causal_lm import CausalLM
-from d4s.models.forward import evaluating, run_in_batches
+from d4s.models.forward import STARTS, evaluating, most_positions, run_in_batches
 from d4s.models.prompts import end_of_text, full_stop, is_stopped, pad_id, stop_mark
 from d4s.models.recorded import Recorded, is_refused, keep_memory, recorded, release
 from d4s.models.trace import Trace
@@ -171,22 +171,10 @@ def optimise_targets(
     """
     if batch_tokens is None:
         batch_tokens = batch_tokens_of(anatomy.device_of(layer))
-    end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
-    marks = {stop_mark(edit.target_new) for edit in edits} if config.target_stop else set()
-    stops = {mark: full_stop(tokenizer, mark) for mark in marks}
-
-    def ending(text: str) -> Sequence[int]:
-        return end or (() if not stops or is_stopped(text) else stops[stop_mark(text)])
-
+    ending = _endings(anatomy, tokenizer, edits, config)
     requests = [request_of(tokenizer, edit, prefixes, ending(edit.target_new)) for edit in edits]
-    most = getattr(text_config(anatomy.model), "max_position_embeddings", None)
     for edit, request in zip(edits, requests, strict=True):
-        length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
-        if most is not None and length > most:
-            raise ModelError(
-                f"edit {edit.id}: prompt and target behind the longest context are {length} tokens long, and the model "
-                f"has {most} positions; shorten the prompt, or set contexts=0"
-            )
+        _check_length(anatomy, edit, request)
     ranks = here()
     ids = [edit.id for edit in edits]
     label = "target search" if progress and len(edits) > 1 else None
@@ -201,6 +189,41 @@ def optimise_targets(
 
     costs = [len(one.after) * (width_of(one.before) + width_of(one.after)) for one in requests]
     return _unpacked(ranks.share("targets", costs, rows_of_figures), anatomy.device_of(layer))
+
+
+def check_lengths(
+    anatomy: Anatomy, tokenizer: Any, edits: Sequence[Edit], prefixes: Sequence[str], config: TargetConfig
+) -> None:
+    """Raises ModelError for an edit whose rows are longer than the model's positions, before any is searched."""
+    most = most_positions(anatomy.model)
+    if most is None:
+        return
+    longest = max((len(prefix.encode()) for prefix in prefixes), default=0) + STARTS
+    ending = _endings(anatomy, tokenizer, edits, config)
+    for edit in edits:
+        # A token has a byte at the least, so that few have to be cut into tokens here.
+        if len(f"{edit.text} {edit.target_new}".encode()) + longest > most:
+            _check_length(anatomy, edit, request_of(tokenizer, edit, prefixes, ending(edit.target_new)))
+
+
+def _check_length(anatomy: Anatomy, edit: Edit, request: Request) -> None:
+    most = most_positions(anatomy.model)
+    length = max(len(b) + len(a) for b, a in zip(request.before, request.after, strict=True))
+    if most is not None and length > most:
+        raise ModelError(
+            f"edit {edit.id}: prompt and target behind the longest context are {length} tokens long, and the model has "
+            f"{most} positions; shorten the prompt, or set contexts=0"
+        )
+
+
+def _endings(
+    anatomy: Anatomy, tokenizer: Any, edits: Sequence[Edit], config: TargetConfig
+) -> Callable[[str], Sequence[int]]:
+    """Text of a target → the tokens that end it."""
+    end = end_of_text(anatomy.model, tokenizer) if config.target_eos else ()
+    marks = {stop_mark(edit.target_new) for edit in edits} if config.target_stop else set()
+    stops = {mark: full_stop(tokenizer, mark) for mark in marks}
+    return lambda text: end or (() if not stops or is_stopped(text) else stops[stop_mark(text)])
 
 
 def _packed(targets: Targets) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, target_identity
 from d4s.locate.keys import SubjectRows, keys_and_output_at, keys_at, output_at, subject_rows
 from d4s.locate.request_rows import Place
-from d4s.locate.targets import TargetConfig, Targets, optimise_targets
+from d4s.locate.targets import TargetConfig, Targets, check_lengths, optimise_targets
 from d4s.methods.base import Editor, Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.published import spread_preset
 from d4s.methods.sums_place import device_of_sums, on_host
@@ -356,6 +356,10 @@ class LocateEditor(Editor):
             begin=begin,
             progress=self.bench.progress,
         )
+
+    def check_lengths(self, edits: Sequence[Edit]) -> None:
+        """Raises ModelError for an edit that is too long to be searched."""
+        check_lengths(self.anatomy, self.tokenizer, edits, self.prefixes, self.method.target)
 
     def normed(self, edits: Sequence[Edit], targets: Targets) -> Targets:
         """As the method wants what was found, on the weights that it was found on, which the model has to hold."""

@@ -34,8 +34,16 @@ logger = logging.getLogger("d4s.models.forward")
 CACHE_NAMES = ("cache", "past_key_values")
 # What a model raises whose cache is of another kind, or whose modules are not called as others' are.
 NOT_MADE_FOR_IT = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+STARTS = 8  # tokens, at most, that a tokenizer puts around a text of its own accord
 # Whether a model's cached way gives the logits of whole rows; found on first use, gone with the model.
 _CACHED_WAY: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()
+
+
+def most_positions(model: CausalLM) -> int | None:
+    """The longest row that its configuration allows; None: it does not say."""
+    config = text_config(model) if hasattr(model, "config") else None
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    return most
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,7 @@ class Forward:
         self.model, self.fill = model, fill
         self.calling = Calling.of(model)
         self.device = next(model.parameters()).device
-        config = text_config(model) if hasattr(model, "config") else None
-        self.most_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.most_positions = most_positions(model)
 
     def whole(self, rows: Sequence[Sequence[int]], reads: Sequence[Sequence[int]]) -> Tensor:
         """Logits at `reads[r]` of each row r. [all reads, vocabulary], row after row, the model's dtype."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from d4s.edits import Edit
-from d4s.errors import ModelError
+from d4s.errors import ModelError, shown
 from d4s.models.architectures import check_bare, check_on_devices
 from d4s.models.causal_lm import CausalLM
-from d4s.models.forward import Forward, evaluating
+from d4s.models.forward import STARTS, Forward, evaluating, most_positions
 from d4s.models.prompts import pad_id, text_ids
 
 _WORDS = "The capital of"  # said to a model where there are no edits
@@ -32,6 +32,7 @@ def check_askable(model: CausalLM, tokenizer: Any, edits: Sequence[Edit] = ()) -
     check_bare(model)
     check_on_devices(model)
     check_vocabulary(model, tokenizer, edits)
+    check_lengths(model, tokenizer, edits)
 
 
 def check_finite(model: CausalLM) -> None:
@@ -86,6 +87,34 @@ def check_vocabulary(model: CausalLM, tokenizer: Any, edits: Sequence[Edit]) -> 
                         f"the model's embeddings end at {size - 1}; take the tokenizer the model was trained with, "
                         "or give it the token by model.resize_token_embeddings(len(tokenizer)) and training"
                     )
+
+
+def check_lengths(model: CausalLM, tokenizer: Any, edits: Sequence[Edit]) -> None:
+    """Raises ModelError for a text that an edit is scored by and that is longer than the model's positions."""
+    most = most_positions(model)
+    if most is None:
+        return
+    for edit in edits:
+        for name, text in _scored(edit):
+            if len(text.encode()) + STARTS <= most:  # a token has a byte at the least
+                continue
+            (ids,) = text_ids(tokenizer, (text,))
+            if len(ids) > most:
+                raise ModelError(
+                    f"edit {edit.id}, {name}: {shown(text)} has {len(ids)} tokens with its answer, and the model has "
+                    f"{most} positions; shorten the text, or leave the edit out"
+                )
+
+
+def _scored(edit: Edit) -> Iterator[tuple[str, str]]:
+    """(field, text with its answer) of all that an edit is scored by."""
+    answers = [edit.target_new] + ([edit.target_true] if edit.target_true is not None else [])
+    fields = {"prompt": (edit.text,), "paraphrases": edit.paraphrases, "neighborhood": edit.neighborhood}
+    for name, texts in fields.items():
+        yield from ((name, f"{text} {answer}") for text in texts for answer in answers)
+    for name, questions in (("locality", edit.locality), ("portability", edit.portability)):
+        for question in questions:
+            yield from ((name, f"{question.prompt} {answer}") for answer in question.answers or ("",))
 
 
 def _texts_of(edit: Edit) -> Iterator[str]:

@@ -95,7 +95,8 @@ class Record:
             target = self.config.get("target")
             looks = target.get("steps") if isinstance(target, Mapping) else None
             within = ""
-            if isinstance(looks, int):
+            rows = self.last_rows()
+            if isinstance(looks, int) and not any(AGAIN in rows[edit_id] for edit_id in lost):
                 within = f" within {looks} looks; a longer search, as steps={2 * looks}, may"
             lines.append(
                 f"{len(lost)} of {made} edits: no target that makes the answer likelier than ½ was found{within}: "

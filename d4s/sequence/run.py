@@ -16,7 +16,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for, sums_place
 from d4s.methods.base import SumsOn
-from d4s.methods.locate_then_edit import TargetMethod
+from d4s.methods.locate_then_edit import LocateEditor, TargetMethod
 from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
@@ -212,6 +212,8 @@ def _begun(
     elif schedule.passes > 1 and settled.searches_ahead and bench.targets is None:
         bench.targets = KeptTargets()  # what is made again is not searched again
     editor = settled.editor(bench)
+    if isinstance(editor, LocateEditor):
+        editor.check_lengths(edits)
     if baseline is None and journal is not None:
         baseline = journal.baseline()
     if baseline is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,29 @@ from d4s.sequence.run import edit_sequence
 
 EDITS = [Edit("{} worked for", "Steve Jobs", "Manila"), Edit("The twin city of {} is", "Lyon", "Paris")]
 FAST = dict(method="ft-m", config={"steps": 1}, progress=False)
+
+
+@pytest.mark.parametrize(
+    "field", ["prompt", "target_new", "paraphrases", "neighborhood", "locality", "portability"]
+)
+def test_a_text_that_is_too_long_is_named_before_anything_is_asked(field, monkeypatch, seed):
+    model, tokenizer = tiny_model("gpt2", seed), tiny_tokenizer()
+    long = "Manila " * 140 + "Lyon"
+    fields = {
+        "prompt": f"{long} {{}} is",
+        "target_new": long,
+        "locality": (Question(long, ("Lyon",)),),
+        "portability": (Question("Lyon is", ("Paris", long)),),
+    }
+    edit = Edit("{} is", "Lyon", "Paris", target_true="Manila", id="long")
+    edit = replace(edit, **{field: fields.get(field, ("short", long))})
+    name = "prompt" if field == "target_new" else field
+    with monkeypatch.context() as patch:
+        patch.setattr(row, "score", lambda *_, **__: pytest.fail("it was asked"))
+        for ask in (evaluate, take_baseline, lambda *given: edit_sequence(*given, **FAST)):
+            with pytest.raises(ModelError, match=rf"edit long, {name}: .* tokens .* 128 positions; shorten"):
+                ask(model, tokenizer, [EDITS[0], edit])
+    evaluate(tiny_model("gpt2", seed, n_positions=1_024), tokenizer, [EDITS[0], edit])
 
 
 class Quantised(torch.Tensor):

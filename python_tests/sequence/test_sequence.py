@@ -580,6 +580,34 @@ def test_an_edit_whose_target_does_not_arrive_is_named():
     assert "lost 9 …" in Record("d4s", edits_table=many).summary()
 
 
+def test_looks_are_told_of_a_first_search_alone():
+    """What a later pass has searched on has had more."""
+    row = {"id": "a", "step": 1, "last_probability": 0.1, "written_probability": 0.1}
+    again = row | {"id": "a~2", "again": "a"}
+    for table, within in (([row], " within 25 looks; a longer search, as steps=50, may"), ([row, again], "")):
+        told = Record("d4s", config={"target": {"steps": 25}}, edits_table=table)
+        assert told.missing() == [
+            f"1 of 1 edits: no target that makes the answer likelier than ½ was found{within}: a"
+        ]
+
+
+@pytest.mark.parametrize("method", ["d4s", "memit", "rome"])
+def test_an_edit_too_long_for_its_contexts_is_named_before_the_first_is_made(method, tmp_path, seed):
+    model, covariance = ready(seed)
+    before = state(model)
+    config = FAST
+    if method == "rome":
+        config = {name: value for name, value in FAST.items() if name != "prior_weight"} | {"layers": [1]}
+    long = Edit("Paris " * 38 + "{} is", "Lyon", "Manila", id="long")
+    alone = dict(method=method, config=config)
+    sequence(model, covariance, [long], **alone).restore()  # by itself it fits
+    behind = dict(method=method, config=config | {"contexts": 1}, journal=tmp_path / "journal")
+    said = r"edit long: prompt and target behind the longest context are 1\d\d tokens"
+    with pytest.raises(ModelError, match=said):
+        sequence(model, covariance, [*EDITS, long], **behind)
+    assert same(state(model), before) and not (tmp_path / "journal").exists()
+
+
 def test_what_the_edits_decide_is_told_and_kept(tmp_path, seed):
     model, covariance = ready(seed)
     config = FAST | {"prior_weight": None}
