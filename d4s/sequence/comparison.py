@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import aligned
@@ -214,12 +214,22 @@ class Comparison:
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """table.csv, table.json, differences.csv, history.csv, the figures, and each sequence as
-        results/<label>-<seed>.json."""
-        import pandas
+        """Each sequence as results/<label>-<seed>.json, and of all that are there, these and those of earlier calls,
+        table.csv, table.json, differences.csv, history.csv and the figures.
 
+        Raises DataError for a result there that cannot be read; these are kept by then.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for label, by_seed in self.results.items():
+            for seed, record in by_seed.items():
+                if (label, seed) not in self.unfinished:
+                    record.save(record_place(folder, label, seed))
+        replace(self, results=self.results | _stored_beside(self.results, folder))._write_tables(folder)
+
+    def _write_tables(self, folder: Path) -> None:
+        import pandas
+
         write_table(self.table(), folder / "table.csv")
         write_text(json.dumps(self.to_dict(), indent=1), folder / "table.json")
         if len(apart := self.differences()):
@@ -227,8 +237,6 @@ class Comparison:
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():
-                if (label, seed) not in self.unfinished:
-                    record.save(record_place(folder, label, seed))
                 frame = record.to_frame()
                 frame.insert(0, "seed", seed)
                 frame.insert(0, "method", label)
@@ -284,6 +292,17 @@ def _same_edits(one: Record, other: Record, point: int | None) -> tuple[int, Eva
     if point is not None:
         shared &= {point}
     return None if not shared else (max(shared), mine[max(shared)], theirs[max(shared)])
+
+
+def _stored_beside(results: Mapping[str, Mapping[int, Record]], folder: Path) -> dict[str, dict[int, Record]]:
+    """Label → seed → record, of all labels of which the folder holds others than these."""
+    found: dict[str, dict[int, Record]] = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        label = unquote(name)
+        if seed.isdecimal() and int(seed) not in results.get(label, {}):
+            found.setdefault(label, dict(results.get(label, {})))[int(seed)] = Record.load(path)
+    return found
 
 
 def record_place(folder: Path, label: str, seed: int) -> Path:

@@ -292,7 +292,10 @@ class Journaling(Observer):
                 self._point(event, under_way)
         if steps and under_way.schedule.original and (not tested or int(tested[-1]["made"]) < made):
             under_way.test(batches[len(steps) - 1], self)
-        stage(f"{result.method}: goes on after {made} of {len(result.edits)} edits", shown=under_way.progress)
+        done = f"{made} of {len(result.edits)} edits"
+        if made > len(result.edits):
+            done = f"{len(result.edits)} edits and {made - len(result.edits)} that were made again"
+        stage(f"{result.method}: goes on after {done}", shown=under_way.progress)
 
     def _rebuild(
         self, editor: Editor, steps: Sequence[Mapping[str, Any]], batches: Sequence[Sequence[Edit]]

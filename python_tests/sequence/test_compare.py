@@ -494,6 +494,22 @@ def test_table_histories_figures_and_sequences_are_written(monkeypatch, tmp_path
     assert loaded.history == found.results["memit"][0].history
 
 
+def test_fewer_methods_leave_the_tables_of_those_that_are_there(tmp_path, seed):
+    model, covariance = ready(seed)
+    run = dict(edits=EDITS[:2], seeds=(0, 1), out=tmp_path)
+    compared(model, covariance, {"ft-m": {"steps": 1}, "grace": {"steps": 1}}, **run).save(tmp_path)
+    whole = pandas.read_csv(tmp_path / "table.csv")
+    few = compared(model, covariance, {"grace": {"steps": 1}}, **run | dict(seeds=0))
+    assert list(few.results) == ["grace"]
+    few.save(tmp_path)
+    table = pandas.read_csv(tmp_path / "table.csv").set_index("method").loc[whole["method"]].reset_index()
+    pandas.testing.assert_frame_equal(table, whole)
+    assert len(pandas.read_csv(tmp_path / "history.csv").groupby(["method", "seed"])) == 4
+    (tmp_path / "results" / "ft-m-1.json").write_text("{}")
+    with pytest.raises(DataError, match=r"ft-m-1\.json"):
+        few.save(tmp_path)
+
+
 def test_an_interrupted_comparison_goes_on(monkeypatch, tmp_path, seed):
     model, covariance = ready(seed)
     run = dict(edits=EDITS[:2], out=tmp_path / "out")
