@@ -277,11 +277,15 @@ def as_asked(options: Namespace, edits: list[Any], tokenizer: Any) -> list[Any]:
 
 
 def covariance_of(method: str, options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
-    """`loaded_covariance` where the method needs any; else None."""
+    """`loaded_covariance` where the method needs any; else None. A file is read also then: a wrong one is refused."""
+    from d4s.locate.covariance import Covariance
     from d4s.methods import METHODS
 
-    needs = getattr(METHODS.get(method), "needs", ())
-    return loaded_covariance(options, model, tokenizer) if "covariance" in needs else None
+    if "covariance" in getattr(METHODS.get(method), "needs", ()):
+        return loaded_covariance(options, model, tokenizer)
+    if options.covariance:
+        Covariance.load(options.covariance)
+    return None
 
 
 def loaded_covariance(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:

@@ -195,6 +195,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, capsys):
         ("--set steps=1.5", ["steps is 1.5, must be a whole number"]),
         ("--set layers=[7]", ["layers=[7]", "0…2"]),
         ("--covariance none.safetensors", ["none.safetensors: not a readable safetensors file"]),
+        ("--method ultraedit --covariance none.safetensors", ["none.safetensors: not a readable"]),
         ("--covariance corpus.txt", ["corpus.txt: not a readable safetensors file"]),
         ("--covariance other.safetensors", ["another model"]),
         ("--device nonsense", ["--device nonsense"]),
