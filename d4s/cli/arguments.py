@@ -347,6 +347,7 @@ def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
 def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
     """--tasks: their scores, taken when called; None without."""
     if not options.tasks:
+        refuse(options, ("task_folder", "task_limit", "trust_task_code"), "--tasks", beside=False)
         return None
     from d4s.measure.downstream import TaskScores, require_harness
     from d4s.measure.task_files import check_task_files
@@ -379,6 +380,9 @@ def watching(options: Namespace) -> list[Any]:
 
 
 # Checks of what the options name together.
+
+# What an option is where it is not given, if that is not None.
+_NOT_GIVEN = {"dtype": "auto", "seed": 0, "trust_task_code": False, "zsre_target": "alt"}
 
 
 def check_room(
@@ -416,11 +420,19 @@ def check_room(
         found.check(free_bytes(found.places, out), loaded=True)
 
 
-def refuse(options: Namespace, meaningless: Sequence[str], where: str) -> None:
-    """ConfigError if one of these options is given, which mean nothing with what `where` names."""
+def refuse(options: Namespace, meaningless: Sequence[str], where: str, *, beside: bool = True) -> None:
+    """ConfigError if one of these options is given, which mean nothing with what `where` names.
+
+    beside: False: they mean nothing without it
+    """
     for name in meaningless:
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} means nothing with {where}; leave it out")
+        if getattr(options, name) != _NOT_GIVEN.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} means nothing with {where}; leave it out"
+                if beside
+                else f"{option} means nothing without {where}; name {where} too, or leave it out"
+            )
 
 
 def empty_folder(path: Path) -> Path:

@@ -59,12 +59,18 @@ def run(options: Namespace) -> None:
     from d4s.study.retained import paragraphs
 
     if options.name not in ("table4", "fig6"):
-        refuse(options, ("tasks", "task_folder", "task_limit"), options.name)
+        refuse(options, ("tasks", "task_folder", "task_limit", "trust_task_code"), options.name)
     if not PROTOCOLS[options.name].retained:
         refuse(options, ("facts", "text"), options.name)
     if options.tasks:
         refuse(options, ("facts", "text"), "--tasks, which are asked in place of facts")
     asks_facts = options.facts is not None or options.text is not None
+    if asks_facts:
+        refuse(
+            options,
+            ("task_folder", "task_limit", "trust_task_code"),
+            "--facts and --text, which are asked in place of tasks",
+        )
     if options.name in ("fig2", "fig3"):
         refuse(options, ("neighborhood_limit",), options.name)
     out = options.out

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import ROOT, done, run
+from support.command import ROOT, done, failed, run
 
 import d4s
 from d4s import progress
@@ -110,12 +110,22 @@ def test_options_that_mean_nothing_end_with_2(tmp_path, capsys):
         ("reproduce fig8 m --tasks mmlu", "--tasks"),
         ("reproduce fig8 m --facts 5", "--facts"),
         ("reproduce table4 m --tasks mmlu --text text.txt", "--text"),
+        ("reproduce table4 m --facts 5 --task-limit 2", "--task-limit"),
+        ("reproduce fig8 m --trust-task-code", "--trust-task-code"),
         ("reproduce fig3 m --neighborhood-limit 2", "--neighborhood-limit"),
         ("tasks list mmlu --questions 5", "--questions"),
     ):
         out = [] if arguments.startswith("tasks") else ["--out", str(tmp_path / "out")]
         assert main([*arguments.split(), *out]) == 2
         assert f"{option} means nothing with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--task-limit 5", "--task-folder none", "--trust-task-code"])
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_options_of_tasks_are_refused_where_no_task_is_named(verb, option, tmp_path, capsys):
+    out = ("--out", str(tmp_path / "out"), "--methods", "ft-m") if verb == "compare" else ()
+    line = failed(capsys, verb, "m", "edits.json", "--limit", "1", *out, *option.split())
+    assert f"{option.split()[0]} means nothing without --tasks" in line
 
 
 def test_data_sets_of_one_name_are_told_apart_by_their_folders():
