@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 HELP = "key statistics of a model over a corpus, all layers in one pass; or those of several files added up"
 SHARED = True
+RETAIN_SHARE = 0.5
 
 
 def add(verb: ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def add(verb: ArgumentParser) -> None:
         help="facts that are to stay, in a file as of edits: keys at their subjects are mixed in",
     )
     verb.add_argument(
-        "--retain-share", type=share, default=0.5, metavar="SHARE", help="of C that is from --retain"
+        "--retain-share", type=share, metavar="SHARE", help="of C that is from --retain; default: .5"
     )
 
 
@@ -82,6 +83,8 @@ def _estimated(options: Namespace) -> Covariance:
 
     if options.model is None:
         raise ConfigError("MODEL lacks; without it --merge FILE FILE adds up statistics that are there")
+    if options.retain is None:
+        refuse(options, ("retain_share",), "--retain", beside=False)
     model, tokenizer = loaded_model(options)
     check_ready(model, tokenizer)
     facts = None if options.retain is None else load_edits(options.retain)
@@ -92,7 +95,8 @@ def _estimated(options: Namespace) -> Covariance:
         return found
     # Each process takes them all: they are a few thousand rows.
     return found.mixed(
-        covariance_at_subjects(model, tokenizer, facts, layers=options.layers), options.retain_share
+        covariance_at_subjects(model, tokenizer, facts, layers=options.layers),
+        RETAIN_SHARE if options.retain_share is None else options.retain_share,
     )
 
 
@@ -100,9 +104,11 @@ def _imported(options: Namespace) -> Covariance:
     """Those of --from-npz."""
     from d4s.locate.npz_statistics import covariance_from_npz
 
-    refuse(options, ("layers", "tokens", "retain"), "--from-npz")
+    refuse(options, ("layers", "tokens", "retain", "retain_share", "seed"), "--from-npz")
     if options.corpus is not None:
         raise ConfigError(f"{options.corpus}: is a text, and --from-npz takes none; leave it out")
+    if options.model is None:
+        refuse(options, ("device", "device_map", "dtype"), "MODEL", beside=False)
     model = None if options.model is None else loaded_model(options)[0]
     return covariance_from_npz(options.from_npz, model=model)
 
@@ -115,7 +121,11 @@ def _merged(options: Namespace) -> Covariance:
         raise ConfigError(
             f"--merge takes files alone, and {options.model} is named beside it as MODEL; leave that out"
         )
-    refuse(options, ("layers", "tokens", "device", "retain"), "--merge")
+    refuse(
+        options,
+        ("layers", "tokens", "device", "device_map", "dtype", "seed", "retain", "retain_share"),
+        "--merge",
+    )
     if len(options.merge) < 2:
         raise ConfigError(f"--merge {options.merge[0]}: is one file; name two or more")
     first, *others = options.merge

@@ -132,6 +132,24 @@ def test_facts_that_are_to_stay_are_mixed_in(place, tmp_path, capsys):
     assert "--retain means nothing with --merge" in said
 
 
+@pytest.mark.parametrize("option", ["--retain-share .3", "--dtype float16", "--seed 4", "--device-map auto"])
+def test_what_means_nothing_beside_a_sum_is_refused(option, tmp_path, capsys):
+    files = ("--merge", "c.safetensors", "c.safetensors", "--out", str(tmp_path / "c"))
+    assert f"{option.split()[0]} means nothing with --merge" in failed(
+        capsys, "covariance", *files, *option.split()
+    )
+
+
+def test_a_share_of_no_facts_is_refused(tmp_path, capsys):
+    arguments = ("m", "corpus.txt", "--retain-share", ".3", "--out", str(tmp_path / "c"))
+    assert "--retain-share means nothing without --retain;" in failed(capsys, "covariance", *arguments)
+    npz = ("--from-npz", "none.npz", "--out", str(tmp_path / "c"))
+    assert "--retain-share means nothing with --from-npz" in failed(
+        capsys, "covariance", *npz, "--retain-share", ".3"
+    )
+    assert "--dtype means nothing without MODEL" in failed(capsys, "covariance", *npz, "--dtype", "float16")
+
+
 def test_statistics_that_do_not_belong_together_are_refused_with_what_differs(place, tmp_path, capsys):
     mine, out = str(place / "c.safetensors"), ("--out", str(tmp_path / "all"))
     fewer, others = str(tmp_path / "fewer"), str(tmp_path / "others")
