@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from d4s.cli.arguments import (
     loaded_edits,
     loaded_model,
     names,
+    refuse,
     seeds,
     task_scores,
     watching,
@@ -33,6 +34,7 @@ from d4s.cli.arguments import (
 from d4s.cli.printing import print_json, print_notes
 from d4s.errors import ConfigError
 from d4s.files import check_folder
+from d4s.models.causal_lm import CausalLM
 from d4s.ranks import here
 
 HELP = "the same edits with several methods"
@@ -54,6 +56,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--front",
         nargs="*",
+        action="extend",
         metavar="GRID",
         help="along each method's strength: values of λ, as 30,300,3000, or those of a method, as ft-m=1e-4,1e-3; "
         "without: multiples of each one's own",
@@ -69,12 +72,16 @@ def run(options: Namespace) -> None:
     from d4s.sequence.compare import compare
     from d4s.study.front import front
 
+    if options.seeds is not None:
+        refuse(options, ("seed",), "--seeds")
     here().on_first(lambda: check_folder(options.out))
     watchers = watching(options)
     methods, grid = _configs(options), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)
+    if options.targets is not None:
+        _check_searches_ahead(methods, model)
     check_room(
         model,
         methods,
@@ -137,6 +144,18 @@ def _configs(options: Namespace) -> dict[str, Any]:
     return configs
 
 
+def _check_searches_ahead(methods: Mapping[str, Any], model: CausalLM) -> None:
+    """ConfigError unless one of the methods takes --targets; others may stand beside it, and search their own."""
+    from d4s.models.architectures import Anatomy
+    from d4s.sequence.compare import configured_methods
+
+    if not any(one.searches_ahead for one in configured_methods(methods, Anatomy(model)).values()):
+        raise ConfigError(
+            f"--targets: are of the unedited model, and none of the methods compared ({', '.join(methods)}) searches "
+            "its targets there; d4s with anchor='base' does"
+        )
+
+
 def _grid(given: Sequence[str] | None) -> Any:
     """--front: numbers for λ, METHOD=numbers, or None without either."""
     if not given:
@@ -152,7 +171,7 @@ def _grid(given: Sequence[str] | None) -> Any:
                 f"--front {item!r}: must be numbers with commas, as 30,300,3000, or METHOD=NUMBERS, as ft-m=1e-4,1e-3"
             ) from None
         if equals:
-            grids[method] = numbers
+            grids.setdefault(method, []).extend(numbers)
         else:
             plain += numbers
     if plain and grids:

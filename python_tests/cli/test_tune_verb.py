@@ -127,6 +127,7 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
         (("edit", "--method", "memit", "--preset", "GIVEN"), "is of d4s, and memit was asked for"),
         (("compare", "--front", "a,b"), "must be numbers with commas"),
         (("compare", "--front", "1", "memit=2"), "not both"),
+        (("compare", "--front", "1", "--front", "memit=2"), "not both"),
         (("tune", "--probes", "9"), "1 different edits with neighbours, and 9 probes"),
     ],
 )
@@ -160,5 +161,6 @@ def test_a_grid_is_of_all_methods_or_of_each():
     assert _grid(None) is None and _grid([]) is None
     assert _grid(["30,300"]) == [30.0, 300.0]
     assert _grid(["ft-m=1e-4,1e-3", "d4s=30"]) == {"ft-m": [1e-4, 1e-3], "d4s": [30.0]}
+    assert _grid(["d4s=30", "d4s=300"]) == {"d4s": [30.0, 300.0]}
     with pytest.raises(ConfigError, match="not both"):
         _grid(["30", "d4s=30"])

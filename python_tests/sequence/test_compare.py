@@ -32,6 +32,7 @@ from d4s.sequence.compare import _orders, compare, weights_digest
 from d4s.sequence.comparison import Comparison, record_place
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
+from d4s.sequence.target_search import search_targets
 
 BOTH = {"d4s": FAST, "memit": FAST}
 
@@ -583,6 +584,24 @@ def test_the_verb_compares_and_writes(monkeypatch, tmp_path, capsys, seed):
     assert cli.main([*asked.split(), "--json", "--out", str(tmp_path / "again")]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["method"], row["edits"]) for row in rows] == [("ft-m", 2), ("grace", 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--seeds 1 --seed 5", "--seed means nothing with --seeds"),
+        ("--targets t.safetensors", "none of the methods compared (ft-m, ultraedit) searches"),
+    ],
+)
+def test_the_verb_refuses_what_it_would_pass_over(options, said, monkeypatch, tmp_path, capsys, seed):
+    model, _ = ready(seed)
+    monkeypatch.setattr("d4s.cli.compare.loaded_model", lambda options: (model, tiny_tokenizer()))
+    monkeypatch.chdir(tmp_path)
+    save_edits(EDITS, "edits.jsonl")
+    search_targets(model, tiny_tokenizer(), EDITS[:1], config=FAST, out="t.safetensors", progress=False)
+    asked = f"compare m edits.jsonl --methods ft-m,ultraedit --count 1 --out out {options}"
+    assert cli.main(asked.split()) == 2
+    assert said in capsys.readouterr().err
 
 
 class Measure:
