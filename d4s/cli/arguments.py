@@ -259,12 +259,21 @@ def loaded_edits(options: Namespace) -> list[Any]:
     if options.edits == "embedded":
         from d4s.embedded import load_demo_edits
 
+        refuse(options, ("zsre_target",), "the embedded edits, which are none of zsRE")
         return load_demo_edits(options.limit)
     from d4s.edits.formats import load_edits
 
-    return load_edits(
+    edits = load_edits(
         options.edits, limit=options.limit, skip_bad=options.skip_bad, zsre_target=options.zsre_target
     )
+    if not any(_is_towards_truth(edit) for edit in edits):
+        refuse(options, ("zsre_target",), f"{options.edits}, which holds no records of zsRE")
+    return edits
+
+
+def _is_towards_truth(edit: Any) -> bool:
+    """Whether it is what --zsre-target answer makes: of an edit as d4s saved it, which is not made anew, too."""
+    return edit.tags.get("source") in ("zsre", "zsre_flat") and edit.target_true is None
 
 
 def as_asked(options: Namespace, edits: list[Any], tokenizer: Any) -> list[Any]:

@@ -9,7 +9,14 @@ import pytest
 from support.command import RECORDS, done, failed
 
 from d4s.cli import main
-from d4s.edits.formats import load_edits
+from d4s.edits.formats import load_edits, save_edits
+
+ZSRE = {
+    "subject": "Danielle Darrieux",
+    "src": "What is the mother tongue of Danielle Darrieux?",
+    "alt": "English",
+    "answers": ["French"],
+}
 
 
 def test_scores_of_tasks_are_in_percent_where_they_are_shares(monkeypatch, capsys):
@@ -72,6 +79,12 @@ def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):
     monkeypatch.setattr(
         "d4s.edits.formats.load_edits", lambda *a, **k: seen.append(k["zsre_target"]) or real(*a, **k)
     )
-    done(capsys, "evaluate", "m", "edits.json", "--zsre-target", "answer", "--json")
-    done(capsys, "evaluate", "m", "edits.json", "--json")
+    Path("zsre.json").write_text(json.dumps([ZSRE]))
+    for target, name in (("answer", "answer.jsonl"), ("alt", "alt.jsonl")):
+        done(capsys, "evaluate", "m", "zsre.json", "--zsre-target", target, "--json")
+        save_edits(real("zsre.json", zsre_target=target), name)
     assert seen == ["answer", "alt"]
+    done(capsys, "evaluate", "m", "answer.jsonl", "--zsre-target", "answer", "--json")  # as they were saved
+    for edits in ("alt.jsonl", "edits.json", "embedded"):
+        said = failed(capsys, "evaluate", "m", edits, "--zsre-target", "answer")
+        assert "--zsre-target means nothing with" in said and edits in said and "zsRE" in said
