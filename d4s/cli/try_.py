@@ -365,10 +365,14 @@ def fact(text: str) -> Edit:
     marked = list(re.finditer(r"\[\[(.+?)\]\]", prompt)) or list(re.finditer(r"\[(.*?)\]", prompt))
     if len(marked) != 1 or not marked[0][1].strip():
         what = (
-            "no subject is" if not marked else "the subject is empty" if len(marked) == 1 else "several are"
+            "no subject is marked by brackets"
+            if not marked
+            else "the subject in brackets is empty"
+            if len(marked) == 1
+            else "several subjects are marked by brackets"
         )
         more = ", or in [[ ]] where the prompt has brackets of its own" if len(marked) > 1 else ""
-        raise EditError(f"{what} marked by brackets in {shown(prompt.strip())}; put it in [ ]{more}, {right}")
+        raise EditError(f"{what} in {shown(prompt.strip())}; put it in [ ]{more}, {right}")
     (subject,) = marked
     begin, end = prompt[: subject.start()].lstrip(), prompt[subject.end() :].rstrip()
     if "{}" in begin + end:
