@@ -301,7 +301,13 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
         check_regular(corpus, "texts")
         with open(corpus, encoding="utf-8") as file:
             yield from (line.strip() for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise DataError(f"{os.fspath(corpus)}: there is no such file; name one that is there") from None
+    except OSError as error:
+        raise DataError(
+            f"{os.fspath(corpus)}: cannot be read ({error.strerror or error}); name a file that can"
+        ) from None
+    except UnicodeDecodeError as error:
         raise DataError(
             f"{os.fspath(corpus)}: cannot be read as UTF-8 text ({error}); save it as UTF-8"
         ) from None

@@ -44,7 +44,7 @@ def test_statistics_from_the_command_line_are_those_from_python(place, tmp_path,
 
 def test_a_corpus_or_a_number_of_keys_that_does_not_fit_is_named(tmp_path, capsys):
     out = str(tmp_path / "c")
-    assert "none.txt: cannot be read" in failed(capsys, "covariance", "m", "none.txt", "--out", out)
+    assert "none.txt: there is no such file" in failed(capsys, "covariance", "m", "none.txt", "--out", out)
     assert "0…2" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--layers", "3")
     (tmp_path / "c").mkdir()
     assert str(tmp_path) in failed(capsys, "covariance", "m", "corpus.txt", "--out", out)

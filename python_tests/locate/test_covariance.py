@@ -259,8 +259,11 @@ def test_a_number_of_keys_below_one_is_refused(tokens):
 
 
 def test_a_corpus_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"nowhere\.txt: there is no such file; name one that is there"):
         estimate(tiny_model("gpt2"), tmp_path / "nowhere.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"in\.txt: cannot be read \(Not a directory\); name a file that can"):
+        estimate(tiny_model("gpt2"), tmp_path / "file" / "in.txt")
     (tmp_path / "latin.txt").write_bytes("Škoda".encode("utf-16"))
     with pytest.raises(DataError, match=r"latin\.txt: cannot be read as UTF-8"):
         estimate(tiny_model("gpt2"), str(tmp_path / "latin.txt"))
