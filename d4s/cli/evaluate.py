@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from d4s.cli.arguments import (
     task_scores,
 )
 from d4s.cli.printing import print_json
+from d4s.errors import ConfigError
 from d4s.ranks import here
 
 HELP = "score a model on edits"
@@ -76,7 +78,18 @@ def _baseline(options: Namespace, edits: list[Any]) -> Any:
 
     if options.baseline is None:
         return None
-    if Path(options.baseline).is_file():
-        return Baseline.load(options.baseline)
+    place = Path(options.baseline)
+    if place.is_file() and place.suffix.lower() != ".gguf":
+        return Baseline.load(place)
+    if not place.exists() and not _may_be_on_the_hub(options.baseline):
+        raise ConfigError(
+            f"--baseline {place}: there is no such file or model folder; name the baseline.json of d4s edit, or the "
+            "unedited model"
+        )
     unedited = Namespace(**{**vars(options), "model": options.baseline})
     return take_baseline(*loaded_model(unedited), edits, progress=True)
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether it is spelled as a model of the hub, or of this package, is, and not as a file of answers."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not name.endswith(".json")

@@ -73,6 +73,17 @@ def test_bad_records_may_be_left_out(capsys):
     assert figures["metrics"]["efficacy"]["count"] == 2
 
 
+@pytest.mark.parametrize("baseline", ["/none/baseline.json", "baseline.json", "run/none/model", "~/model"])
+def test_a_baseline_that_is_not_there_is_told_as_such(baseline, capsys):
+    said = failed(capsys, "evaluate", "m", "edits.json", "--baseline", baseline)
+    assert f"--baseline {baseline}: there is no such file or model folder; name" in said
+
+
+def test_a_baseline_may_be_a_model_of_the_hub(capsys):
+    said = failed(capsys, "evaluate", "m", "edits.json", "--baseline", "no-such-owner/none")
+    assert said.startswith("d4s: no-such-owner/none: no causal language model could be loaded")
+
+
 def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):
     seen = []
     real = load_edits
