@@ -145,7 +145,9 @@ class Row:
             row[name] = mean([kept for _, kept in as_before])
             self._by_kind("locality", as_before)
         elif self.before is None:
-            self._note(f"{name} compares with the unedited model: pass baseline=take_baseline(…)")
+            self._note(
+                f"{name} compares with the unedited model: pass baseline=take_baseline(…) (--baseline FILE)"
+            )
         if by_data:
             row["specificity_gold"] = mean(by_data)
 

@@ -101,7 +101,7 @@ def test_without_a_baseline_specificity_is_absent_and_the_reason_given() -> None
     one = edit("a", "b", kind="question", paraphrases=("y a",), locality=(Question("y a", ("b",)),))
     ev = evaluate(model, model.tokenizer, [one])
     assert "specificity" not in ev and "average" not in ev and ev["specificity_gold"] == 1
-    assert "baseline=take_baseline" in ev.summary()
+    assert "pass baseline=take_baseline(…) (--baseline FILE)" in ev.summary()
     with pytest.raises(ConfigError, match="baseline=take_baseline"):
         ev["specificity"]
 
