@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,8 @@ def front(
     sums_on, options: as of `compare`, `out` among them, in which what has been made is kept; a sequence is labelled
         "d4s λ 300"
 
-    Raises ConfigError for a grid of no method, a value out of range, and a method without a strength.
+    Raises ConfigError for a grid of no method, a value out of range, two values of one label, and a method without a
+    strength.
     """
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
@@ -291,6 +293,12 @@ def strengths(
     found = sorted({float(value) for value in given})
     if not found:
         raise ConfigError(f"{label}: its grid is empty; give values of {method.strength}, as 30, 300, 3000")
+    for value, following in pairwise(found):
+        if spelled(method.strength, value) == spelled(method.strength, following):
+            raise ConfigError(
+                f"{label}: its grid has {value!r} and {following!r}, which are both {spelled(method.strength, value)} "
+                "in the label of a sequence; give values that differ in six digits"
+            )
     return found
 
 

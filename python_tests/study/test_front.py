@@ -110,6 +110,9 @@ def test_without_a_grid_it_is_multiples_of_each_methods_own(seed):
     assert strengths("d4s", open_, None, bench, EDITS)[2] == settled
     with pytest.raises(ConfigError, match="empty"):
         strengths("d4s", own, [], bench, EDITS)
+    with pytest.raises(ConfigError, match=r"d4s: its grid has 30\.0 and 30\.00001, which are both λ 30"):
+        strengths("d4s", own, [30.00001, 1.0, 30, 30.0], bench, EDITS)
+    assert strengths("d4s", own, [30.001, 30, 30.0], bench, EDITS) == [30.0, 30.001]
     with pytest.raises(ConfigError, match="mennit"):
         front(model, tiny_tokenizer(), EDITS, {"d4s": FAST}, grid={"mennit": [1]}, covariance=covariance)
 
