@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def check_targets(bench: Workbench, method: TargetMethod) -> None:
 def search_targets(
     model: CausalLM,
     tokenizer: Any,
-    edits: Sequence[Edit],
+    edits: Iterable[Edit],
     *,
     method: str | Method = "d4s",
     config: Mapping[str, Any] | Method | Preset | None = None,
@@ -53,6 +53,7 @@ def search_targets(
 
     Raises DataError if the file is there and of something else, naming what differs.
     """
+    edits = tuple(edits)
     check_sequence(edits)
     check_ready(model, tokenizer, edits)
     place = None if out is None else Path(out)

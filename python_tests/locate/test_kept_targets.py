@@ -80,6 +80,17 @@ def test_a_log_says_how_many_targets_of_several_are_found(seed, monkeypatch, cap
         assert not told or f" {len(edits)}/{len(edits)} " in told[-1]
 
 
+def test_edits_may_come_one_after_another(seed):
+    model = tiny_model("llama", seed)
+    found, again = (
+        search_targets(model, tiny_tokenizer(), edits, config=FIELDS, progress=False)
+        for edits in (EDITS, iter(EDITS))
+    )
+    assert (
+        len(again) == len(EDITS) and all(edit in again for edit in EDITS) and again.identity == found.identity
+    )
+
+
 def test_what_was_found_before_an_interruption_is_in_the_file(seed, monkeypatch, tmp_path):
     own, windows = locate_then_edit.optimise_targets, []
 
