@@ -166,7 +166,8 @@ class Covariance:
                 f"layers {sorted(self.routed)} are mixtures of experts, whose statistics count tokens and cannot be "
                 "weighed; leave out the facts to be retained"
             )
-        count = self.count + other.count
+        # Keys that weigh nothing are not among those behind the sums.
+        count = (self.count if share < 1 else 0) + (other.count if share > 0 else 0)
         own, others = (1 - share) * count / self.count, share * count / other.count
         return Covariance(
             {layer: own * moment + others * other.moments[layer] for layer, moment in self.moments.items()},

@@ -298,8 +298,10 @@ def test_keys_of_facts_are_those_at_their_subjects_last_tokens(model_type, seed)
 def test_facts_weigh_what_they_are_said_to_weigh_however_few_they_are(seed):
     model = tiny_model("gpt2", seed)
     text, facts = estimate(model, TEXTS), covariance_at_subjects(model, tiny_tokenizer(), EDITS)
-    for share in (0.0, 0.25, 1.0):
+    counts = {0.0: text.count, 0.25: text.count + facts.count, 1.0: facts.count}
+    for share, count in counts.items():
         mixed = text.mixed(facts, share)
+        assert mixed.count == count
         for layer in text.layers:
             close(mixed.mean(layer), (1 - share) * text.mean(layer) + share * facts.mean(layer))
     for share in (-0.1, 1.5, float("nan")):
