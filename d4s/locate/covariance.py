@@ -394,7 +394,7 @@ def estimate_covariance(
             return
         start = start_ids(tokenizer)
         for text in _texts_of(corpus):
-            (ids,) = text_ids(tokenizer, (text,))
+            (ids,) = text_ids(tokenizer, (text,), are_cut=True)
             if max(ids, default=0) >= known:
                 raise ModelError(
                     f"the corpus has the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (id {max(ids)}), and the "

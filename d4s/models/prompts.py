@@ -62,15 +62,18 @@ class _Around:
         return slice(begin, len(ids) - self.behind)
 
 
-def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def text_ids(tokenizer: Any, texts: Sequence[str], *, are_cut: bool = False) -> list[list[int]]:
     """Token ids of texts that go on: with what the tokenizer puts in front of any text, not what it puts behind.
 
     That is <s> or [CLS], once, also where the text begins with it, and </s> or [SEP] of a tokenizer that adds them.
+
+    are_cut: whether the model is given pieces of them, so that transformers need not warn of long ones
     """
     if not texts:
         return []
     around = _Around.of(tokenizer)
-    return [list(ids[around.span(ids)]) for ids in tokenizer(list(texts))["input_ids"]]
+    quiet = {"verbose": False} if are_cut else {}
+    return [list(ids[around.span(ids)]) for ids in tokenizer(list(texts), **quiet)["input_ids"]]
 
 
 def start_ids(tokenizer: Any) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import random
 
@@ -177,6 +178,16 @@ def test_a_long_text_is_cut_into_pieces_that_fit_and_none_is_lost(positions, see
     total, count = sums_by_hand(model, pieces, 1)
     assert found.count == count == len(body) + len(pieces)
     close(found.mean(1), total / count)
+
+
+def test_no_warning_of_long_texts_is_shown_where_they_are_cut(seed, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer, model = copy.deepcopy(tiny_tokenizer()), tiny_model("gpt2", seed)
+    tokenizer.model_max_length = 16
+    estimate_covariance(model, tokenizer, [" ".join(TEXTS)], progress=False)
+    assert "longer than" not in caplog.text
+    tokenizer(" ".join(TEXTS))  # where nobody cuts them, it is
+    assert "longer than" in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
