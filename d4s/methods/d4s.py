@@ -67,7 +67,7 @@ from d4s.edits.edit import AGAIN
 from d4s.errors import ConfigError
 from d4s.locate.keys import PromptRows, keys_beside, prompt_rows
 from d4s.locate.targets import Targets, refining
-from d4s.methods.base import Holding, LayerSize, Step, Workbench
+from d4s.methods.base import Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.locate_then_edit import (
     Ahead,
     LocateEditor,
@@ -82,6 +82,7 @@ from d4s.models.architectures import Anatomy
 # answer, 77 % after a second pass without looks, 88 % after one with eight (docs/results/smollm2-long.md).
 AGAIN_LOOKS = 8
 MOST_BESIDE = 64  # tokens of a prompt, beside the subject's last, whose keys are put in: the last ones
+PROMPT_WEIGHT, PROMPT_EDITS = 0.25, 300  # measured on so many edits of SmolLM2 (docs/results/smollm2-long.md)
 BESIDE = 8  # how many CounterFact's prompts have, about
 _LONG = {"anchor": "base", "residual": "measured", "context_keys": "each"}
 
@@ -97,7 +98,7 @@ class D4S(LocateMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"anchor": "base", "residual": "once"},
         "long": _LONG,
-        "hold": {**_LONG, "prompt_weight": 0.25},
+        "hold": {**_LONG, "prompt_weight": None},
         "answers": {**_LONG, "refine_looks": 4, "target_stop": True},
     }
     edits_experts: ClassVar[bool] = True
@@ -115,9 +116,9 @@ class D4S(LocateMethod):
         "a key an edit, the mean over its contexts as published, or one of each context, with what that context lacks",
     ] = "mean"
     prompt_weight: Annotated[
-        float,
+        float | None,
         "of the keys at the prompt's other tokens, at which nothing is to change, where an edit's own key has 1; "
-        "0: they do not count",
+        "0: they do not count; None: 75 over the number of edits, ¼ at most",
         AtLeast(0),
     ] = 0.0
     refine_looks: Annotated[
@@ -139,14 +140,21 @@ class D4S(LocateMethod):
         super().check_experts(anatomy, layers)
         if self.context_keys == "each":
             self.refuse_experts("context_keys='each'", anatomy, layers)
-        if self.prompt_weight:
+        if self.prompt_weight != 0:
             self.refuse_experts("prompt_weight", anatomy, layers)
 
     @property
     def keys_an_edit(self) -> int:
         return (self.rows_an_edit if self.context_keys == "each" else 1) + (
-            BESIDE if self.prompt_weight else 0
+            BESIDE if self.prompt_weight != 0 else 0
         )
+
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """Also the weight of the prompts' tokens, where it is None: by how many edits there are to be."""
+        method = super().settled(bench, edits)
+        if self.prompt_weight is not None:
+            return method
+        return method.changed({"prompt_weight": prompt_weight_of(len(edits))})
 
     @property
     def measures_again(self) -> bool:
@@ -167,8 +175,14 @@ class D4S(LocateMethod):
             measured=self.measures_again,
             refine_looks=self.refine_looks,
             each=self.context_keys == "each",
-            prompt_weight=self.prompt_weight,
+            prompt_weight=prompt_weight_of(1) if self.prompt_weight is None else self.prompt_weight,
         )
+
+
+def prompt_weight_of(edits: int) -> float:
+    """The weight of the prompts' tokens in a sequence of so many edits: what they weigh together stays in proportion to
+    λC, which does not grow."""
+    return min(PROMPT_WEIGHT, PROMPT_EDITS * PROMPT_WEIGHT / edits)
 
 
 class D4SEditor(LocateEditor):

@@ -223,7 +223,7 @@ class Record:
 
 def told_chosen(chosen: Mapping[str, Any]) -> list[str]:
     """A line for each field that was left open."""
-    return [f"{name}={value:g}, chosen by the first edits" for name, value in chosen.items()]
+    return [f"{name}={value:g}, chosen by the edits" for name, value in chosen.items()]
 
 
 def _named(ids: Sequence[str]) -> str:

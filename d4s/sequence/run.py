@@ -103,6 +103,7 @@ def edit_sequence(
     begun is raised as EditingFailed or, by Ctrl-C or a signal, EditingStopped: both are EditingInterrupted, with the
     cause behind them and the Result so far as `result`, whose `restore()` is the way back.
     """
+    edits = tuple(edits)
     schedule = Schedule(
         batch_size=batch_size,
         evaluate_every=evaluate_every,

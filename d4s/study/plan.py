@@ -511,7 +511,7 @@ def _passes(
         of_keys = edits * method.rows_an_edit
         # With a key of each context its row goes on to where its residual is measured.
         each = isinstance(method, D4S) and method.context_keys == "each"
-        beside = isinstance(method, D4S) and bool(method.prompt_weight)
+        beside = isinstance(method, D4S) and method.prompt_weight != 0
         for layer in layers:
             share = below if each else (layer + 1) / blocks
             passes.append(Pass("keys", of_keys, of_keys * length, share))

@@ -14,7 +14,7 @@ from d4s.edits import Edit
 from d4s.errors import ConfigError, EditingStopped
 from d4s.journal.journal import Journal
 from d4s.locate.keys import keys_beside, prompt_rows
-from d4s.methods import method_for
+from d4s.methods import METHODS, d4s, method_for
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import subject_row
 from d4s.study.plan import VECTORS, plan
@@ -139,15 +139,35 @@ def test_its_journal_goes_on_and_takes_single_edits_back(monkeypatch, tmp_path, 
 def test_plan_and_journal_count_its_rows(tmp_path, seed):
     model, covariance = ready(seed)
     sizes, seconds = {}, {}
-    for weight in (0.0, WEIGHT):
+    for weight in (0.0, WEIGHT, None):
         method = method_for("d4s", Anatomy(model), FAST | dict(prompt_weight=weight))
         found = plan(model, method, 7)
         (sizes[weight],) = (part.bytes for part in found.parts if part.name == VECTORS)
         seconds[weight] = sum(one.rows for one in found.passes)
-    assert sizes[WEIGHT] > 4 * sizes[0.0] and seconds[WEIGHT] > seconds[0.0]
+    assert sizes[WEIGHT] == sizes[None] > 4 * sizes[0.0] and seconds[WEIGHT] > seconds[0.0]
     sequence(model, covariance, config=FAST | dict(prompt_weight=WEIGHT), journal=tmp_path / "journal")
     kept = sum(path.stat().st_size for path in (tmp_path / "journal/segments").iterdir())
     assert 0.2 * sizes[WEIGHT] < kept < 2 * sizes[WEIGHT] + 20_000
+
+
+def test_left_open_it_is_chosen_by_how_many_edits_there_are(monkeypatch, tmp_path, seed):
+    assert [d4s.prompt_weight_of(count) for count in (1, 300, 600, 1_000)] == pytest.approx(
+        [0.25, 0.25, 0.125, 0.075]
+    )
+    monkeypatch.setattr(d4s, "PROMPT_EDITS", 2)
+    model, covariance = ready(seed)
+    found = sequence(model, covariance, config=FAST | dict(prompt_weight=None), journal=tmp_path / "journal")
+    assert found.chosen == {"prompt_weight": pytest.approx(0.5 / len(SEVEN))}
+    told = sequence(*ready(seed), config=FAST | found.chosen)
+    assert same(state(told.model), state(model)) and told.chosen == {}
+    monkeypatch.setattr(d4s, "PROMPT_EDITS", 7)  # what a sequence has begun with stays
+    assert (
+        sequence(*ready(seed), config=FAST | dict(prompt_weight=None), journal=tmp_path / "journal").chosen
+        == found.chosen
+    )
+    (alone,) = {editor_of("d4s", bench_of("gpt2", seed), prompt_weight=None).prompt_weight}
+    assert alone == 0.25
+    assert METHODS["d4s"].presets["hold"]["prompt_weight"] is None
 
 
 def test_of_experts_it_is_refused_and_tune_tries_it(seed):
