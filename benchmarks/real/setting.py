@@ -31,7 +31,8 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "d4s-long-looks": {"method": "d4s", **METHODS["d4s"].presets["long"], "refine_looks": 4},
     "d4s-long-deep": {"method": "d4s", **METHODS["d4s"].presets["long"], "steps": 50, "stop_loss": 0.01},
     "d4s-hold": {"method": "d4s", **METHODS["d4s"].presets["hold"]},
-    "d4s-hold-800": {
+    "d4s-hold-quarter": {"method": "d4s", **METHODS["d4s"].presets["hold"], "prompt_weight": 0.25},
+    "d4s-hold-half": {
         "method": "d4s",
         **METHODS["d4s"].presets["hold"],
         "prompt_weight": 0.5,
