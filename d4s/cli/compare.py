@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,6 @@ from d4s.cli.arguments import (
 from d4s.cli.printing import print_json, print_notes
 from d4s.errors import ConfigError
 from d4s.files import check_folder
-from d4s.models.causal_lm import CausalLM
 from d4s.ranks import here
 
 HELP = "the same edits with several methods"
@@ -80,8 +79,6 @@ def run(options: Namespace) -> None:
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)
-    if options.targets is not None:
-        _check_searches_ahead(methods, model)
     check_room(
         model,
         methods,
@@ -142,18 +139,6 @@ def _configs(options: Namespace) -> dict[str, Any]:
     for name in having or list(configs)[:1]:
         configs[name] = preset_named(options.preset, name)
     return configs
-
-
-def _check_searches_ahead(methods: Mapping[str, Any], model: CausalLM) -> None:
-    """ConfigError unless one of the methods takes --targets; others may stand beside it, and search their own."""
-    from d4s.models.architectures import Anatomy
-    from d4s.sequence.compare import configured_methods
-
-    if not any(one.searches_ahead for one in configured_methods(methods, Anatomy(model)).values()):
-        raise ConfigError(
-            f"--targets: are of the unedited model, and none of the methods compared ({', '.join(methods)}) searches "
-            "its targets there; d4s with anchor='base' does"
-        )
 
 
 def _grid(given: Sequence[str] | None) -> Any:

@@ -117,12 +117,17 @@ def compare(
     )
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
-    if isinstance(targets, (str, os.PathLike)):
-        targets = KeptTargets.load(targets)
     anatomy = Anatomy(model, architecture)
     configured = configured_methods(methods, anatomy)
     if targets is not None:
         ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
+        if not ahead:  # else others may stand beside it, and search their own
+            raise ConfigError(
+                f"targets: are of the unedited model, and none of the methods compared ({', '.join(configured)}) "
+                "searches its targets there; d4s with anchor='base' does"
+            )
+        if isinstance(targets, (str, os.PathLike)):
+            targets = KeptTargets.load(targets)
         if len(seeds) > 1 and any(one.contexts for one in ahead):
             raise ConfigError(
                 "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
