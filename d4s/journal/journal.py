@@ -124,9 +124,8 @@ class Journal:
                         "subject": edit.subject,
                         "target_new": edit.target_new,
                         "target_true": edit.target_true,
-                        "at": event.get(
-                            "made_at", event.get("at")
-                        ),  # of a merged journal, when it was made there
+                        # Of a merged journal when it was made there.
+                        "at": event.get("made_at", event.get("at")),
                         "by": event.get("by"),
                         "step": event["step"],
                         "stands": edit.id not in standing.undone,

@@ -19,7 +19,7 @@ def differences(one: Evaluation, other: Evaluation, seed: int = 0) -> dict[str, 
     """Mean of one less mean of the other, of each figure that both have, with its 95 % interval.
 
     Paired bootstrap over the edits (by id) that have the figure in both; average and harmonic are those of the means.
-    {} where no edit is in both.
+    Metric's mean, low and high are of the difference. {} where no edit is in both.
     """
     mine = {row["id"]: row for row in one.rows}
     theirs = {row["id"]: row for row in other.rows}

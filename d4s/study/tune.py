@@ -82,7 +82,7 @@ def _scaled(*factors: float) -> Callable[[Method, Anatomy, str], list[Any]]:
     return values
 
 
-def _counts(*counts: float) -> Callable[[Method, Anatomy, str], list[Any]]:
+def _counts(*counts: int) -> Callable[[Method, Anatomy, str], list[Any]]:
     def values(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
         return [count for count in counts if count != method.value(name)]
 
@@ -97,11 +97,11 @@ def _others(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
 
 
 # The fields that are searched, in the order in which they are let go where time lacks, from the end. A method that
-# lacks a field is not searched along it. target_stop is not there: what it brings only free text would show.
+# lacks a field is not searched along it. target_stop is not there: what it brings only free text would show; nor
+# prompt_weight, which goes by how many edits there are to be.
 SEARCHED: dict[str, Callable[[Method, Anatomy, str], list[Any]]] = {
     "layers": lambda method, anatomy, _name: _layers(method, anatomy),
     "context_keys": _others,
-    "prompt_weight": _counts(0.25, 0.0),
     "clamp": _scaled(0.5, 2.0),
     "target_norm": _others,
     "target_eos": _others,
