@@ -1,6 +1,6 @@
 """What a comparison's models say by themselves: edits', paraphrases' and neighbours' greedy answers against edits made.
 
-python -m benchmarks.real.greedy comparison/sequences greedy.png
+python -m benchmarks.real.greedy comparison/sequences greedy.png [--only d4s-long memit-seq]
 
 The folder is one that `d4s compare` or `benchmarks.real.comparison` has made, or is making; cost: seconds.
 """
@@ -26,8 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("figure", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="in this order; default: all")
     options = parser.parse_args()
     found = sequences(options.folder).results
+    if options.only is not None:
+        if lacking := [label for label in options.only if label not in found]:
+            parser.error(f"--only: {options.folder} has no sequence {lacking[0]}; it has {', '.join(found)}")
+        found = {label: found[label] for label in options.only}
     histories = {label: by_seed[min(by_seed)].to_frame() for label, by_seed in found.items()}
     parts = []
     for name, panel in PANELS.items():
@@ -37,7 +42,13 @@ def main() -> None:
             points = {"panel": panel, "line": label, "x": edited["step"], "y": 100 * edited[name]}
             parts.append(pandas.DataFrame(points | bounds))
     data = pandas.concat(parts)
-    plot_lines(data, options.figure, x_label="edits made", y_label="share (%)", y_range=(0, 100))
+    plot_lines(
+        data,
+        options.figure,
+        x_label="edits made, those made again counted",
+        y_label="share (%)",
+        y_range=(0, 100),
+    )
 
 
 if __name__ == "__main__":
