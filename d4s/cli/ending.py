@@ -27,7 +27,7 @@ STATUSES = {
     BUG: "a bug of d4s",
     129: "ended by SIGHUP",
     STOPPED: "stopped by Ctrl-C",
-    READER_GONE: "who read standard output has gone",
+    READER_GONE: "the reader of standard output closed it",
     143: "ended by SIGTERM",
 }
 EPILOG = f"exit status: {'; '.join(f'{status} {meaning}' for status, meaning in STATUSES.items())}"

@@ -393,7 +393,8 @@ class Journal:
                 found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
         if not found:
             raise ModelError(
-                f"{self.path}: no weight differs from the unedited model's, for no edit stands that changed one"
+                f"{self.path}: no weight differs from the unedited model's, since no edit stands that changed one; "
+                "redo one first"
             )
         return found
 
