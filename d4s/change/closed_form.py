@@ -17,8 +17,8 @@ B and A.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -137,6 +137,17 @@ class Rows:
     edits: tuple[int, ...]
     residuals: Tensor
     keys: Tensor
+
+    def of(self, edits: Collection[int]) -> Rows:
+        """Those of some of the step's edits. edits: their places within it"""
+        own = [i for i, edit in enumerate(self.edits) if edit in edits]
+        return Rows(
+            self.layer, self.sign, tuple(self.edits[i] for i in own), self.residuals[own], self.keys[own]
+        )
+
+    def negated(self) -> Rows:
+        """The same rows, taken out where they were put in, and the reverse."""
+        return replace(self, sign=-self.sign)
 
 
 class ClosedForm:

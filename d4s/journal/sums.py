@@ -150,15 +150,13 @@ def _taken_out(made: Made, earlier: Made) -> list[Rows]:
     if made.follows == earlier.edit.id:
         return [rows for rows in made.rows if rows.sign < 0]
     lowest = min((rows.layer for rows in (*made.rows, *earlier.rows)), default=0)
-    return [negated(rows) for rows in earlier.rows if rows.sign > 0 and rows.layer == lowest]
+    return [rows.negated() for rows in earlier.rows if rows.sign > 0 and rows.layer == lowest]
 
 
 def of_one(rows: Rows, place: int) -> Rows | None:
     """The rows of one edit of a step. place: of the edit within it"""
-    own = [i for i, edit in enumerate(rows.edits) if edit == place]
-    if not own:
-        return None
-    return Rows(rows.layer, rows.sign, (0,) * len(own), rows.residuals[own], rows.keys[own])
+    own = rows.of((place,))
+    return replace(own, edits=(0,) * len(own.edits)) if own.edits else None
 
 
 def by_edit(batch: Sequence[Edit], put: Sequence[Rows], step: int) -> list[Made]:
@@ -308,7 +306,7 @@ class Sums:
     def _put(self, put: Sequence[Rows], taken: Sequence[Rows]) -> None:
         # What goes in comes first: of two edits of a prompt that are both taken back, the later has taken the
         # earlier's key out already, and with both out before that is back the sums would be no sums of anything.
-        for rows in sorted((*put, *map(negated, taken)), key=lambda rows: -rows.sign):
+        for rows in sorted((*put, *map(Rows.negated, taken)), key=lambda rows: -rows.sign):
             if rows.layer not in self.kept:
                 self.closed_form.put_(rows)
         if put or taken:
@@ -493,11 +491,6 @@ def _numbered(put: Sequence[Rows], ends: Mapping[int, int]) -> list[Rows]:
             rows = replace(rows, residuals=torch.zeros(count, 0, dtype=torch.float64), keys=numbers)
         found.append(rows)
     return found
-
-
-def negated(rows: Rows) -> Rows:
-    """The same rows, taken out where they were put in, and the reverse."""
-    return Rows(rows.layer, -rows.sign, rows.edits, rows.residuals, rows.keys)
 
 
 def edits_of(event: Mapping[str, Any], folder: Folder) -> list[Edit]:

@@ -52,7 +52,7 @@ their matrices; the sums are then kept as the rows that are in them (d4s/change/
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -265,11 +265,12 @@ class D4SEditor(LocateEditor):
                 already = self.closed_form.image(keys, layer)
                 residuals = (left / share).to(already.device) + already
             self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
-            if prompts is not None and (beside := self._beside(prompts, layer)).edits:
+            beside = None if prompts is None else self._beside(prompts, layer)
+            if beside is not None:
                 self._put(beside)
-                if again and i == 0:
-                    self._put(_of_edits(beside, set(again), -1.0))
             if again and i == 0:  # above the lowest layer, this key is not what went into B
+                if beside is not None:
+                    self._put(beside.of(again).negated())
                 rows = wanted.rows_of(again)
                 taken = already[rows] if old is None else wanted.spread(old) / share
                 self._put(Rows(layer, -1.0, tuple(wanted.edits[row] for row in rows), taken, keys[rows]))
@@ -295,8 +296,9 @@ class D4SEditor(LocateEditor):
         return self.normed(edits, found)
 
     def _put(self, rows: Rows) -> None:
-        self.closed_form.put_(rows)
-        self.put.append(rows)
+        if rows.edits:  # a prompt may have nothing beside its subject
+            self.closed_form.put_(rows)
+            self.put.append(rows)
 
     def make_again(self, batch: Sequence[Edit], put: Sequence[Rows]) -> None:
         """A step that this editor, or one like it, has made: from what it put into the sums, with the same bits.
@@ -428,12 +430,6 @@ class Wanted:
         """rows: of whole edits, each with all of its contexts"""
         roots = self.rows.shares.sqrt().to(rows)
         return rows * roots.repeat(len(rows) // self.count).unsqueeze(1)
-
-
-def _of_edits(rows: Rows, edits: Collection[int], sign: float) -> Rows:
-    """The rows of some of a step's edits. edits: their places within it"""
-    own = [i for i, edit in enumerate(rows.edits) if edit in edits]
-    return Rows(rows.layer, sign, tuple(rows.edits[i] for i in own), rows.residuals[own], rows.keys[own])
 
 
 def _told(edit: Edit) -> tuple[Any, ...]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from support.sequences import EDITS as SEVEN
-from support.sequences import FAST, broken_off, ready, same, sequence, state
-from support.tiny import tiny_tokenizer
+from support.sequences import FAST, ready, sequence
+from support.undoing import goes_on_and_takes_back
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
 from d4s.edits import Edit
-from d4s.errors import ConfigError, EditingStopped
-from d4s.journal.journal import Journal
+from d4s.errors import ConfigError
 from d4s.locate.keys import keys_at, output_at
 from d4s.methods import method_for
 from d4s.models.architectures import Anatomy
@@ -116,24 +114,9 @@ def test_a_fact_that_goes_back_and_forth_leaves_the_weights_bounded(rule, seed):
 
 
 def test_its_journal_goes_on_and_takes_single_edits_back(monkeypatch, tmp_path, seed):
-    config = FAST | dict(context_keys="each", contexts=1, layers=[1])
-    whole = sequence(*ready(seed), config=config, journal=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        broken_off(patch, 4, KeyboardInterrupt)
-        with pytest.raises(EditingStopped):
-            sequence(*ready(seed), config=config, journal=tmp_path / "broken")
-    again = sequence(*ready(seed), config=config, journal=tmp_path / "broken")
-    assert same(state(again.model), state(whole.model))
-
-    journal = Journal(tmp_path / "whole")
-    model, covariance = ready(seed)
-    assert journal.verify(model=model, tokenizer=tiny_tokenizer(), covariance=covariance).sound
-    journal.undo("e2")
-    without = sequence(*ready(seed), edits=[edit for edit in SEVEN if edit.id != "e2"], config=config)
-    (name,) = journal.weights()
-    base = ready(seed)[0].get_parameter(name)
-    wanted = without.model.get_parameter(name) - base
-    assert relative_error(journal.weights()[name] - base, wanted) <= 1e-3
+    goes_on_and_takes_back(
+        FAST | dict(context_keys="each", contexts=1, layers=[1]), monkeypatch, tmp_path, seed
+    )
 
 
 def test_plan_and_journal_count_a_row_a_context(tmp_path, seed):

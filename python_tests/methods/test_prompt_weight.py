@@ -6,12 +6,12 @@ import numpy
 import pytest
 import torch
 from support.sequences import EDITS as SEVEN
-from support.sequences import FAST, broken_off, ready, same, sequence, state
-from support.tiny import tiny_tokenizer
+from support.sequences import FAST, ready, same, sequence, state
+from support.undoing import goes_on_and_takes_back
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
 from d4s.edits import Edit
-from d4s.errors import ConfigError, EditingStopped
+from d4s.errors import ConfigError
 from d4s.journal.journal import Journal
 from d4s.locate.keys import keys_beside, prompt_rows
 from d4s.methods import METHODS, d4s, method_for
@@ -114,25 +114,12 @@ def test_in_one_layer_a_sequence_is_its_batch_and_a_fact_that_comes_again_is_hel
 
 def test_its_journal_goes_on_and_takes_single_edits_back(monkeypatch, tmp_path, seed):
     config = FAST | dict(prompt_weight=WEIGHT, layers=[1])
-    whole = sequence(*ready(seed), config=config, journal=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        broken_off(patch, 4, KeyboardInterrupt)
-        with pytest.raises(EditingStopped):
-            sequence(*ready(seed), config=config, journal=tmp_path / "broken")
-    again = sequence(*ready(seed), config=config, journal=tmp_path / "broken")
-    assert same(state(again.model), state(whole.model))
-
-    journal = Journal(tmp_path / "whole")
-    model, covariance = ready(seed)
-    assert journal.verify(model=model, tokenizer=tiny_tokenizer(), covariance=covariance).sound
-    journal.undo("e2")
-    without = sequence(*ready(seed), edits=[edit for edit in SEVEN if edit.id != "e2"], config=config)
-    (name,) = journal.weights()
-    base = ready(seed)[0].get_parameter(name)
-    wanted = without.model.get_parameter(name) - base
-    assert relative_error(journal.weights()[name] - base, wanted) <= 1e-3
-    unheld = sequence(*ready(seed), config=config | dict(prompt_weight=0.0)).model.get_parameter(name) - base
-    assert relative_error(whole.model.get_parameter(name) - base, unheld) > 1e-2
+    whole = goes_on_and_takes_back(config, monkeypatch, tmp_path, seed)
+    base = ready(seed)[0]
+    unheld = sequence(*ready(seed), config=config | dict(prompt_weight=0.0))
+    (name,) = Journal(tmp_path / "whole").weights()
+    change, plain = (one.model.get_parameter(name) - base.get_parameter(name) for one in (whole, unheld))
+    assert relative_error(change, plain) > 1e-2
 
 
 def test_plan_and_journal_count_its_rows(tmp_path, seed):
