@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from d4s.errors import ConfigError
@@ -23,6 +23,9 @@ from d4s.measure.columns import column
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.journaling import record_of
 from d4s.sequence.record import Record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Head of a column → the figure in it.
 FIGURES = {
@@ -126,9 +129,8 @@ def markdown(found: Comparison, point: int) -> str:
     return "\n".join([*lines, "", text, *(["", *notes] if notes else []), ""])
 
 
-def apart(found: Comparison, against: str) -> str:
-    """Edit by edit, each sequence less one of them at the ends: a row a sequence, in points."""
-    table = found.differences(against)
+def apart(table: DataFrame, against: str) -> str:
+    """`Comparison.differences` from one sequence: a row a sequence, in points."""
     heads = {head: name for head, name in FIGURES.items() if name in table and column(name).is_share}
     lines = [f"| less {against}, edit by edit | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for _, row in table.iterrows():
@@ -158,8 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     most = max(int(frame["step"].max()) for frame in found.histories().values())
     found.save(options.out)
     if options.against is not None:
-        write_table(found.differences(options.against), options.out / "differences.csv")
-        write_text(apart(found, options.against), options.out / "differences.md")
+        table = found.differences(options.against)
+        write_table(table, options.out / "differences.csv")
+        write_text(apart(table, options.against), options.out / "differences.md")
     for point in options.at or [most]:
         text = markdown(found, point)
         write_text(text, options.out / f"at-{point}.md")

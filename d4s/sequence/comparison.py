@@ -231,9 +231,10 @@ class Comparison:
         import pandas
 
         write_table(self.table(), folder / "table.csv")
-        write_text(json.dumps(self.to_dict(), indent=1), folder / "table.json")
-        if len(apart := self.differences()):
-            write_table(apart, folder / "differences.csv")
+        told = self.to_dict()
+        write_text(json.dumps(told, indent=1), folder / "table.json")
+        if told["differences"]:
+            write_table(pandas.DataFrame(told["differences"]), folder / "differences.csv")
         frames = []
         for label, by_seed in self.results.items():
             for seed, record in by_seed.items():

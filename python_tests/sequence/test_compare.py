@@ -304,9 +304,9 @@ def test_a_method_that_broke_off_keeps_its_row_at_points_it_did_not_reach():
     assert not len(Comparison({"d4s": {0: record([0, 10])}}).table((30,)))
 
 
-def scored(steps, ids=None, again=(), gain=0.0):
+def scored(steps, again=(), gain=0.0):
     """A record whose edit i has efficacy (i mod 3) / 4 + gain at every step."""
-    made = [str(i) for i in range(steps[-1])] if ids is None else ids
+    made = [str(i) for i in range(steps[-1])]
     evaluations = [
         evaluation_of(
             [{"id": i, "kind": "completion", "efficacy": int(i) % 3 / 4 + gain} for i in made[:step]],
