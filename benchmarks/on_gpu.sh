@@ -2,7 +2,7 @@
 # Builds, tests and measures on a machine with a GPU, nvcc and a CUDA torch, without network, in stages of at most four
 # minutes. Usage: OUT=FOLDER benchmarks/on_gpu.sh [--dry-run] STAGE
 #   build      the extension, and the tests on the GPU               machine.txt build.log tests.log
-#   sanitize   the kernels' tests under compute-sanitizer            sanitizer-memcheck.log -racecheck.log -synccheck.log
+#   sanitize   the kernels' tests under compute-sanitizer            sanitizer-TOOL-OP.log
 #   claims     every claim, and each kernel's share of what the device could do     claims.jsonl limits.json *.log
 #   model      a thousand edits of SmolLM2 by five methods                       comparison/ tables/ comparison.log
 #   join       PREFIX.part* put together to PREFIX                                                   PREFIX, checked
@@ -108,7 +108,7 @@ stage_build() {
 }
 
 stage_sanitize() {
-  local log status
+  local tool op log status
   if [ "$dry" = 0 ] && ! command -v compute-sanitizer >/dev/null; then
     echo "no verdict: compute-sanitizer is not installed here" | tee "$results/sanitizer-memcheck.log"
     failed=1
@@ -117,24 +117,31 @@ stage_sanitize() {
   # An allocation each, else a write behind a small tensor lands inside torch's 2 MiB and is not seen.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local -A running
+  # Each op by itself: a fault inside the tool ends the process, and would take the others' verdict with it.
   for tool in memcheck racecheck synccheck; do
-    # Only our kernels; errors that CUDA reports by itself are torch asking what there is.
-    within 200 "sanitizer-$tool.log" compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-      --report-api-errors no --kernel-regex kns=d4s python3 -m pytest python_tests/ops/test_ops.py -q \
-      -p no:cacheprovider -k "cuda and not 1000 and (key_covariance or symmetrize or write_back or l1_norms)" &
-    running[$tool]=$!
+    for op in key_covariance symmetrize write_back l1_norms; do
+      # Only our kernels; errors that CUDA reports by itself are torch asking what there is.
+      within 200 "sanitizer-$tool-$op.log" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        --target-processes all --report-api-errors no --kernel-regex kns=d4s \
+        python3 -m pytest python_tests/ops/test_ops.py -q -p no:cacheprovider -k "cuda and not 1000 and $op" &
+      running[$tool-$op]=$!
+    done
   done
   for tool in memcheck racecheck synccheck; do
-    log=sanitizer-$tool.log
-    wait "${running[$tool]}"
-    status=$?
-    [ "$dry" = 0 ] || continue
-    # A tool that was cut off, or that the machine refuses, has said nothing of the kernels.
-    if [ "$status" -ne 0 ] || ! grep -q "SUMMARY: 0 " "$results/$log"; then
-      failed=1
-      grep -q "SUMMARY: [1-9]" "$results/$log" || echo "$tool: no verdict, exit status $status; the end of $log:"
-    fi
-    grep "SUMMARY\|not supported" "$results/$log" || tail -n 3 "$results/$log"
+    for op in key_covariance symmetrize write_back l1_norms; do
+      log=sanitizer-$tool-$op.log
+      wait "${running[$tool-$op]}"
+      status=$?
+      [ "$dry" = 0 ] || continue
+      # A tool that was cut off, or that the machine refuses, has said nothing of the kernels.
+      if [ "$status" -ne 0 ] || ! grep -q "SUMMARY: 0 " "$results/$log"; then
+        failed=1
+        grep -q "Internal Sanitizer Error" "$results/$log" && echo "$tool, $op: no verdict, the tool itself failed"
+        grep -q "SUMMARY: [1-9]" "$results/$log" ||
+          echo "$tool, $op: no verdict, exit status $status; the end of $log:"
+      fi
+      echo "$tool, $op: $(grep "SUMMARY\|not supported" "$results/$log" || tail -n 3 "$results/$log")"
+    done
   done
 }
 

@@ -1,6 +1,5 @@
 // d4s.ops.write_back_: what it asks of its arguments, and the choice between CPU and CUDA.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <tuple>
@@ -41,8 +40,11 @@ std::tuple<at::Tensor, at::Tensor> write_back(at::Tensor weight, at::Tensor base
   delta = delta.resolve_neg();
   count_write(weight, "weight");
 
-  const at::Tensor sums = at::zeros({2}, weight.options().dtype(at::kDouble));
-  if (weight.numel() == 0) return {sums[0], sums[1]};
+  const at::Tensor sums = at::empty({2}, weight.options().dtype(at::kDouble));
+  if (weight.numel() == 0) {
+    sums.zero_();
+    return {sums[0], sums[1]};
+  }
   const Matrix w = matrix_of(weight), w0 = matrix_of(base), change = matrix_of(delta);
   dispatch(
       weight, [&] { write_back_cpu(w, w0, change, sums.data_ptr<double>()); },

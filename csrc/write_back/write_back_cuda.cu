@@ -10,8 +10,9 @@ namespace d4s {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTile = 32;  // side of the tile that turns a column-major delta
-constexpr int kVector = 8;
+constexpr int kTile = 32;   // side of the tile that turns a column-major delta
+constexpr int kVector = 2;  // elements a thread reads at once: 16 bytes of a float64 delta
+constexpr int kFlight = 4;  // such reads a thread has under way
 
 template <class T, int kLanes>
 struct alignas(kLanes * sizeof(T) < 16 ? kLanes * sizeof(T) : 16) Pack {
@@ -45,28 +46,46 @@ __device__ void store_partial(const Sums& sums, double* partial) {
   }
 }
 
-// delta with col_stride 1. cols is a multiple of kLanes, and every row begins at a multiple of the vector's
-// size; kLanes = 1 asks for nothing.
+// delta with col_stride 1. A block takes kFlight packs a thread at a time, all read before any is used, and
+// every access of a warp lies in one run. cols is a multiple of kLanes, and every row begins at a multiple of
+// a pack; kLanes = 1 asks for nothing.
 template <class Weight, class Delta, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     write_back_kernel(Matrix weight, Matrix base, Matrix delta, double* partial) {
+  constexpr int kTilePacks = kThreads * kFlight;
   const int64_t row_packs = weight.cols / kLanes;
-  const int64_t packs = weight.rows * row_packs;
+  const int64_t row_tiles = (row_packs + kTilePacks - 1) / kTilePacks;
+  const int64_t tiles = weight.rows * row_tiles;
   Sums sums;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t row = i / row_packs, col = (i - row * row_packs) * kLanes;
-    const auto before = *reinterpret_cast<const Pack<Weight, kLanes>*>(static_cast<const Weight*>(base.data) +
-                                                                       row * base.row_stride + col);
-    const auto change = *reinterpret_cast<const Pack<Delta, kLanes>*>(static_cast<const Delta*>(delta.data) +
-                                                                      row * delta.row_stride + col);
-    Pack<Weight, kLanes> after;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t row = tile / row_tiles;
+    const int64_t first = (tile - row * row_tiles) * kTilePacks + threadIdx.x;
+    const auto* from = reinterpret_cast<const Pack<Weight, kLanes>*>(static_cast<const Weight*>(base.data) +
+                                                                     row * base.row_stride);
+    const auto* change = reinterpret_cast<const Pack<Delta, kLanes>*>(static_cast<const Delta*>(delta.data) +
+                                                                      row * delta.row_stride);
+    auto* to =
+        reinterpret_cast<Pack<Weight, kLanes>*>(static_cast<Weight*>(weight.data) + row * weight.row_stride);
+    Pack<Weight, kLanes> before[kFlight];
+    Pack<Delta, kLanes> moved[kFlight];
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      after.lane[lane] = rounded_sum(before.lane[lane], change.lane[lane], sums);
+    for (int n = 0; n < kFlight; ++n) {
+      if (first + n * kThreads < row_packs) {
+        before[n] = from[first + n * kThreads];
+        moved[n] = change[first + n * kThreads];
+      }
     }
-    *reinterpret_cast<Pack<Weight, kLanes>*>(static_cast<Weight*>(weight.data) + row * weight.row_stride +
-                                             col) = after;
+#pragma unroll
+    for (int n = 0; n < kFlight; ++n) {
+      if (first + n * kThreads < row_packs) {
+        Pack<Weight, kLanes> after;
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) {
+          after.lane[lane] = rounded_sum(before[n].lane[lane], moved[n].lane[lane], sums);
+        }
+        to[first + n * kThreads] = after;
+      }
+    }
   }
   store_partial(sums, partial);
 }
@@ -114,17 +133,31 @@ __global__ void __launch_bounds__(kThreads) add_partial_kernel(const double* par
 }
 
 // Whether rows can be read in vectors of kVector elements.
+template <class T>
 bool is_aligned(const Matrix& matrix) {
   return matrix.cols % kVector == 0 && matrix.row_stride % kVector == 0 &&
-         reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0;
+         reinterpret_cast<uintptr_t>(matrix.data) % alignof(Pack<T, kVector>) == 0;
 }
 
+// The same elements as one row where rows follow each other without a gap.
+Matrix as_one_row(Matrix matrix) {
+  matrix.cols *= matrix.rows;
+  matrix.row_stride = matrix.cols;
+  matrix.rows = 1;
+  return matrix;
+}
+
+bool is_dense(const Matrix& matrix) { return matrix.col_stride == 1 && matrix.row_stride == matrix.cols; }
+
 template <class Weight, class Delta>
-void launch(const Matrix& weight, const Matrix& base, const Matrix& delta, double* partial, Stream stream) {
+void launch(Matrix weight, Matrix base, Matrix delta, double* partial, Stream stream) {
+  if (is_dense(weight) && is_dense(base) && is_dense(delta)) {
+    weight = as_one_row(weight), base = as_one_row(base), delta = as_one_row(delta);
+  }
   if (delta.col_stride != 1) {
     write_back_turned_kernel<Weight, Delta>
         <<<kWriteBackBlocks, kThreads, 0, stream>>>(weight, base, delta, partial);
-  } else if (is_aligned(weight) && is_aligned(base) && is_aligned(delta)) {
+  } else if (is_aligned<Weight>(weight) && is_aligned<Weight>(base) && is_aligned<Delta>(delta)) {
     write_back_kernel<Weight, Delta, kVector>
         <<<kWriteBackBlocks, kThreads, 0, stream>>>(weight, base, delta, partial);
   } else {

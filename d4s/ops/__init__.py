@@ -45,7 +45,7 @@ def accumulate_key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None
     Above the diagonal `moment` holds nothing of use until `symmetrize_` mirrors it, once, after the last
     call. Gathering the masked rows and up-casting them is part of the same pass, but for bfloat16 keys and a
     float32 moment on Hopper GPUs and later, which are multiplied by cuBLAS: masked rows are copied there, and a
-    product of [2048, d] float32 is held. Returns the number of keys
+    product of [1024, d] float32 is held. Returns the number of keys
     added; on CUDA a mask costs one wait for the device, since the number is counted there. There tensor cores
     add up 16-bit keys for a float32 moment and cut what does not fit: a relative error of up to n · 2⁻²⁶.
     Raises D4SError if shapes, types or devices do not fit.
