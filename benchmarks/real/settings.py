@@ -80,7 +80,7 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
         for first in (0, layers[0] - 2)
     }
     found["refined"] = {"refine_looks": 4}
-    found |= {name: dict(preset.presets[name]) for name in ("long", "hold", "answers")}
+    found |= {name: dict(preset.presets[name]) for name in ("long", "hold", "fresh", "answers")}
     found |= OTHER_TARGETS | further_up(preset)
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 

@@ -12,7 +12,8 @@ The second is a least-squares step from the weights as they are, W + r kᵀ (B +
 several layers the first asks all of them for parts of one residual, whatever those below have brought already, and
 together they overshoot; with one layer and no contexts both are the same.
 
-anchor="current": z, too, from the current weights, and the residual measured: MEMIT with cached keys.
+anchor="current": z, too, from the current weights, and the residual measured: MEMIT with cached keys. A search a step
+instead of one ahead.
 
 `refine_looks` is between the two. What an edit wants depends on those before it a little: rows before and behind the
 subject have changed with the layers. So a target of W0, found ahead in a batch, is searched on by a few looks on the
@@ -99,6 +100,7 @@ class D4S(LocateMethod):
         "paper": {"anchor": "base", "residual": "once"},
         "long": _LONG,
         "hold": {**_LONG, "prompt_weight": None},
+        "fresh": {**_LONG, "anchor": "current", "prompt_weight": None},
         "answers": {**_LONG, "refine_looks": 4, "target_stop": True},
     }
     edits_experts: ClassVar[bool] = True

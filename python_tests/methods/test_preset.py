@@ -120,7 +120,7 @@ def test_named_presets_are_a_table_of_the_method(seed):
         for fields in method.presets.values():
             method_for(name, anatomy, fields)  # every field is one of the method's
     with pytest.raises(
-        ConfigError, match=r"Did you mean 'paper'\? Known: answers, hold, long, paper\. Or name a file"
+        ConfigError, match=r"Did you mean 'paper'\? Known: answers, fresh, hold, long, paper\. Or name a file"
     ):
         preset_named("papre", "d4s")
     with pytest.raises(ConfigError, match="kn has no named presets"):

@@ -161,3 +161,22 @@ def test_of_experts_it_is_refused(seed):
     for weight in (0.25, None):
         with pytest.raises(ConfigError, match="prompt_weight is of layers with one MLP"):
             editor_of("d4s", bench, prompt_weight=weight)
+
+
+def test_the_preset_fresh_is_hold_in_one_step_and_searches_again_in_the_next(seed):
+    bench = bench_of("llama", seed)
+    config = HELD | dict(contexts=2, layers=(0, 1))
+    hold, fresh = (
+        editor_of("d4s", bench, **config | METHODS["d4s"].presets[name] | dict(prompt_weight=WEIGHT))
+        for name in ("hold", "fresh")
+    )
+    changes = {}
+    for name, editor in (("hold", hold), ("fresh", fresh)):
+        editor.announce(EDITS)
+        for steps in ([EDITS], [EDITS[:2], EDITS[2:]]):
+            for step in steps:
+                editor.edit(step)
+            changes[name, len(steps)] = torch.cat([editor.weights.delta(i).flatten() for i in (0, 1)])
+            editor.restore()
+    assert relative_error(changes["fresh", 1], changes["hold", 1]) <= 1e-4
+    assert relative_error(changes["fresh", 2], changes["hold", 2]) > 1e-3
