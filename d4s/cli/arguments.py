@@ -407,19 +407,19 @@ def check_room(
 ) -> None:
     """ConfigError, naming the option that would, if what one of the methods is certain to hold fits nowhere.
 
-    configs: method → its configuration
+    configs: method, or label, → its configuration, as of `d4s.compare`
     out: a folder that is there, whose disk has to hold it; None: the disk is not looked at
     """
-    from d4s.methods import method_for
     from d4s.models.architectures import Anatomy
+    from d4s.sequence.compare import configured_methods
     from d4s.sequence.schedule import Schedule
     from d4s.study.plan import free_bytes, plan
 
     anatomy = Anatomy(model)
-    for name, config in configs.items():
+    for method in configured_methods(configs, anatomy).values():
         found = plan(
             model,
-            method_for(name, anatomy, config),
+            method,
             edits,
             schedule=Schedule(batch_size=batch_size),
             keep_vectors=keep_vectors,

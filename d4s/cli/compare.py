@@ -45,7 +45,12 @@ def add(verb: ArgumentParser) -> None:
     add_edits(verb)
     add_chat(verb)
     add_sequences(verb, again="; or that of an earlier run, which then goes on")
-    verb.add_argument("--methods", type=names, default=["d4s", "memit"], help="as d4s,memit,rome")
+    verb.add_argument(
+        "--methods",
+        type=names,
+        default=["d4s", "memit"],
+        help="as d4s,memit,rome; a named preset behind a colon, as d4s:hold,d4s:fresh",
+    )
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations; default: at the end")
     verb.add_argument("--seeds", type=seeds, help="as 0,1,2: means over them; default: --seed")
     verb.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
@@ -121,11 +126,16 @@ def run(options: Namespace) -> None:
 
 
 def _configs(options: Namespace) -> dict[str, Any]:
-    """Method → its configuration: --preset goes to the method that its file names, a name to all that have it."""
+    """Label → its configuration: METHOD:PRESET has that named preset. Of the others --preset goes to the method that
+    its file names, a name to all that have it."""
     from d4s.methods import METHODS
     from d4s.methods.preset import is_place, load_preset, preset_named
 
     configs: dict[str, Any] = dict.fromkeys(options.methods)
+    for label in configs:
+        method, colon, name = label.partition(":")
+        if colon:
+            configs[label] = {"method": method, **preset_named(name, method)}
     if options.preset is None:
         return configs
     if is_place(options.preset):
@@ -136,7 +146,7 @@ def _configs(options: Namespace) -> dict[str, Any]:
             )
         return configs | {preset.method: preset}
     having = [name for name in configs if name in METHODS and options.preset in METHODS[name].presets]
-    for name in having or list(configs)[:1]:
+    for name in having or [label for label in configs if ":" not in label][:1]:
         configs[name] = preset_named(options.preset, name)
     return configs
 

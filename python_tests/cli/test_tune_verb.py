@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import unquote
 
 import pandas
 import pytest
@@ -103,6 +104,21 @@ def test_the_papers_own_settings_have_a_name(tmp_path, capsys):
     assert "named presets: paper (" in done(capsys, "methods", "d4s")
 
 
+def test_named_presets_are_compared_side_by_side(tmp_path, capsys):
+    out = tmp_path / "c"
+    options = ("--methods", "d4s:paper,d4s:hold,d4s", "--preset", "long", "--out", str(out), *GIVEN)
+    text = done(capsys, "compare", "m", "edits.json", "--limit", "1", *options)
+    stored = {path.stem: json.loads(path.read_text())["config"] for path in (out / "results").iterdir()}
+    by_label = {unquote(name).rpartition("-")[0]: config for name, config in stored.items()}
+    told = ("anchor", "residual", "context_keys", "prompt_weight")
+    assert {label: tuple(config[field] for field in told) for label, config in by_label.items()} == {
+        "d4s:paper": ("base", "once", "mean", 0.0),
+        "d4s:hold": ("base", "measured", "each", None),
+        "d4s": ("base", "measured", "each", 0.0),
+    }
+    assert all(label in text for label in by_label)
+
+
 def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
     from d4s.cli import main
 
@@ -117,6 +133,9 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
     ("arguments", "words"),
     [
         (("edit", "--preset", "papre"), "Did you mean 'paper'"),
+        (("compare", "--methods", "d4s,d4s:papre"), "Did you mean 'paper'"),
+        (("compare", "--methods", "d4:paper"), "Did you mean 'd4s'"),
+        (("compare", "--methods", "memit:paper"), "memit has no named presets"),
         (("edit", "--method", "memit", "--preset", "paper"), "memit has no named presets"),
         (("edit", "--preset", "none.json"), "none.json: there is no such file"),
         (("edit", "--preset", "edits.json"), "not what d4s tune wrote"),
