@@ -67,11 +67,13 @@ def sequences(folder: Path) -> Comparison:
 
 def at(found: Comparison, point: int) -> dict[str, dict[str, Any]]:
     """Label → its figures at the point, or at its last one before it, with `edits`, `targets_lost` and why it ended
-    before it (`ended`)."""
+    before it (`ended`), of those that were scored by then. Raises ConfigError if none was."""
     rows = {}
     for label, by_seed in found.results.items():
         scored = [{row["step"] for row in record.history} for record in by_seed.values()]
         place = max(step for step in set.intersection(*scored) if step <= point)
+        if place == 0:  # the unedited model alone
+            continue
         only = Comparison({label: by_seed})
         row = only.table([place]).iloc[0].dropna().to_dict()
         (history,) = (frame[frame["step"] == place].iloc[0] for frame in only.histories().values())
@@ -84,6 +86,8 @@ def at(found: Comparison, point: int) -> dict[str, dict[str, Any]]:
         row["targets_lost"] = sum(lost) / len(lost) if lost else None
         row["ended"] = row.pop("collapsed") if place < point else ""
         rows[label] = row
+    if not rows:
+        raise ConfigError(f"no sequence was scored after {point} edits or fewer; name a later point")
     return rows
 
 

@@ -191,6 +191,8 @@ def test_a_table_tells_how_far_each_is_from_one_of_them(tmp_path):
         "| d4s, after 6 | +25.0 [+25.0, +25.0] |",
         "| rome, after 6 | +12.5 [+12.5, +12.5] |",
     ]
+    with pytest.raises(ConfigError, match="no sequence was scored after 5 edits or fewer"):
+        tables.at(tables.sequences(tmp_path / "sequences"), 5)  # what is there is of the unedited model
     stored = pandas.read_csv(tmp_path / "tables" / "differences.csv")
     assert list(stored["against"]) == ["memit", "memit"]
     assert list(stored["efficacy"]) == pytest.approx([0.25, 0.125])
