@@ -14,7 +14,8 @@
 namespace d4s {
 
 // Rows of the moment in one product: tall enough to fill the device, flat enough to leave out most of the
-// upper half. Of 512 to 4096 the fastest on an H200 from d 4096 to 14336 (benchmarks/results/h200/panels.csv).
+// upper half. Of 512 to 4096 the fastest on an H200 from d 4096 to 14336
+// (benchmarks/results/h200/panels.csv).
 constexpr int64_t kPanel = 1024;
 
 bool is_by_library(const at::Tensor& moment, const at::Tensor& keys) {
