@@ -1,12 +1,13 @@
 """Keys and outputs at the subject's last token, and keys at the prompt's other tokens.
 
 Nothing after the subject can change what is at its last token, so a row ends there, and the forward pass ends at the
-module that is asked about.
+module that is asked about. Where an `Ascent` is given, it begins where that has come to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d4s.edits import Edit
+from d4s.locate.ascent import Ascent
 from d4s.models.architectures import Anatomy
 from d4s.models.forward import most_tokens, run_in_batches
 from d4s.models.prompts import pad_id, padded, subject_row
@@ -70,14 +72,15 @@ def prompt_rows(tokenizer: Any, edits: Sequence[Edit], most: int) -> PromptRows:
 
 
 @torch.no_grad()
-def keys_beside(anatomy: Anatomy, rows: PromptRows, layer: int) -> Tensor:
+def keys_beside(anatomy: Anatomy, rows: PromptRows, layer: int, ascent: Ascent | None = None) -> Tensor:
     """Keys at the rows' positions, in their order. [positions, d_in] float32. The layer has no experts."""
     model, device, d_in = anatomy.model, anatomy.device, anatomy.shape(layer)[1]
     taken: dict[int, Tensor] = {}
 
     def run(chosen: list[int]) -> None:
-        ids, mask = padded([rows.ids[i] for i in chosen], rows.fill)
-        with Trace(anatomy.projection(layer), stop=True) as trace, stopping():
+        part = [rows.ids[i] for i in chosen]
+        ids, mask = padded(part, rows.fill)
+        with _passing(ascent, part), Trace(anatomy.projection(layer), stop=True) as trace, stopping():
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         keys = trace.input.view(len(chosen), ids.shape[1], d_in)  # OPT flattens rows and positions
         taken.update((i, row[list(rows.positions[i])].float()) for i, row in zip(chosen, keys, strict=True))
@@ -86,24 +89,29 @@ def keys_beside(anatomy: Anatomy, rows: PromptRows, layer: int) -> Tensor:
     return torch.cat([taken[i] for i in range(len(rows.ids))])
 
 
-def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int) -> Tensor:
+def _passing(ascent: Ascent | None, rows: Sequence[tuple[int, ...]]) -> AbstractContextManager[None]:
+    return nullcontext() if ascent is None else ascent.passing(tuple(rows))
+
+
+def keys_at(anatomy: Anatomy, rows: SubjectRows, layer: int, ascent: Ascent | None = None) -> Tensor:
     """Keys: the input of W at the subject's last token, averaged an edit. [edits, d_in] float32.
 
     Of a layer with experts: those of all of them side by side, each times its gate, [edits, experts · d_in].
     """
     experts = anatomy.experts(layer)
     if experts is None:
-        return _at_last(anatomy, rows, anatomy.projection(layer), lambda trace, *at: _read(trace.input, *at))
+        projection = anatomy.projection(layer)
+        return _at_last(anatomy, rows, projection, lambda trace, *at: _read(trace.input, *at), ascent)
 
     def joint(trace: Trace, width: int, last: Tensor) -> Tensor:
         return experts.joint_keys(trace, torch.arange(len(last), device=last.device) * width + last)
 
-    return _at_last(anatomy, rows, experts.module, joint)
+    return _at_last(anatomy, rows, experts.module, joint, ascent)
 
 
-def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module) -> Tensor:
+def output_at(anatomy: Anatomy, rows: SubjectRows, module: nn.Module, ascent: Ascent | None = None) -> Tensor:
     """What a module puts out at the subject's last token, averaged an edit. [edits, width] float32."""
-    return _at_last(anatomy, rows, module, lambda trace, *at: _read(trace.output, *at))
+    return _at_last(anatomy, rows, module, lambda trace, *at: _read(trace.output, *at), ascent)
 
 
 def _read(values: Tensor, width: int, last: Tensor) -> Tensor:
@@ -114,7 +122,7 @@ def _read(values: Tensor, width: int, last: Tensor) -> Tensor:
 
 
 def keys_and_output_at(
-    anatomy: Anatomy, rows: SubjectRows, layer: int, module: nn.Module
+    anatomy: Anatomy, rows: SubjectRows, layer: int, module: nn.Module, ascent: Ascent | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of every row by itself: its key, [edits · rows, d_in], and what a module of this layer or a later one puts out,
     [edits · rows, width]; float32, from one forward pass. The layer has no experts.
@@ -125,22 +133,30 @@ def keys_and_output_at(
             parts = (_read(below.input, *at), _read(trace.output, *at))
             return torch.cat([part.to(trace.output.device, torch.float32) for part in parts], 1)
 
-        found = _of_rows(anatomy, rows, module, both)
+        found = _of_rows(anatomy, rows, module, both, ascent)
     d_in = anatomy.shape(layer)[1]
     return found[:, :d_in].contiguous(), found[:, d_in:].contiguous()
 
 
 def _at_last(
-    anatomy: Anatomy, rows: SubjectRows, module: nn.Module, read: Callable[[Trace, int, Tensor], Tensor]
+    anatomy: Anatomy,
+    rows: SubjectRows,
+    module: nn.Module,
+    read: Callable[[Trace, int, Tensor], Tensor],
+    ascent: Ascent | None,
 ) -> Tensor:
     """`_of_rows`, averaged an edit. [edits, features]"""
-    found = _of_rows(anatomy, rows, module, read)
+    found = _of_rows(anatomy, rows, module, read, ascent)
     return rows.shares.to(found.device) @ found.view(-1, len(rows.shares), found.shape[1])
 
 
 @torch.no_grad()
 def _of_rows(
-    anatomy: Anatomy, rows: SubjectRows, module: nn.Module, read: Callable[[Trace, int, Tensor], Tensor]
+    anatomy: Anatomy,
+    rows: SubjectRows,
+    module: nn.Module,
+    read: Callable[[Trace, int, Tensor], Tensor],
+    ascent: Ascent | None,
 ) -> Tensor:
     """At every row's last position. [edits · rows, features] float32
 
@@ -154,7 +170,7 @@ def _of_rows(
     def run(chosen: list[int]) -> None:
         part = [distinct[i] for i in chosen]
         ids, mask = padded(part, rows.fill)
-        with Trace(module, stop=True) as trace, stopping():
+        with _passing(ascent, part), Trace(module, stop=True) as trace, stopping():
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
         last = torch.tensor([len(row) - 1 for row in part]).to(trace.output.device)
         taken.update(zip(part, read(trace, ids.shape[1], last).float(), strict=True))

@@ -258,31 +258,32 @@ class D4SEditor(LocateEditor):
         wanted = Wanted(self, batch, targets, unedited)
         prompts = prompt_rows(self.tokenizer, batch, MOST_BESIDE) if self.prompt_weight else None
         layers = self.weights.layers
-        for i, layer in enumerate(layers):
-            share = len(layers) - i  # n − i
-            keys, left = wanted.at(layer)
-            if once:
-                residuals = left / share
-            else:
-                already = self.closed_form.image(keys, layer)
-                residuals = (left / share).to(already.device) + already
-            self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
-            beside = None if prompts is None else self._beside(prompts, layer)
-            if beside is not None:
-                self._put(beside)
-            if again and i == 0:  # above the lowest layer, this key is not what went into B
+        with self.ascending() as ascending:
+            for i, layer in enumerate(ascending):
+                share = len(layers) - i  # n − i
+                keys, left = wanted.at(layer)
+                if once:
+                    residuals = left / share
+                else:
+                    already = self.closed_form.image(keys, layer)
+                    residuals = (left / share).to(already.device) + already
+                self._put(Rows(layer, 1.0, wanted.edits, residuals, keys))
+                beside = None if prompts is None else self._beside(prompts, layer)
                 if beside is not None:
-                    self._put(beside.of(again).negated())
-                rows = wanted.rows_of(again)
-                taken = already[rows] if old is None else wanted.spread(old) / share
-                self._put(Rows(layer, -1.0, tuple(wanted.edits[row] for row in rows), taken, keys[rows]))
-            self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
+                    self._put(beside)
+                if again and i == 0:  # above the lowest layer, this key is not what went into B
+                    if beside is not None:
+                        self._put(beside.of(again).negated())
+                    rows = wanted.rows_of(again)
+                    taken = already[rows] if old is None else wanted.spread(old) / share
+                    self._put(Rows(layer, -1.0, tuple(wanted.edits[row] for row in rows), taken, keys[rows]))
+                self.weights.write_(layer, self.projected(layer, self.closed_form.delta(layer)))
         self.hold(batch)
         return step_of(targets)
 
     def _beside(self, prompts: PromptRows, layer: int) -> Rows:
         """The prompts' other tokens, at which nothing is to change, with the layers below as they are now."""
-        keys = (self.prompt_weight**0.5 * keys_beside(self.anatomy, prompts, layer)).double()
+        keys = (self.prompt_weight**0.5 * keys_beside(self.anatomy, prompts, layer, self._ascent)).double()
         return Rows(layer, 1.0, prompts.edits, keys.new_zeros(len(keys), self.anatomy.shape(layer)[0]), keys)
 
     def unedited(self, edits: Sequence[Edit]) -> Tensor:

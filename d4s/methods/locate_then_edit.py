@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, overload
 
@@ -17,6 +18,7 @@ from d4s.configuration import Above, AtLeast, AtMost, Length
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
 from d4s.locate import norm_anchor
+from d4s.locate.ascent import Ascent
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets, target_identity
 from d4s.locate.keys import SubjectRows, keys_and_output_at, keys_at, output_at, subject_rows
@@ -272,6 +274,7 @@ class LocateEditor(Editor):
         super().__init__(method, bench, method.layers)
         self.prefixes = method.prefixes(bench)
         self.places = method.places_in(self.anatomy)
+        self._ascent: Ascent | None = None
         if method.lacks_norm:
             raise ConfigError(
                 f"{method.name}: target_norm is 'anchor' and anchor_norm None; an editor needs the norm itself, which "
@@ -309,6 +312,16 @@ class LocateEditor(Editor):
             for layer in self.weights.layers
         }
 
+    @contextmanager
+    def ascending(self) -> Iterator[Iterable[int]]:
+        """The edited layers, for a step that writes each before it asks for the next: inside, keys and states are read
+        by passes that begin at the layer."""
+        self._ascent = Ascent(self.anatomy)
+        try:
+            yield self._ascent.through(self.weights.layers)
+        finally:
+            self._ascent = None
+
     def rows(self, edits: Sequence[Edit]) -> SubjectRows:
         return subject_rows(self.tokenizer, edits, self.prefixes, bare_share=self.bare_share)
 
@@ -317,15 +330,15 @@ class LocateEditor(Editor):
 
     def keys(self, rows: SubjectRows, layer: int) -> Tensor:
         """[edits, d_in] float64, with the layers below as they are now."""
-        return keys_at(self.anatomy, rows, layer).double()
+        return keys_at(self.anatomy, rows, layer, self._ascent).double()
 
     def state(self, rows: SubjectRows) -> Tensor:
         """What targets are measured against: h after the last edited layer (or its MLP output). [edits, d_model]"""
-        return output_at(self.anatomy, rows, self._measured).double()
+        return output_at(self.anatomy, rows, self._measured, self._ascent).double()
 
     def keys_and_state(self, rows: SubjectRows, layer: int) -> tuple[Tensor, Tensor]:
         """`keys` and `state` of every row by itself. [edits · rows, d_in] and [edits · rows, d_model] float64"""
-        keys, state = keys_and_output_at(self.anatomy, rows, layer, self._measured)
+        keys, state = keys_and_output_at(self.anatomy, rows, layer, self._measured, self._ascent)
         return keys.double(), state.double()
 
     @property

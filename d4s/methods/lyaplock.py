@@ -97,17 +97,20 @@ class LyapLockEditor(LocateEditor):
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
         self.steps += 1
-        for i, layer in enumerate(layers):
-            k = self.keys(rows, layer)
-            r = ((targets.target.double() - self.state(bare)) / (len(layers) - i)).to(k.device)
-            now, there = self.weights.delta(layer), self.sums_device(layer)
-            asked, kept = r + k @ now.T, k.to(there)  # v − W0 k, and k beside the sums
-            self.key_sums[layer] += kept.T @ kept
-            solved = self.solved(layer, self.value_sums[layer] + asked.to(there).T @ kept)
-            self.weights.write_(layer, now + self.projected(layer, solved.to(now.device) - now))
-            given = k @ self.weights.delta(layer).T
-            self.value_sums[layer] += (given if self.method.values == "given" else asked).to(there).T @ kept
-            self.follow(layer)
+        with self.ascending() as ascending:
+            for i, layer in enumerate(ascending):
+                k = self.keys(rows, layer)
+                r = ((targets.target.double() - self.state(bare)) / (len(layers) - i)).to(k.device)
+                now, there = self.weights.delta(layer), self.sums_device(layer)
+                asked, kept = r + k @ now.T, k.to(there)  # v − W0 k, and k beside the sums
+                self.key_sums[layer] += kept.T @ kept
+                solved = self.solved(layer, self.value_sums[layer] + asked.to(there).T @ kept)
+                self.weights.write_(layer, now + self.projected(layer, solved.to(now.device) - now))
+                given = k @ self.weights.delta(layer).T
+                self.value_sums[layer] += (given if self.method.values == "given" else asked).to(
+                    there
+                ).T @ kept
+                self.follow(layer)
         return step_of(targets)
 
     def solved(self, layer: int, value_sum: Tensor) -> Tensor:

@@ -44,10 +44,11 @@ class MEMITEditor(LocateEditor):
         targets = self.targets(batch)
         rows, bare = self.rows(batch), self.bare_rows(batch)
         layers = self.weights.layers
-        for i, layer in enumerate(layers):
-            residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
-            change = self.solved(residuals, self.keys(rows, layer), layer)
-            self.weights.add_(layer, self.projected(layer, change))
+        with self.ascending() as ascending:
+            for i, layer in enumerate(ascending):
+                residuals = (targets.target.double() - self.state(bare)) / self.share(len(layers) - i)
+                change = self.solved(residuals, self.keys(rows, layer), layer)
+                self.weights.add_(layer, self.projected(layer, change))
         return step_of(targets)
 
     def solved(self, residuals: Tensor, keys: Tensor, layer: int) -> Delta:
