@@ -512,13 +512,14 @@ def _passes(
         # With a key of each context its row goes on to where its residual is measured.
         each = isinstance(method, D4S) and method.context_keys == "each"
         beside = isinstance(method, D4S) and method.prompt_weight != 0
-        for layer in layers:
-            share = below if each else (layer + 1) / blocks
-            passes.append(Pass("keys", of_keys, of_keys * length, share))
+        # A step's passes begin at the layer that it asked for before (d4s/locate/ascent.py).
+        for begin, layer in zip([0, *layers[:-1]], layers, strict=True):
+            to_layer, to_last = ((end + 1 - begin) / blocks for end in (layer, layers[-1]))
+            passes.append(Pass("keys", of_keys, of_keys * length, to_last if each else to_layer))
             if beside:
-                passes.append(Pass("keys", edits, edits * PROMPT, (layer + 1) / blocks))
-        if not each:
-            passes.append(Pass("residuals", edits * len(layers), edits * len(layers) * PROMPT, below))
+                passes.append(Pass("keys", edits, edits * PROMPT, to_layer))
+            if not each:
+                passes.append(Pass("residuals", edits, edits * PROMPT, to_last))
     elif isinstance(method, KN):
         rows = edits * EDITED * len(layers) * (method.steps + 1)
         passes.append(Pass("neurons", rows, rows + edits * EDITED * len(layers) * PROMPT, 2.0))

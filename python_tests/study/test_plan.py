@@ -165,6 +165,17 @@ def test_activations_are_within_a_factor_of_those_kept(seed):
     assert told[0] > told[1] > told[2] > 0
 
 
+@pytest.mark.parametrize("context_keys, share", [("each", (3 + 2) / 2 / 3), ("mean", (2 + 2) / 2 / 3)])
+def test_the_passes_of_a_step_begin_at_the_layer_before(context_keys, share, seed):
+    anatomy = Anatomy(tiny_model("llama", seed))
+    assert len(anatomy) == 3
+    method = method_for("d4s", anatomy, {"layers": [1, 2], "contexts": 1, "context_keys": context_keys})
+    by_name = {one.name: one for one in plan(anatomy.model, method, 10).passes}
+    assert by_name["keys"].share == pytest.approx(share)
+    if context_keys == "mean":  # up to the last layer, from the embedding and from block 1 on
+        assert by_name["residuals"].share == pytest.approx((3 + 2) / 2 / 3)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_more_edits_never_take_less(name, seed):
     model = tiny_model("llama", seed)
