@@ -15,7 +15,7 @@ def test_targets_in_batches(benchmark, claim, device):
     few = edits[:8]
     singles = [originals.target(anatomy, tokenizer, edit, prefixes, layer, config)[1] for edit in few]
     together = optimise_targets(anatomy, tokenizer, few, prefixes, layer, config).delta
-    bound = 1e-3 if device.type == "cpu" else 0.3  # bf16 on the GPU: .2035 was seen on an H200
+    bound = 1e-3 if device.type == "cpu" else 0.2  # bf16 on the GPU
     for one, many in zip(singles, together, strict=True):
         assert relative_error(many, one) < bound
 

@@ -41,5 +41,6 @@ def test_write_back(benchmark, claim, device, dtype, layout):
         theirs / mine,
         0.85 if device.type == "cuda" else 0.8,
         bytes_a_second=len(layers) * moved / mine,
+        in_a_row=len(layers),
     )
     benchmark.pedantic(lambda: ops.write_back_(weight, base, delta, transposed), rounds=5)
