@@ -146,7 +146,13 @@ def _configs(options: Namespace) -> dict[str, Any]:
             )
         return configs | {preset.method: preset}
     having = [name for name in configs if name in METHODS and options.preset in METHODS[name].presets]
-    for name in having or [label for label in configs if ":" not in label][:1]:
+    plain = [label for label in configs if ":" not in label]
+    if not plain:
+        raise ConfigError(
+            f"--preset {options.preset}: each of --methods {', '.join(configs)} names a preset of its own; leave one "
+            "of the two out"
+        )
+    for name in having or plain[:1]:
         configs[name] = preset_named(options.preset, name)
     return configs
 

@@ -107,9 +107,8 @@ class LyapLockEditor(LocateEditor):
                 solved = self.solved(layer, self.value_sums[layer] + asked.to(there).T @ kept)
                 self.weights.write_(layer, now + self.projected(layer, solved.to(now.device) - now))
                 given = k @ self.weights.delta(layer).T
-                self.value_sums[layer] += (given if self.method.values == "given" else asked).to(
-                    there
-                ).T @ kept
+                value = given if self.method.values == "given" else asked
+                self.value_sums[layer] += value.to(there).T @ kept
                 self.follow(layer)
         return step_of(targets)
 

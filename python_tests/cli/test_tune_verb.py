@@ -135,6 +135,7 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
         (("edit", "--preset", "papre"), "Did you mean 'paper'"),
         (("compare", "--methods", "d4s,d4s:papre"), "Did you mean 'paper'"),
         (("compare", "--methods", "d4:paper"), "Did you mean 'd4s'"),
+        (("compare", "--methods", "d4s:hold", "--preset", "long"), "names a preset of its own"),
         (("compare", "--methods", "memit:paper"), "memit has no named presets"),
         (("edit", "--method", "memit", "--preset", "paper"), "memit has no named presets"),
         (("edit", "--preset", "none.json"), "none.json: there is no such file"),
