@@ -336,14 +336,17 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
 
 def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
     """(method, config) by --preset and --set. method: that of the verb's options; None: the preset's, or d4s"""
-    from d4s.methods.preset import is_place, load_preset, preset_named
+    from d4s.methods.preset import by_name, is_place, load_preset
 
     fields = configuration(options)
-    if options.preset is None:
-        return method or "d4s", fields
-    if not is_place(options.preset):
-        method = method or "d4s"
-        return method, {**preset_named(options.preset, method), **(fields or {})} or None
+    if options.preset is None or not is_place(options.preset):
+        asked = method or "d4s"
+        if options.preset is not None and ":" in asked:
+            raise ConfigError(
+                f"--preset {options.preset}: --method {asked} names a preset of its own; leave one of the two out"
+            )
+        method, named = by_name(asked if options.preset is None else f"{asked}:{options.preset}")
+        return method, {**named, **(fields or {})} or None
     preset = load_preset(options.preset)
     if method not in (None, preset.method):
         raise ConfigError(

@@ -129,13 +129,11 @@ def _configs(options: Namespace) -> dict[str, Any]:
     """Label → its configuration: METHOD:PRESET has that named preset. Of the others --preset goes to the method that
     its file names, a name to all that have it."""
     from d4s.methods import METHODS
-    from d4s.methods.preset import is_place, load_preset, preset_named
+    from d4s.methods.preset import by_name, is_place, load_preset
 
     configs: dict[str, Any] = dict.fromkeys(options.methods)
     for label in configs:
-        method, colon, name = label.partition(":")
-        if colon:
-            configs[label] = {"method": method, **preset_named(name, method)}
+        by_name(label)  # a wrong one is refused before the model is read
     if options.preset is None:
         return configs
     if is_place(options.preset):
@@ -153,7 +151,7 @@ def _configs(options: Namespace) -> dict[str, Any]:
             "of the two out"
         )
     for name in having or plain[:1]:
-        configs[name] = preset_named(options.preset, name)
+        configs[name] = by_name(f"{name}:{options.preset}")[1]
     return configs
 
 

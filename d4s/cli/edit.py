@@ -53,7 +53,9 @@ def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
     add_chat(verb)
-    verb.add_argument("--method", help="default: that of a --preset file, else d4s")
+    verb.add_argument(
+        "--method", help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s"
+    )
     verb.add_argument(
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
     )

@@ -24,7 +24,9 @@ HELP = "bytes, passes and time of a sequence, before anything runs; a model is l
 def add(verb: ArgumentParser) -> None:
     add_model(verb)
     verb.add_argument("--edits", type=count, required=True, metavar="N", help="how many")
-    verb.add_argument("--method", help="default: that of a --preset file, else d4s")
+    verb.add_argument(
+        "--method", help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s"
+    )
     verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
     verb.add_argument("--ranks", type=count, default=1, help="devices that share the passes, a model on each")

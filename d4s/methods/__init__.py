@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from d4s.errors import ConfigError, unknown_name
+from d4s.errors import ConfigError
 from d4s.methods.alphaedit import AlphaEdit
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.d4s import D4S
@@ -25,7 +25,7 @@ from d4s.methods.memit import MEMIT
 from d4s.methods.memit_seq import MEMITSeq
 from d4s.methods.nas import NAS
 from d4s.methods.pmet import PMET
-from d4s.methods.preset import Preset
+from d4s.methods.preset import Preset, by_name
 from d4s.methods.rome import ROME, RROME
 from d4s.methods.sphere import SPHERE
 from d4s.methods.ultraedit import UltraEdit
@@ -59,9 +59,15 @@ def method_for(
 ) -> Method:
     """A method by name with its preset for this model, single fields replaced by `config`.
 
+    method: as "d4s", or with one of its named presets, as "d4s:fresh", or a configured method
     config: a mapping of fields, or a whole configuration, or a preset of this model, or None
-    Raises ConfigError for a name or field that does not exist, and for a preset of another model.
+    Raises ConfigError for a name or field that does not exist, for a preset of another model, and for a named preset
+    beside a whole configuration or a preset's file.
     """
+    if isinstance(method, str) and ":" in method and isinstance(config, Method | Preset):
+        raise ConfigError(
+            f"method={method!r} names a preset, and config is another whole one; give one of the two"
+        )
     if isinstance(config, Method):
         name = method if isinstance(method, str) else method.name
         if config.name != name:
@@ -70,9 +76,8 @@ def method_for(
             )
         return config
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ConfigError(unknown_name("method", method, METHODS))
-        method = METHODS[method].preset(anatomy)
+        name, named = by_name(method)
+        method = METHODS[name].preset(anatomy).changed(named)
     if isinstance(config, Preset):
         config.check(anatomy)
         return config.applied(method)

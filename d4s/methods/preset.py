@@ -169,17 +169,27 @@ def load_preset(path: str | os.PathLike[str]) -> Preset:
         )
 
 
-def preset_named(name: str, method: str) -> Mapping[str, Any]:
-    """The fields of a method's named preset, as "paper". Raises ConfigError, with those there are, for another name."""
+def by_name(asked: str) -> tuple[str, Mapping[str, Any]]:
+    """(method, what its named preset sets) of "METHOD" or "METHOD:PRESET", as "d4s:fresh".
+
+    Raises ConfigError, with the names there are, for another one.
+    """
     from d4s.methods import METHODS
 
+    method, colon, name = asked.partition(":")
     if method not in METHODS:
         raise ConfigError(unknown_name("method", method, METHODS))
+    if not colon:
+        return method, {}
     known = METHODS[method].presets
     if name in known:
-        return known[name]
+        return method, known[name]
     if not known:
-        raise ConfigError(f"{method} has no named presets, so no {shown(name)}; d4s tune makes a file of one")
+        having = [f"{other}:{name}" for other, cls in METHODS.items() if name in cls.presets]
+        raise ConfigError(
+            f"{method} has no named presets, so no {shown(name)}"
+            f"{f' ({having[0]} is there)' if having else ''}; d4s tune makes a file of one"
+        )
     raise ConfigError(f"{unknown_name(f'preset of {method}', name, known)} Or name a file made by d4s tune")
 
 

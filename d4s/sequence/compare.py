@@ -72,9 +72,10 @@ def compare(
 ) -> Comparison:
     """The same edits with each method, from the same weights, which are put back bit for bit after each.
 
-    methods: names from `d4s.methods()`; or label → what differs from the preset, as {"d4s": None,
-        "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method, or a preset that
-        `load_preset` gives: edits that are its probes are then made with no method, and `Comparison.notes` says so
+    methods: names as `edit_sequence` takes them, as ["d4s:fresh", "memit-seq"]; or label → what differs from the
+        preset, as {"d4s": None, "re-anchored": {"method": "d4s", "anchor": "current"}}, or label → a configured method,
+        or a preset that `load_preset` gives: edits that are its probes are then made with no method, and
+        `Comparison.notes` says so
     seeds: of contexts and samples; several: figures are means over them with Student's t intervals
     shuffle: each seed also has its own order of the edits, the same for all methods; those of an MQuAKE case stay
         together

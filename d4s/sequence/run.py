@@ -63,7 +63,7 @@ def edit_sequence(
 
     model: a transformers causal language model, float32 | float16 | bfloat16, CPU or CUDA
     edits: in the order they are to be made; a later edit may change a fact that an earlier one has changed
-    method: a name from `d4s.methods()`, or a configured method
+    method: a name from `d4s.methods()`, with one of its named presets as in "d4s:fresh", or a configured method
     config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration,
         or what `load_preset` gives, whose probes among the edits are named in `Result.notes`
     covariance: key statistics of the unedited model, or their file; None: estimated on text that the model

@@ -104,6 +104,23 @@ def test_the_papers_own_settings_have_a_name(tmp_path, capsys):
     assert "named presets: paper (" in done(capsys, "methods", "d4s")
 
 
+def test_a_methods_name_may_bring_its_preset(preset, tmp_path, capsys):
+    """In Python and in every verb that takes a method; what --set says goes before it."""
+    out = tmp_path / "run"
+    options = ("--method", "d4s:fresh", "--set", "residual=once", "--limit", "1", "--out", str(out))
+    done(capsys, "edit", "m", "edits.json", *options, *GIVEN, *FAST)
+    told = json.loads((out / "result.json").read_text())["config"]
+    assert (told["anchor"], told["context_keys"], told["prompt_weight"]) == ("current", "each", None)
+    assert told["residual"] == "once"
+
+    anatomy = Anatomy(load_model("m")[0])
+    named = method_for("d4s:fresh", anatomy, {"residual": "once"})
+    assert named == method_for("d4s", anatomy, METHODS["d4s"].presets["fresh"] | {"residual": "once"})
+    for whole in (named, load_preset(preset)):
+        with pytest.raises(ConfigError, match="names a preset, and config is another"):
+            method_for("d4s:fresh", anatomy, whole)
+
+
 def test_named_presets_are_compared_side_by_side(tmp_path, capsys):
     out = tmp_path / "c"
     options = ("--methods", "d4s:paper,d4s:hold,d4s", "--preset", "long", "--out", str(out), *GIVEN)
@@ -137,7 +154,16 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
         (("compare", "--methods", "d4:paper"), "Did you mean 'd4s'"),
         (("compare", "--methods", "d4s:hold", "--preset", "long"), "names a preset of its own"),
         (("compare", "--methods", "memit:paper"), "memit has no named presets"),
-        (("edit", "--method", "memit", "--preset", "paper"), "memit has no named presets"),
+        (
+            ("edit", "--method", "memit", "--preset", "paper"),
+            "memit has no named presets, so no 'paper' (d4s:paper",
+        ),
+        (("edit", "--method", "d4s:hodl"), "Did you mean 'hold'"),
+        (
+            ("edit", "--method", "d4s:hold", "--preset", "long"),
+            "names a preset of its own; leave one of the two out",
+        ),
+        (("edit", "--method", "d4s:hold", "--preset", "GIVEN"), "is of d4s, and d4s:hold was asked for"),
         (("edit", "--preset", "none.json"), "none.json: there is no such file"),
         (("edit", "--preset", "edits.json"), "not what d4s tune wrote"),
         (
