@@ -56,7 +56,8 @@ def check_folder(path: str | os.PathLike[str], room: int = 0) -> None:
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`with whole("a.json") as beside: …` writes to `beside`; at the end that is synced and takes the path's place.
+    """`with whole("a.json") as beside: …` writes to `beside`; at the end that, and all in it, is synced and takes the
+    path's place.
 
     `beside` may become a file, or a folder where nothing stands at `path`. Folders above are made where they lack.
     If the block raises, nothing is left, and what stood at `path` stays. A tensor file that cannot be written
@@ -71,14 +72,10 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         with naming(place):
             mode = None
             if place.suffix == ".safetensors":
-                beside.touch()  # with the mode that the umask leaves
+                beside.touch()
                 mode = stat.S_IMODE(beside.stat().st_mode)
             yield beside
-            if beside.is_file():
-                if mode is not None:
-                    beside.chmod(mode)  # safetensors (0.8) gives its files to their owner alone
-                with open(beside, "rb") as file:
-                    os.fsync(file.fileno())
+            _settle(beside, mode)
             beside.replace(place)
             sync_folder(place.parent)
     except SafetensorError as error:
@@ -89,6 +86,24 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
                 shutil.rmtree(beside)
             else:
                 beside.unlink(missing_ok=True)
+
+
+def _settle(place: Path, mode: int | None) -> None:
+    """A file, or a folder with all in it, on the disk, its tensor files with the mode that the umask leaves:
+    safetensors (0.8) gives them to their owner alone. mode: that; None: found by a file made in the folder"""
+    if place.is_dir():
+        probe = place / f"{os.getpid()}.part"
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        for inside in place.iterdir():
+            _settle(inside, mode)
+        sync_folder(place)
+        return
+    if mode is not None and place.suffix == ".safetensors":
+        place.chmod(mode)
+    with open(place, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -360,11 +360,14 @@ def _own_gpu() -> torch.device | None:
     """The GPU of this process, which "cuda" means from now on; None where processes outnumber GPUs on a machine."""
     if not torch.cuda.is_available():
         return None
-    local, on_machine = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     found = torch.cuda.device_count()
-    torch.cuda.set_device(local % found)
-    enough = on_machine <= found and torch.distributed.is_nccl_available()
-    return torch.device("cuda", local) if enough else None
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % found)
+    torch.cuda.set_device(own)
+    on_machine = os.environ.get(
+        "LOCAL_WORLD_SIZE"
+    )  # a launcher that does not say may have put all on one GPU
+    enough = on_machine is not None and int(on_machine) <= found and torch.distributed.is_nccl_available()
+    return own if enough else None
 
 
 def exit_with(status: int) -> NoReturn:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from d4s import files
 from d4s.errors import DataError
 from d4s.files import digest, parse_json, read_bytes, read_json, write_json
 from d4s.measure.metrics import Baseline, Evaluation, Metric
@@ -45,6 +46,28 @@ def test_a_written_object_comes_back_and_is_plain_json(tmp_path: Path, indent: i
     assert read_json(path, **READ) == THING
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert next(iter(stored)) == "digest" and stored == {"digest": stored["digest"], **THING}
+
+
+def test_a_folder_is_on_the_disk_and_as_the_umask_has_it_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle)
+    )
+    with files.whole(tmp_path / "model") as beside:
+        (beside / "deep").mkdir(parents=True)
+        for name in ("x.safetensors", "deep/y.json"):
+            (beside / name).write_bytes(b"x")
+        (beside / "x.safetensors").chmod(0o600)
+        inside = [str(beside / name) for name in ("x.safetensors", "deep/y.json", "deep")] + [str(beside)]
+    assert set(inside) <= set(synced) and synced.index(str(beside)) > synced.index(inside[1])
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model/x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == [
+        "deep",
+        "x.safetensors",
+        "y.json",
+    ]
 
 
 def test_the_digest_is_that_of_the_bytes_with_zeros_for_itself(tmp_path: Path) -> None:

@@ -168,7 +168,12 @@ def sequences_over(
 def name_of(result: Result) -> str:
     """Of a sequence's files: its method, and what tells it from other sequences of that."""
     fields = result.config | result.config.get("target", {})
-    told = {name: value for name, usual in TOLD.items() if (value := fields.get(name)) not in (None, usual)}
+    # What a method leaves open by None (prompt_weight) is not what it is without.
+    told = {
+        name: f"{name}-open" if value is None else value
+        for name, usual in TOLD.items()
+        if name in fields and (value := fields[name]) != usual
+    }
     return "-".join([result.method, *(name if value is True else str(value) for name, value in told.items())])
 
 

@@ -65,7 +65,11 @@ def run(options: Namespace) -> None:
             "evaluate_every",
             "neighborhood_limit",
             "device",
+            "device_map",
+            "dtype",
             "limit",
+            "skip_bad",
+            "zsre_target",
         )
         refuse(options, of_a_run, "the result of an earlier run")
         record = Record.load(options.model)

@@ -336,24 +336,13 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
 
 def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
     """(method, config) by --preset and --set. method: that of the verb's options; None: the preset's, or d4s"""
-    from d4s.methods.preset import by_name, is_place, load_preset
+    from d4s.methods.preset import by_name, with_preset
 
     fields = configuration(options)
-    if options.preset is None or not is_place(options.preset):
-        asked = method or "d4s"
-        if options.preset is not None and ":" in asked:
-            raise ConfigError(
-                f"--preset {options.preset}: --method {asked} names a preset of its own; leave one of the two out"
-            )
-        method, named = by_name(asked if options.preset is None else f"{asked}:{options.preset}")
-        return method, {**named, **(fields or {})} or None
-    preset = load_preset(options.preset)
-    if method not in (None, preset.method):
-        raise ConfigError(
-            f"--preset {options.preset}: is of {preset.method}, and {method} was asked for; "
-            "leave --method out, or name another"
-        )
-    return preset.method, preset.changed(fields) if fields else preset
+    if options.preset is not None:
+        return with_preset(method, options.preset, fields)
+    name, named = by_name(method or "d4s")
+    return name, {**named, **(fields or {})} or None
 
 
 def task_scores(options: Namespace, model: CausalLM, tokenizer: Any) -> Any:
@@ -394,7 +383,9 @@ def watching(options: Namespace) -> list[Any]:
 # Checks of what the options name together.
 
 # What an option is where it is not given, if that is not None.
-_NOT_GIVEN = {"dtype": "auto", "seed": 0, "trust_task_code": False, "zsre_target": "alt"}
+_NOT_GIVEN = {
+    "dtype": "auto", "seed": 0, "skip_bad": False, "sums_on": "auto", "trust_task_code": False, "zsre_target": "alt",
+}  # fmt: skip
 
 
 def check_room(

@@ -72,15 +72,17 @@ def run(options: Namespace) -> None:
             measure=measure,
         )
 
-    found = planned(skeleton(options.model, dtype=options.dtype))
+    # Of several devices only the loaded model says which holds what.
+    model = None if options.device_map is None else loaded_model(options)[0]
+    found = planned(skeleton(options.model, dtype=options.dtype) if model is None else model)
     free = free_bytes(found.places, _existing(options.out or Path()))
     lacks = None
     try:
-        found.check(free)
+        found.check(free, loaded=model is not None)
     except ConfigError as error:
         lacks = str(error)
     if lacks is None and not options.no_measure:
-        found = planned(loaded_model(options)[0], measure=True)
+        found = planned(loaded_model(options)[0] if model is None else model, measure=True)
     if options.json:
         print_json(found.to_dict() | {"free": free, "fits": lacks is None})
     else:

@@ -64,6 +64,10 @@ def run(options: Namespace) -> None:
         refuse(options, ("facts", "text"), options.name)
     if options.tasks:
         refuse(options, ("facts", "text"), "--tasks, which are asked in place of facts")
+    elif not PROTOCOLS[options.name].tasks:
+        refuse(options, ("task_folder", "task_limit", "trust_task_code"), "--tasks", beside=False)
+    if options.edits is None:
+        refuse(options, ("skip_bad",), "--edits", beside=False)
     asks_facts = options.facts is not None or options.text is not None
     if asks_facts:
         refuse(

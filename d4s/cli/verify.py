@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from argparse import ArgumentParser, Namespace
 
-from d4s.cli.arguments import add_covariance, add_journal, add_sums, loaded_covariance, loaded_model
+from d4s.cli.arguments import add_covariance, add_journal, add_sums, loaded_covariance, loaded_model, refuse
 from d4s.cli.printing import print_json
 from d4s.errors import DataError
 
@@ -27,6 +27,7 @@ def run(options: Namespace) -> None:
 
     journal = Journal(options.journal)
     if options.again is None:
+        refuse(options, ("device", "covariance", "sums_on"), "--again", beside=False)
         found = journal.verify()
     else:
         options.model, options.dtype, options.device_map = options.again, journal.head["dtype"], None

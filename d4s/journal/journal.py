@@ -19,6 +19,7 @@ from d4s.edits import Edit
 from d4s.edits.edit import AGAIN, pass_of
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
+from d4s.interrupts import deferred
 from d4s.journal.changes import Change, changes_within
 from d4s.journal.edits_card import write_edits_card
 from d4s.journal.folder import Folder, now
@@ -27,10 +28,10 @@ from d4s.journal.patch import export_patch
 from d4s.journal.sums import Standing, Sums, edits_of, packed
 from d4s.locate.covariance import Covariance, fingerprint_of
 from d4s.locate.kept_targets import KeptTargets
-from d4s.methods import METHODS, Editor, Workbench
+from d4s.methods import METHODS, Editor, Step, Workbench
 from d4s.methods.base import SumsOn
 from d4s.methods.d4s import D4SEditor
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, parameters_by_name
 from d4s.models.forward import evaluating
 from d4s.models.loading import load_model
 
@@ -201,8 +202,24 @@ class Journal:
             from. The model holds all edits that stand afterwards
         covariance: key statistics, where the method has any; None: those of the cache
         sums_on: as of `edit_sequence`
+
+        A failure leaves the journal as it was, and a given model unedited.
         """
-        old = self._standing().get(edit_id).edit
+        with self._writing():
+            new = self._revised(edit_id, target_new)
+            self.sums.change([edit_id], stand=False)
+            with self._editing(model, tokenizer, covariance, sums_on) as editor:
+                self.sums.give(editor.closed_form)
+                editor.hold(self.sums.standing.edits)
+                editor.write()
+                made = editor.edit([new])
+                self._keep_revised(edit_id, new, made, editor)
+        return new
+
+    def _revised(self, edit_id: str, target_new: str) -> Edit:
+        """The edit with another target, under an id of its own. EditError for one that a later pass has made again."""
+        standing = self._standing()
+        old = standing.get(edit_id).edit
         if again := self._again([edit_id], stand=True):
             raise EditError(
                 f"edit {edit_id!r} was made again as {again[-1]!r}; revise that, or undo it first (d4s undo)"
@@ -211,17 +228,14 @@ class Journal:
         record = {k: v for k, v in old.to_dict().items() if k not in ("id", "tags")}
         record |= {"target_new": target_new, "tags": tags}
         new = Edit.from_dict(record)
-        if new.id in self._standing().made:
-            new = Edit.from_dict(record | {"id": f"{new.id}-{len(self._standing().made)}"})
-        with self._writing():
-            self.sums.change([edit_id], stand=False)
-            model, tokenizer = self._unedited(model, tokenizer)
-            with evaluating(model):
-                editor = self._summing_editor(model, tokenizer, covariance, sums_on)
-                self.sums.give(editor.closed_form)
-                editor.hold(self.sums.standing.edits)
-                editor.write()
-                made = editor.edit([new])
+        return (
+            Edit.from_dict(record | {"id": f"{new.id}-{len(standing.made)}"})
+            if new.id in standing.made
+            else new
+        )
+
+    def _keep_revised(self, edit_id: str, new: Edit, made: Step, editor: D4SEditor) -> None:
+        with deferred():
             put, state = self._taken_in(editor)
             number = self._segment(put)
             self.folder.append(
@@ -234,7 +248,6 @@ class Journal:
             )
             self._sums = None
             self._snapshot(state)
-        return new
 
     def consolidate(
         self,
@@ -247,25 +260,38 @@ class Journal:
         """Keys and residuals of all edits that stand are taken anew and solved for as one batch: what undoing and later
         edits below them had made stale is fresh. Of several edits of one prompt the last counts.
 
-        Arguments as of `revise`.
+        Arguments and what a failure leaves as of `revise`.
         """
-        batch = list({edit.place: edit for edit in self.edits}.values())
-        if not batch:
-            raise EditError(
-                "no edit stands, so there is nothing to consolidate; make one, or bring one back (d4s redo)"
-            )
         with self._writing():
+            batch = list({edit.place: edit for edit in self.edits}.values())
+            if not batch:
+                raise EditError(
+                    "no edit stands, so there is nothing to consolidate; make one, or bring one back (d4s redo)"
+                )
             _ = self.sums  # the journal must have them
-            model, tokenizer = self._unedited(model, tokenizer)
-            with evaluating(model):
-                editor = self._summing_editor(model, tokenizer, covariance, sums_on)
+            with self._editing(model, tokenizer, covariance, sums_on) as editor:
                 editor.announce(batch)
                 editor.edit(batch)
-            put, state = self._taken_in(editor)
-            number = self._segment(put)
-            self.folder.append("consolidated", ids=[edit.id for edit in batch], step=number)
-            self._sums = None
-            self._snapshot(state)
+                with deferred():
+                    put, state = self._taken_in(editor)
+                    number = self._segment(put)
+                    self.folder.append("consolidated", ids=[edit.id for edit in batch], step=number)
+                    self._sums = None
+                    self._snapshot(state)
+
+    @contextmanager
+    def _editing(
+        self, model: CausalLM | None, tokenizer: Any, covariance: Any, sums_on: SumsOn
+    ) -> Iterator[D4SEditor]:
+        """The sequence's editor on the unedited model, which a failure leaves unedited."""
+        model, tokenizer = self._unedited(model, tokenizer)
+        with evaluating(model):
+            editor = self._summing_editor(model, tokenizer, covariance, sums_on)
+            try:
+                yield editor
+            except BaseException:
+                editor.restore()
+                raise
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -429,7 +455,7 @@ class Journal:
     def write_to(self, model: CausalLM) -> None:
         """The unedited model becomes the edited one, in place. ModelError for another model."""
         self._unedited(model, None)
-        own = dict(model.named_parameters())
+        own = parameters_by_name(model)
         weights = self.weights()
         with torch.no_grad():
             for name, weight in weights.items():
@@ -513,6 +539,7 @@ class Journal:
             except D4SError as error:
                 problems.append(str(error))
         checked.append(f"points: {len(points)}")
+        problems += _consolidated_though_undone(self.folder)
         difference = None
         try:
             weights = self.weights()
@@ -564,7 +591,7 @@ class Journal:
                 editor.announce([edit for batch in steps for edit in batch if AGAIN not in edit.tags])
                 for batch in steps:
                     editor.edit(batch)
-                own = dict(model.named_parameters())
+                own = parameters_by_name(model)
                 return [
                     f"made again: {name} differs by {float((own[name].detach().cpu() - w.cpu()).abs().max()):.2g}"
                     for name, w in weights.items()
@@ -619,6 +646,18 @@ def _as_saved(weights: Mapping[str, Tensor], files: Sequence[Path]) -> dict[str,
         else:
             found |= dict(zip(apart[0], weight, strict=True))
     return found
+
+
+def _consolidated_though_undone(folder: Folder) -> list[str]:
+    """What is wrong where a log has consolidated edits that did not stand, so that the sums hold them."""
+    standing, problems = Standing(replaces=folder.head["method"] == "d4s"), []
+    for event in folder.events:
+        if event["kind"] == "consolidated" and (gone := standing.undone & set(event["ids"])):
+            problems.append(
+                f"log: step {event['step']} has consolidated {', '.join(sorted(gone))}, which did not stand"
+            )
+        standing.follow(event, folder, lambda _step: [])
+    return problems
 
 
 def standing_of(folder: Folder) -> Standing:

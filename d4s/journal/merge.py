@@ -19,10 +19,13 @@ from torch import Tensor
 from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.edits.edit import AGAIN
+from d4s.edits.spacing import Target
 from d4s.errors import ConfigError, DataError
 from d4s.journal.folder import Folder, differing, digest_of, now
 from d4s.journal.journal import Journal
 from d4s.journal.sums import packed
+from d4s.measure.metrics import Baseline
+from d4s.models.scoring import Score
 
 SAME = (
     "model", "tokenizer", "statistics", "method", "config", "chosen", "dtype", "layers", "weights", "transposed",
@@ -93,21 +96,27 @@ def merge(
         "count": max(1, len(facts)),
         "keeps_vectors": True,
     }
+    folder = Folder.create(root, head)
     try:
-        folder = Folder.create(root, head)
-        folder.lock()
         for kind in ("base", "priors"):
             folder.save(kind, None, first.folder.load(kind).tensors)
-        shutil.copyfile(first.folder.root / "baseline.json", root / "baseline.json")
+        _joined_baseline(journals).save(root / "baseline.json")
         _write(folder, facts, journals, conflicts)
     except BaseException:
-        if not any(
-            event["kind"] == "ended" for event in (Folder.open(root).events if Folder.exists(root) else ())
-        ):
+        if not any(event["kind"] == "ended" for event in folder.events):
             shutil.rmtree(root, ignore_errors=True)  # no half of a merge is left
         raise
-    folder.unlock()
+    finally:
+        folder.unlock()
     return Journal(root), conflicts
+
+
+def _joined_baseline(journals: Sequence[Journal]) -> Baseline:
+    """The unedited model's answers to the edits of all journals, which are of one model."""
+    answers: dict[tuple[str, Target], Score] = {}
+    for journal in journals:
+        answers |= Baseline.load(journal.folder.root / "baseline.json").answers
+    return Baseline(answers)
 
 
 def _joined(rows: Iterable[Rows]) -> list[Rows]:

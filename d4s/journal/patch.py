@@ -20,7 +20,7 @@ from d4s.journal.changes import Change, changes_between, changes_of, matrix_labe
 from d4s.journal.stored_bits import Step, bits, dense, factored, part_types, taken
 from d4s.locate.covariance import fingerprint_of
 from d4s.models.architectures import check_bare, check_on_devices
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, parameters_by_name
 from d4s.tensor_files import Outline, load_tensors, save_tensors
 
 __all__ = [
@@ -237,11 +237,11 @@ def _digest(weight: Tensor) -> str:
     return digest([bits(weight).flatten().view(torch.uint8).numpy().data])
 
 
-def _own(model: CausalLM) -> dict[str, Tensor]:
-    """A model's parameters by name, without what torch.compile puts in front."""
+def _own(model: CausalLM) -> Mapping[str, Tensor]:
+    """The parameters by name of a model that may be written to."""
     check_bare(model)
     check_on_devices(model)
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    return parameters_by_name(model)
 
 
 def _write(own: Mapping[str, Tensor], patch: Patch, *, back: bool) -> None:

@@ -20,7 +20,7 @@ from d4s.files import check_regular
 from d4s.locate.keys import subject_rows
 from d4s.models.architectures import Anatomy, Architecture, text_config
 from d4s.models.causal_lm import CausalLM
-from d4s.models.forward import evaluating
+from d4s.models.forward import evaluating, most_positions
 from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.models.readiness import check_askable
 from d4s.models.trace import Trace, stopping
@@ -316,7 +316,7 @@ def _texts_of(corpus: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
 
 def _longest(model: CausalLM) -> int:
     """Tokens a piece of text: what the model has positions for, at most LONGEST_TEXT."""
-    return min(LONGEST_TEXT, getattr(text_config(model), "max_position_embeddings", LONGEST_TEXT))
+    return min(LONGEST_TEXT, most_positions(model) or LONGEST_TEXT)
 
 
 @torch.no_grad()

@@ -215,6 +215,7 @@ def _label(name: str, meaning: str, origin: Origin, shown: Shown = "row") -> Col
 _BY_EDIT = (
     _label("id", "the edit's", "evaluation"),
     _label("kind", "of the edit", "evaluation"),
+    _label("same_as", "an earlier edit of the same fact, if there is one", "evaluation"),
     _label("misspelt_as", "what the free greedy text has for the target, where it is misspelt", "evaluation"),
     _nll("nll_new", "mean over the new target's tokens, on the edit prompt", "down"),
     _nll("nll_true", "mean over the true target's tokens, on the edit prompt"),

@@ -11,14 +11,15 @@ import math
 import numpy
 
 from d4s.measure.columns import METRICS
-from d4s.measure.metrics import Evaluation, Metric, add_combined
+from d4s.measure.metrics import Evaluation, Metric, add_combined, fact_numbers
 from d4s.measure.statistics import resampled_means
 
 
 def differences(one: Evaluation, other: Evaluation, seed: int = 0) -> dict[str, Metric]:
     """Mean of one less mean of the other, of each figure that both have, with its 95 % interval.
 
-    Paired bootstrap over the edits (by id) that have the figure in both; average and harmonic are those of the means.
+    Paired bootstrap over the facts of the edits (by id) that have the figure in both; average and harmonic are those of
+    the means.
     Metric's mean, low and high are of the difference. {} where no edit is in both.
     """
     mine = {row["id"]: row for row in one.rows}
@@ -37,7 +38,7 @@ def differences(one: Evaluation, other: Evaluation, seed: int = 0) -> dict[str, 
     if not present:
         return {}
     values = pairs[:, :, counted > 0]
-    drawn = resampled_means(values.reshape(len(ids), -1), numpy.arange(len(ids)), seed)
+    drawn = resampled_means(values.reshape(len(ids), -1), fact_numbers(mine[i] for i in ids), seed)
     drawn = drawn.reshape(-1, 2, len(present))
     counts = dict(zip(present, counted[counted > 0].tolist(), strict=True))
     halves = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +114,9 @@ def _answer(value: Any, place: str) -> tuple[tuple[str, Target], Score]:
 class Evaluation:
     """Figures of a list of edits.
 
-    rows: one dict an edit, in the order given: id, kind, its figures (`columns.METRICS`; absent where the edit has
-        none), and the NLLs behind them (nats; `nll_new`, `paraphrase_nll_new`, `neighborhood_nll_true`, …)
+    rows: one dict an edit, in the order given: id, kind, `same_as` (the id of an earlier edit of the same fact, if
+        there is one), its figures (`columns.METRICS`; absent where the edit has none), and the NLLs behind them (nats;
+        `nll_new`, `paraphrase_nll_new`, `neighborhood_nll_true`, …)
     metrics: name → Metric
     notes: what could not be measured, and why
     """
@@ -259,8 +260,20 @@ def evaluate(
 def evaluation_of(
     rows: list[dict[str, Any]], edits: Sequence[Edit], seed: int, notes: tuple[str, ...] = ()
 ) -> Evaluation:
-    """Figures of rows that have been taken, an edit each."""
-    return Evaluation(rows, _summarise(rows, [(edit.text, edit.target_new) for edit in edits], seed), notes)
+    """Figures of rows that have been taken, an edit each. A row of a fact that several edits have says of which edit's
+    it is (`same_as`)."""
+    first: dict[tuple[str, str], str] = {}
+    for row, edit in zip(rows, edits, strict=True):
+        if (same := first.setdefault((edit.text, edit.target_new), row["id"])) != row["id"]:
+            row["same_as"] = same
+    return Evaluation(rows, _summarise(rows, seed), notes)
+
+
+def fact_numbers(rows: Iterable[Mapping[str, Any]]) -> NDArray[Any]:
+    """The number of each row's fact, from 0 on: MQuAKE makes some dozens of times, and their rows are no independent
+    samples."""
+    numbers: dict[str, int] = {}
+    return numpy.array([numbers.setdefault(row.get("same_as", row["id"]), len(numbers)) for row in rows])
 
 
 def _written(model: CausalLM, tokenizer: Any, prompts: Sequence[str], **options: Any) -> dict[str, Written]:
@@ -281,17 +294,10 @@ def _add_fluency(rows: Sequence[dict[str, Any]], edits: Sequence[Edit], texts: M
                 row["consistency"] = weights.cosine(made, " ".join(edit.reference_texts))
 
 
-def _summarise(
-    rows: Sequence[dict[str, Any]], facts: Sequence[tuple[str, str]], seed: int
-) -> dict[str, Metric]:
-    """Means over edits with bootstrap intervals; the order of the edits does not matter.
-
-    facts: (prompt, target) of each edit. MQuAKE makes some dozens of times: their rows are no independent samples.
-    """
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["id"])
-    rows = [rows[i] for i in order]
-    numbers: dict[tuple[str, str], int] = {}
-    groups = numpy.array([numbers.setdefault(facts[i], len(numbers)) for i in order])
+def _summarise(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Metric]:
+    """Means over edits with bootstrap intervals over facts; the order of the edits does not matter."""
+    rows = sorted(rows, key=lambda row: row["id"])
+    groups = fact_numbers(rows)
     found = dict.fromkeys(name for row in rows for name in sorted(row))
     named = [*METRICS, *(name for name in found if column(name).family)]  # then each kind of question
     present = [name for name in named if any(name in row for row in rows)]

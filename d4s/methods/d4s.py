@@ -341,7 +341,7 @@ class D4SEditor(LocateEditor):
         """
         last = list({edit.place: edit for edit in edits}.values())
         check_batch(last)
-        state = self.state_dict()
+        state, torn = self.state_dict(), self._torn
         with self.weights.all_or_nothing():
             try:
                 self.restore()
@@ -349,6 +349,7 @@ class D4SEditor(LocateEditor):
                 self.edit(last)
             except BaseException:
                 self.load_state_dict(state)
+                self._torn = torn  # sums that held half a step hold it still
                 raise
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -162,7 +162,8 @@ class FTEditor(MasterEditor):
         return losses >= self.method.stop_loss
 
     def gradients(self, batch: Sequence[Edit]) -> Tensor:
-        """Losses [edits]; every Δ then holds the gradient of the mean over the edits that are trained on."""
+        """Losses [edits]; every Δ then holds the gradient of the losses of those that are trained on, over the
+        number of edits of the batch."""
         weights = {layer: self.anatomy.weight(layer) for layer in self.weights.layers}
         sums = {layer: torch.zeros_like(delta) for layer, delta in self.deltas.items()}
 

@@ -193,6 +193,37 @@ def by_name(asked: str) -> tuple[str, Mapping[str, Any]]:
     raise ConfigError(f"{unknown_name(f'preset of {method}', name, known)} Or name a file made by d4s tune")
 
 
+def with_preset(
+    method: str | Method | None, preset: str | os.PathLike[str], config: Any
+) -> tuple[str, Mapping[str, Any] | Preset]:
+    """(method, config) as `method_for` takes them, of a preset beside both.
+
+    method: its name; None: that of the preset's file, or d4s
+    preset: one of the method's named ones, or a file that `d4s tune` wrote
+    config: fields that go before those of the preset, or None
+    Raises ConfigError for a preset that there is not, or of another method, and beside another whole configuration.
+    """
+    if not (isinstance(method, str | None) and isinstance(config, Mapping | None)):
+        raise ConfigError(
+            f"preset {os.fspath(preset)}: method or config is a whole configuration already; give one of the two, or "
+            "single fields as config"
+        )
+    if not is_place(os.fspath(preset)):
+        asked = method or "d4s"
+        if ":" in asked:
+            raise ConfigError(
+                f"preset {preset}: method {asked} names one of its own; leave one of the two out"
+            )
+        name, named = by_name(f"{asked}:{preset}")
+        return name, {**named, **(config or {})}
+    found = load_preset(preset)
+    if method not in (None, found.method):
+        raise ConfigError(
+            f"preset {preset}: is of {found.method}, and {method} was asked for; take that method, or another preset"
+        )
+    return found.method, found.changed(config) if config else found
+
+
 def is_place(text: str) -> bool:
     """Whether a preset is asked for by its file: one that is there, or what only a file is called."""
     from d4s.methods import METHODS

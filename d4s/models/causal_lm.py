@@ -47,3 +47,8 @@ class CausalLM(Protocol):
     def get_output_embeddings(self) -> Any: ...
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any: ...
+
+
+def parameters_by_name(model: CausalLM) -> dict[str, nn.Parameter]:
+    """A model's parameters, without what torch.compile puts in front of their names."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}

@@ -36,8 +36,13 @@ class TensorBoard(Observer):
             raise ConfigError(
                 f"--tensorboard {os.fspath(folder)}: tensorboard is not installed: pip install 'd4s[tensorboard]'"
             )
-        check_folder(folder)
         self.folder = Path(folder)
+        lacking = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        check_folder(self.folder)
+        for (
+            place
+        ) in lacking:  # made when there is something to write: in a run's folder nothing may be before it
+            place.rmdir()
         self.times: dict[str, int] = {}
         self.writer: Any = None
 

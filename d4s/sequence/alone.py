@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def edit_alone(
     )
     configured = method_for(method, bench.anatomy, config)
     check_asked(bench, edits, configured, schedule)
-    kept = _Kept(None if out is None else Path(out), edits, _settings(bench, edits, configured, schedule))
+    settings = _settings(bench, edits, configured, schedule)
+    kept = _Kept(None if out is None else Path(out), edits, settings, configured)
     if isinstance(config, Preset):
         kept.notes |= dict.fromkeys(config.notes_on(edits))
     with evaluating(model):
@@ -131,8 +134,10 @@ def _settings(bench: Workbench, edits: Sequence[Edit], method: Method, schedule:
 class _Kept:
     """The rows so far, and their file."""
 
-    def __init__(self, path: Path | None, edits: tuple[Edit, ...], settings: dict[str, Any]) -> None:
-        self.path, self.edits, self.settings = path, edits, settings
+    def __init__(
+        self, path: Path | None, edits: tuple[Edit, ...], settings: dict[str, Any], method: Method
+    ) -> None:
+        self.path, self.edits, self.settings, self.method = path, edits, settings, method
         self.rows: list[dict[str, Any]] = []
         self.notes: dict[str, None] = {}
         self.written = time.monotonic()
@@ -152,7 +157,9 @@ class _Kept:
         with files.checking(path, WRITER):
             stored = files.as_object(record["settings"], "settings")
             found = read_evaluation(record["evaluation"], "evaluation")
-        for name, value in self.settings.items():
+        known = json.loads(json.dumps(self.method.as_known_to(stored)))  # by the version that wrote it
+        own = {field.name for field in fields(self.method)}
+        for name, value in ({n: v for n, v in self.settings.items() if n not in own} | known).items():
             if stored.get(name) != value:
                 raise ConfigError(
                     f"{path} holds figures with another {name} ({shown(stored.get(name))} there, {shown(value)} "

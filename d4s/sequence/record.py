@@ -261,7 +261,9 @@ def _rows(
                 raise files.WrongType(f"{place}[{i}] has no {name!r}")
         for name, cell in files.as_object(row, f"{place}[{i}]").items():
             at = f"{place}[{i}], {shown(name)}"
-            if (name in ("id", AGAIN) and "id" in needed) or (name in ("kind", "misspelt_as") and evaluated):
+            if (name in ("id", AGAIN) and "id" in needed) or (
+                name in ("kind", "same_as", "misspelt_as") and evaluated
+            ):
                 cells[name] = files.as_text(cell, at)
             elif name in ("step", "count") and name in needed:
                 cells[name] = files.as_count(cell, at)

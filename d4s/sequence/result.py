@@ -33,7 +33,8 @@ class Result(Record):
         self.editor.restore()
 
     def consolidate(self) -> None:
-        """Solves anew for all the edits made, as one batch from the original weights; only D4S can.
+        """Solves anew for all the edits made, as one batch from the original weights; methods that keep sums can (d4s,
+        memit-seq, alphaedit, …).
 
         Keys at upper layers, which later edits below them had made stale, are fresh afterwards. The history is of
         the model before it: `evaluate` scores the new one. A failure leaves weights and sums as they were.

@@ -17,6 +17,7 @@ from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for, sums_place
 from d4s.methods.base import SumsOn
 from d4s.methods.locate_then_edit import LocateEditor, TargetMethod
+from d4s.methods.preset import with_preset
 from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
@@ -39,6 +40,7 @@ def edit_sequence(
     *,
     method: str | Method = "d4s",
     config: Mapping[str, Any] | Method | Preset | None = None,
+    preset: str | os.PathLike[str] | None = None,
     covariance: Covariance | str | os.PathLike[str] | None = None,
     targets: KeptTargets | str | os.PathLike[str] | None = None,
     batch_size: int = 1,
@@ -66,6 +68,7 @@ def edit_sequence(
     method: a name from `d4s.methods()`, with one of its named presets as in "d4s:fresh", or a configured method
     config: fields that differ from the preset, as {"prior_weight": 2e4, "steps": 30}; or a whole configuration,
         or what `load_preset` gives, whose probes among the edits are named in `Result.notes`
+    preset: a named preset of the method, as "long", or a file that `d4s tune` wrote; fields of `config` go before it
     covariance: key statistics of the unedited model, or their file; None: estimated on text that the model
         samples, and cached
     targets: of the unedited model, found before (d4s targets), or their file; those of edits that are not among them
@@ -126,6 +129,8 @@ def edit_sequence(
         seed=seed,
         progress=progress,
     )
+    if preset is not None:
+        method, config = with_preset(method, preset, config)
     configured = method_for(method, bench.anatomy, config)
     kept = None if journal is None else journaling(journal, keep_vectors=keep_vectors)
     return run(

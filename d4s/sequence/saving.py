@@ -12,7 +12,7 @@ from d4s.errors import D4SError, DataError, ModelError
 from d4s.locate.covariance import fingerprint_of
 from d4s.methods import Workbench
 from d4s.methods.grace import GRACE, GRACEEditor
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, parameters_by_name
 from d4s.sequence.result import Result
 from d4s.tensor_files import load_tensors, save_tensors
 
@@ -63,7 +63,7 @@ def load_changes_(model: CausalLM, tokenizer: Any, path: str | os.PathLike[str])
         except (KeyError, TypeError, D4SError) as error:
             raise DataError(f"{path}: holds no codebook of GRACE ({error}); make the edits again") from None
         return
-    own = dict(model.named_parameters())
+    own = parameters_by_name(model)
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape or own[name].dtype != tensor.dtype:
             raise DataError(f"{path}: {name} is no weight of this model; name the one that was edited")

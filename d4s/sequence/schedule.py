@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from d4s.edits import Edit
 from d4s.errors import ConfigError
@@ -28,7 +28,7 @@ class Schedule:
         None: the sequence goes on whatever it has become
     seed: of contexts, samples and intervals
 
-    Raises ConfigError for a number that is no whole number from 1 on, or no share.
+    Raises ConfigError for a number that is no whole number from 1 on (a limit from 0 on), or no share.
     """
 
     batch_size: int = 1
@@ -51,8 +51,13 @@ class Schedule:
             ("passes", self.passes),
             *(("evaluate_every", p) for p in points),
         ):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not _is_whole(value) or value < 1):
                 raise ConfigError(f"{name}={value!r}, must be a whole number from 1 on")
+        few = self.neighborhood_limit
+        if few is not None and (not _is_whole(few) or few < 0):
+            raise ConfigError(
+                f"neighborhood_limit={few!r}, must be a whole number from 0 on, or None for all"
+            )
         share = self.stop_on_collapse
         if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
             raise ConfigError(f"stop_on_collapse={share!r}, must be a share, above 0 and at most 1")
@@ -99,3 +104,7 @@ class Schedule:
             "measure": getattr(owner, "settings", self.measure is not None),
             "stop_on_collapse": self.stop_on_collapse,
         } | ({"passes": self.passes} if self.passes > 1 else {})
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

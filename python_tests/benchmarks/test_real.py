@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas
@@ -20,7 +20,7 @@ from d4s.errors import ConfigError, EditingStopped
 from d4s.locate.targets import TargetConfig
 from d4s.measure.downstream import TaskMetric
 from d4s.measure.metrics import evaluation_of
-from d4s.methods import Editor
+from d4s.methods import Editor, method_for
 from d4s.methods.memit import MEMITEditor
 from d4s.models.architectures import Anatomy
 from d4s.sequence.record import Record
@@ -397,3 +397,15 @@ def test_a_change_has_the_error_of_its_differences():
     assert unpaired["change_stderr"] == pytest.approx(0.05) and unpaired["within_one_stderr"] is False
     shares = downstream.compared(TaskMetric(0.5, 0.1, 2, (0.25, 0.75)), TaskMetric(0.5, 0.1, 2, (0.75, 0.25)))
     assert "lost" not in shares and shares["within_one_stderr"] is True
+
+
+def test_no_two_sequences_have_files_of_one_name():
+    """What the second has written would be taken for the first's."""
+    anatomy = Anatomy(tiny_model("llama"))
+    names: dict[str, str] = {}
+    for label, fields_ in setting.SEQUENCES.items():
+        method = method_for(
+            fields_.get("method", label), anatomy, {k: v for k, v in fields_.items() if k != "method"}
+        )
+        result = Record(method.name, json.loads(json.dumps(asdict(method))))
+        assert names.setdefault(setting.name_of(result), label) == label

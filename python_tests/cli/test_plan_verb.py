@@ -38,6 +38,23 @@ def test_plan_as_json_adds_up(capsys):
     )
 
 
+def test_where_layers_lie_is_asked_of_the_model_that_lies_there(capsys, monkeypatch):
+    """An estimate by one device said that a model does not fit which --device-map spreads over two."""
+    from d4s.models import loading
+
+    asked = []
+    monkeypatch.setattr(loading, "skeleton", lambda *_, **__: pytest.fail("estimated as on one device"))
+    load = loading.load_model
+    monkeypatch.setattr(
+        loading,
+        "load_model",
+        lambda name, **options: asked.append(options) or load(name, dtype=options["dtype"]),
+    )
+    arguments = ("plan", "m", "--edits", "100", "--no-measure", "--device-map", "auto", *FAST)
+    assert "copies of edited weights" in done(capsys, *arguments)
+    assert [options["device_map"] for options in asked] == ["auto"]
+
+
 def test_plan_measures_this_machine(capsys, monkeypatch):
     monkeypatch.setattr(planning, "MEASURED", 0.05)
     told = json.loads(done(capsys, "plan", "m", "--edits", "10", "--json", *FAST))

@@ -161,7 +161,7 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
         (("edit", "--method", "d4s:hodl"), "Did you mean 'hold'"),
         (
             ("edit", "--method", "d4s:hold", "--preset", "long"),
-            "names a preset of its own; leave one of the two out",
+            "method d4s:hold names one of its own; leave one of the two out",
         ),
         (("edit", "--method", "d4s:hold", "--preset", "GIVEN"), "is of d4s, and d4s:hold was asked for"),
         (("edit", "--preset", "none.json"), "none.json: there is no such file"),

@@ -13,11 +13,13 @@ from support.tiny import tiny_tokenizer
 
 from d4s.edits import Edit
 from d4s.errors import ConfigError, DataError, EditError, ModelError
+from d4s.journal import merge as merging
 from d4s.journal.folder import Folder, differing
 from d4s.journal.journal import Journal
 from d4s.journal.merge import merge
 from d4s.journal.sums import Sums
 from d4s.locate.covariance import Covariance
+from d4s.measure.metrics import Baseline, take_baseline
 from d4s.sequence import journaling
 
 ONE = FAST | {"layers": [1], "residual": "once"}  # one layer, no contexts, the paper's rule: undoing is exact
@@ -66,6 +68,9 @@ def test_the_weights_are_those_of_the_sequence(tmp_path, seed):
     assert all(torch.equal(model.state_dict()[n], weights[n]) for n in weights)
     with pytest.raises(ModelError, match="not the unedited one"):
         Journal(tmp_path / "j").write_to(model)
+    compiled = torch.compile(ready(seed)[0])
+    Journal(tmp_path / "j").write_to(compiled)
+    assert all(torch.equal(compiled._orig_mod.state_dict()[n], weights[n]) for n in weights)
 
 
 def test_a_journal_from_before_a_field_was_there_goes_on_at_its_default(monkeypatch, tmp_path, seed):
@@ -208,6 +213,60 @@ def test_consolidating_is_one_batch_of_the_edits_that_stand(tmp_path, seed):
     assert Journal(tmp_path / "j").verify().sound
 
 
+@pytest.mark.parametrize("verb", ["revise", "consolidate"])
+def test_what_another_process_has_undone_meanwhile_is_not_taken_in(verb, tmp_path, seed):
+    model, covariance, _ = made(tmp_path / "j", seed, EDITS[:3], ONE)
+    journal = Journal(tmp_path / "j")
+    assert len(journal.edits) == 3  # by the log as it is now
+    Journal(tmp_path / "j").undo("e0")
+    given = dict(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+    if verb == "revise":
+        with pytest.raises(EditError, match="'e0' was undone already"):
+            journal.revise("e0", "Lyon Manila", **given)
+        return
+    journal.consolidate(**given)
+    assert [edit.id for edit in Journal(tmp_path / "j").edits] == ["e1", "e2"]
+    assert off(Journal(tmp_path / "j").sums.closed_form.delta(1), solved(tmp_path / "j", ["e1", "e2"])) < 1e-9
+    assert Journal(tmp_path / "j").verify().sound
+
+
+def test_sums_that_hold_what_does_not_stand_are_found(tmp_path, seed):
+    model, covariance, _ = made(tmp_path / "j", seed, EDITS[:3], ONE)
+    journal = Journal(tmp_path / "j")
+    journal.undo("e0")
+    journal.consolidate(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+    for event in journal.folder.events:
+        if event["kind"] == "consolidated":
+            event["ids"].insert(0, "e0")
+    assert any("has consolidated e0, which did not stand" in text for text in journal.verify().problems)
+
+
+@pytest.mark.parametrize("verb", ["revise", "consolidate"])
+def test_a_failure_leaves_the_journal_and_an_unedited_model(verb, monkeypatch, tmp_path, seed):
+    model, covariance, _ = made(tmp_path / "j", seed, EDITS[:3], ONE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    journal = Journal(tmp_path / "j")
+    events = list(journal.folder.events)
+    given = dict(model=model, tokenizer=tiny_tokenizer(), covariance=covariance)
+    call = (
+        (lambda: journal.revise("e1", "Paris", **given))
+        if verb == "revise"
+        else lambda: journal.consolidate(**given)
+    )
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "add_segment", full)
+        with pytest.raises(OSError, match="No space"):
+            call()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert Journal(tmp_path / "j").folder.events == events
+    call()
+    assert Journal(tmp_path / "j").verify().sound
+
+
 def test_what_was_replaced_before_consolidating_is_in_the_journal_no_more(tmp_path, seed):
     other = Edit(EDITS[1].prompt, EDITS[1].subject, "Lyon Manila", id="other")
     model, covariance, _ = made(tmp_path / "j", seed, [*EDITS[:4], other])
@@ -261,6 +320,8 @@ def test_sequences_made_apart_become_one(tmp_path, seed):
     assert [e.id for e in joined.edits] == [e.id for e in EDITS]
     joined.undo("e4")
     assert Journal(tmp_path / "ab").verify().sound
+    answers = Baseline.load(tmp_path / "ab" / "baseline.json").answers
+    assert answers == take_baseline(ready(seed)[0], tiny_tokenizer(), EDITS).answers
     with pytest.raises(ConfigError, match="do not add up: config"):
         made(tmp_path / "c", seed, EDITS[3:], ONE | {"prior_weight": 2.0})
         merge([tmp_path / "a", tmp_path / "c"], tmp_path / "ac")
@@ -268,6 +329,36 @@ def test_sequences_made_apart_become_one(tmp_path, seed):
         made(tmp_path / "d", seed + 1, EDITS[3:], ONE)
         merge([tmp_path / "a", tmp_path / "d"], tmp_path / "ad")
     assert not (tmp_path / "ac").exists() and not (tmp_path / "ad").exists()
+
+
+def test_a_merge_that_is_refused_leaves_what_another_process_has_begun_there(monkeypatch, tmp_path, seed):
+    made(tmp_path / "a", seed, EDITS[:1], ONE)
+    made(tmp_path / "b", seed, EDITS[1:2], ONE)
+    decided = merging._decided
+
+    def meanwhile(journals):
+        folder = Folder.open(tmp_path / "a")
+        head = {name: value for name, value in folder.head.items() if name != "format"}
+        Folder.create(tmp_path / "ab", head | {"by": "another"})
+        return decided(journals)
+
+    monkeypatch.setattr(merging, "_decided", meanwhile)
+    with pytest.raises(ConfigError, match="another process"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert Folder.open(tmp_path / "ab").head["by"] == "another"
+
+
+def test_no_half_of_a_merge_is_left(monkeypatch, tmp_path, seed):
+    made(tmp_path / "a", seed, EDITS[:1], ONE)
+    made(tmp_path / "b", seed, EDITS[1:2], ONE)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Folder, "add_segment", full)
+    with pytest.raises(OSError, match="No space"):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert not (tmp_path / "ab").exists()
 
 
 @pytest.mark.parametrize("rule", ["latest", "fail"])

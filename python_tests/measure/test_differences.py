@@ -58,6 +58,28 @@ def test_what_the_edits_share_cancels_out(seed):
     assert own.high - own.low > 0.02  # while each interval by itself is wide
 
 
+def test_edits_of_one_fact_are_one_sample(seed):
+    """Rows of a fact that is made five times say no more than one."""
+    generator = numpy.random.default_rng(seed)
+    figures = [three(generator, 20) for _ in range(2)]
+    once = differences(*(evaluation(one, [f"{i:02d}" for i in range(20)]) for one in figures))
+    ids = [f"{i:02d}#{again}" for i in range(20) for again in range(5)]
+    edits = [Edit(prompt="{} is", subject=id_[:2], target_new="x", id=id_) for id_ in ids]
+    often = []
+    for one in figures:
+        rows = [
+            {"id": id_, "kind": "completion"} | {name: values[int(id_[:2])] for name, values in one.items()}
+            for id_ in ids
+        ]
+        often.append(evaluation_of(rows, edits, 0))
+    again = differences(*often)
+    for name, metric in once.items():
+        assert (again[name].mean, again[name].low, again[name].high) == pytest.approx(
+            (metric.mean, metric.low, metric.high), abs=1e-12
+        )
+        assert again[name].count == 100
+
+
 def test_the_interval_is_that_of_paired_differences(seed):
     generator = numpy.random.default_rng(seed)
     first, second = generator.random(2_000), generator.random(2_000)

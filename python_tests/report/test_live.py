@@ -252,6 +252,16 @@ def test_the_verb_says_so_before_it_loads_a_model(capsys, monkeypatch, tmp_path)
 
 
 @needs_tensorboard
+def test_a_folder_for_scalars_is_made_with_the_first(seed, tmp_path):
+    """In the folder of a comparison it would be something that is not the comparison's."""
+    model, covariance = ready(seed)
+    board = TensorBoard(tmp_path / "out" / "tb")
+    assert not (tmp_path / "out").exists()
+    sequence(model, covariance, EDITS[:1], observers=[board]).restore()
+    assert (tmp_path / "out" / "tb" / "d4s").is_dir()
+
+
+@needs_tensorboard
 def test_scalars_are_those_of_the_result(seed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

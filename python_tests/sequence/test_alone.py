@@ -9,6 +9,7 @@ from support.sequences import EDITS, FAST, broken_off, ready, same, sequence, st
 from support.tiny import tiny_tokenizer
 
 import d4s
+from d4s import files
 from d4s.errors import ConfigError, DataError, EditError
 from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import Preset
@@ -148,6 +149,23 @@ def test_a_file_of_something_else_is_refused_and_left(change, said, seed, tmp_pa
     with pytest.raises(ConfigError, match=said):
         taken(model, covariance, out=out, **change)
     assert out.read_bytes() == stored and same(state(model), before)
+
+
+def test_figures_of_an_earlier_version_are_gone_on_with(seed, tmp_path):
+    """One that did not know a field which is at its default here."""
+    out = tmp_path / "alone.json"
+    model, covariance = ready(seed)
+    first = taken(model, covariance, EDITS[:2], out=out)
+    record = files.read_json(out, writer="d4s alone", format="d4s-alone-1", fields=("settings", "evaluation"))
+    settings = dict(record["settings"])
+    del settings["context_keys"], settings["target"]["search_precision"]
+    everything = dict(record) | {"settings": settings}
+    files.write_json({"format": "d4s-alone-1", **everything}, out)
+    with pytest.raises(ConfigError, match="another edits"):
+        taken(model, covariance, out=out)
+    assert taken(model, covariance, EDITS[:2], out=out).rows == first.rows
+    with pytest.raises(ConfigError, match="another context_keys"):
+        taken(model, covariance, EDITS[:2], out=out, config=FAST | {"context_keys": "each"})
 
 
 def test_figures_with_other_statistics_are_not_gone_on_with(seed, tmp_path):

@@ -47,11 +47,18 @@ def test_fewer_neighbours_are_asked_between_the_first_point_and_the_last():
         ({"evaluate_every": 2.5}, r"evaluate_every=2\.5"),
         ({"evaluate_every": [3, -1]}, "evaluate_every=-1"),
         ({"evaluate_every": ["3"]}, "evaluate_every='3'"),
+        ({"batch_size": True}, "batch_size=True"),
     ],
 )
 def test_numbers_that_are_none_are_refused(fields, named):
     with pytest.raises(ConfigError, match=f"{named}, must be a whole number from 1 on"):
         d4s.Schedule(**fields)
+
+
+@pytest.mark.parametrize("limit", [-1, "2", 1.5, True])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(ConfigError, match=f"neighborhood_limit={limit!r}, must be a whole number from 0 on"):
+        d4s.Schedule(neighborhood_limit=limit)
 
 
 class Told(d4s.Observer):

@@ -29,9 +29,38 @@ from d4s.errors import (
 )
 from d4s.locate.covariance import Covariance
 from d4s.measure.metrics import evaluate, take_baseline
-from d4s.methods import METHODS, Workbench, locate_then_edit, method_for
+from d4s.methods import METHODS, Preset, Workbench, locate_then_edit, method_for
+from d4s.methods.preset import model_facts
 from d4s.models.architectures import Anatomy
 from d4s.sequence.record import Record
+
+
+def test_a_preset_stands_beside_the_method_and_fields_go_before_it(tmp_path, seed):
+    model, covariance = ready(seed)
+    given = dict(covariance=covariance, progress=False)
+    result = d4s.edit_sequence(
+        model, tiny_tokenizer(), EDITS[:1], preset="long", config=FAST | {"contexts": 0}, **given
+    )
+    assert (result.config["context_keys"], result.config["residual"]) == ("each", "measured")
+    assert result.config["contexts"] == 0
+    result.restore()
+    facts = model_facts(Anatomy(model))
+    Preset(method="memit", fields=FAST, model=facts).save(tmp_path / "p.json")
+    named = d4s.edit_sequence(
+        model, tiny_tokenizer(), EDITS[:1], method="memit", preset=tmp_path / "p.json", **given
+    )
+    assert named.method == "memit" and list(named.config["layers"]) == FAST["layers"]
+    named.restore()
+    whole = method_for("d4s", Anatomy(model))
+    for wrong, words in (
+        (dict(preset="logn"), "Did you mean 'long'"),
+        (dict(preset="long", method="d4s:hold"), "names one of its own"),
+        (dict(preset="long", config=whole), "is a whole configuration already"),
+        (dict(preset="long", method=whole), "is a whole configuration already"),
+        (dict(preset=tmp_path / "p.json"), "is of memit, and d4s was asked for"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            d4s.edit_sequence(model, tiny_tokenizer(), EDITS[:1], **wrong, **given)
 
 
 @pytest.mark.parametrize(
