@@ -159,6 +159,19 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
+@cache
+def sequence_fields(cls: type) -> frozenset[str]:
+    """The fields that hold several values, as tuples."""
+    return frozenset(name for name, hint in _hints(cls).items() if _takes_tuples(hint))
+
+
+def _takes_tuples(hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _takes_tuples(arguments[0])
+    return origin is tuple or (origin in (Union, UnionType) and any(map(_takes_tuples, arguments)))
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from d4s.files import finite_or_none
+
 
 def print_json(value: Any) -> None:
     """On standard output. NaN and infinities, which JSON has no words for, are null."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, float) and not math.isfinite(item):
-            return None
-        if isinstance(item, dict):
-            return {str(k): plain(v) for k, v in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [plain(v) for v in item]
-        return item
-
-    print(json.dumps(plain(value), indent=1))
+    print(json.dumps(finite_or_none(value), indent=1))
 
 
 def words(options: Namespace) -> Callable[[str], None]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import stat
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -34,7 +32,6 @@ from d4s.files import (
 )
 from d4s.journal.log import Log
 from d4s.tensor_files import TensorFile, load_tensors, save_tensors
-from d4s.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +62,6 @@ def now() -> dict[str, str]:
     except (KeyError, OSError):  # a user without a name
         by = str(os.getuid()) if hasattr(os, "getuid") else ""
     return {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "by": by}
-
-
-def versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "d4s": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def digest_of(value: Any) -> str:

@@ -27,6 +27,7 @@ from d4s.methods.d4s import D4SEditor
 from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.generation import generate_greedy
+from d4s.models.loading import source_of
 from d4s.models.scoring import Score, score
 
 
@@ -216,12 +217,11 @@ class Session:
                 model: Any = self.model
                 model.save_pretrained(beside)
                 self.tokenizer.save_pretrained(beside)
-                source = getattr(model, "d4s_source", None) or getattr(model.config, "_name_or_path", None)
                 write_edits_card(
                     beside,
                     edits,
                     base_fingerprint=self._fingerprint,
-                    base_name=str(source or ""),
+                    base_name=source_of(model),
                     method=self.method.name,
                     when=now()["at"],
                 )

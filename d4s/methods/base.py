@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d4s.change.weights import EditedWeights
-from d4s.configuration import Configuration
+from d4s.configuration import Configuration, sequence_fields
 from d4s.edits import Edit, check_batch
 from d4s.errors import ConfigError, D4SError, EditError, shown, unknown_name
 from d4s.locate.covariance import Covariance, cached_covariance
@@ -233,10 +233,9 @@ class Method(Configuration, ABC):
             if name not in own | inner:
                 raise ConfigError(unknown_name(f"field of {self.name}", str(name), own | inner))
         direct = {k: v for k, v in overrides.items() if k in own}
-        for name in ("layers", "context_lengths", "modules", "delta_projection"):
-            if name in direct:
-                value = [direct[name]] if isinstance(direct[name], int | str) else direct[name]
-                direct[name] = tuple(value) if isinstance(value, list | range) else value
+        for name in direct.keys() & sequence_fields(type(self)):
+            value = [direct[name]] if isinstance(direct[name], int | float | str) else direct[name]
+            direct[name] = tuple(value) if isinstance(value, list | range) else value
         if isinstance(direct.get("target"), Mapping):
             for name in direct["target"]:
                 if name not in inner:

@@ -252,3 +252,8 @@ def _check_missing(name: str, report: dict[str, Any]) -> None:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def source_of(model: Any) -> str:
+    """What a model was loaded from, as `load_model` or transformers has noted it."""
+    return str(getattr(model, "d4s_source", None) or getattr(model.config, "_name_or_path", None) or "")

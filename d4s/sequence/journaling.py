@@ -26,7 +26,6 @@ from d4s.journal.folder import (
     differing,
     digest_of,
     now,
-    versions,
 )
 from d4s.journal.sums import Segments, edits_of, numbered, packed
 from d4s.locate.covariance import fingerprint_of
@@ -36,12 +35,14 @@ from d4s.measure.columns import measured_columns
 from d4s.measure.metrics import Baseline, Evaluation
 from d4s.methods import Editor, Method, Workbench
 from d4s.methods.d4s import D4SEditor
+from d4s.models.loading import source_of
 from d4s.progress import progress_bar, stage
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record, read_evaluation, read_history_row
 from d4s.sequence.result import Result
 from d4s.sequence.schedule import Schedule
 from d4s.sequence.under_way import Run, table_rows
+from d4s.version import versions
 
 SEGMENT_EVERY = 64  # steps
 SNAPSHOT_EVERY = 1000  # steps, of an editor whose steps can be made again from their vectors
@@ -241,7 +242,7 @@ class Journaling(Observer):
             "keeps_vectors": again or joint,
             "snapshot_every": every,
             "segment_every": SEGMENT_EVERY,
-            "source": _source(anatomy.model),
+            "source": source_of(anatomy.model),
         }
         return dict(_as_json(head))
 
@@ -589,11 +590,6 @@ def _but_for_passes(told: Mapping[str, Any]) -> Mapping[str, Any]:
     """What tells a sequence from others, without the number of its passes: one that has made fewer goes on."""
     schedule = {name: value for name, value in told["schedule"].items() if name != "passes"}
     return {**told, "schedule": schedule}
-
-
-def _source(model: Any) -> str:
-    """What the model was loaded from, as `load_model` or transformers has noted it."""
-    return str(getattr(model, "d4s_source", None) or getattr(model.config, "_name_or_path", None) or "")
 
 
 def _stored_prior(matrix: Tensor) -> Tensor:

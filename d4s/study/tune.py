@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,8 +22,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-import transformers
 from torch import Tensor
 
 from d4s.edits import Edit, check_sequence
@@ -47,7 +44,7 @@ from d4s.models.readiness import check_ready
 from d4s.progress import stage
 from d4s.sequence.compare import decides_targets
 from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, percent
-from d4s.version import __version__
+from d4s.version import versions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -720,18 +717,12 @@ class _Search:
                 for one in scored
             ],
         }
-        versions = {
-            "d4s": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
         preset = Preset(
             method=method.name,
             fields=fields,
             model=model_facts(self.bench.anatomy),
             measured=finite_or_none(measured),
-            versions=versions,
+            versions=versions(),
             probes=tuple((edit.id, edit.text) for edit in self.pool[: self.seen]),
         )
         costs = {"a target": self.searched.each, "a probe made and scored": self.made.each}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.sequences import EDITS, ready, same, sequence, state
+from support.tiny import tiny_model
 
 import d4s
 from d4s.errors import ConfigError, D4SError, DataError
@@ -236,12 +237,16 @@ def test_every_name_is_told_once_with_what_became_of_it(tmp_path):
 
 
 def test_only_fields_of_the_method_are_set_and_all_can_be_applied(tmp_path):
+    anatomy, applied = Anatomy(tiny_model("gpt2")), []
     for name, method in METHODS.items():
         own = {field.name for field in fields(method)}
         if "target" not in own or name in ("rome", "r-rome"):
             continue
         found = imported(tmp_path, "MEMIT", "L2: 3\nemmet_lambda: 0.5\n", method=name)
         assert found.fields.keys() <= own | {field.name for field in fields(TargetConfig)}
+        assert found.applied(method.preset(anatomy)).value("layers") == tuple(found.fields["layers"])
+        applied.append(name)
+    assert {"d4s", "memit", "alphaedit", "pmet", "emmet"} <= set(applied)
 
 
 def test_a_preset_edits_as_its_fields_do_and_only_where_w_is_the_same(tmp_path, seed):
