@@ -173,7 +173,8 @@ def add_passes(verb: ArgumentParser) -> None:
         type=count,
         default=1,
         metavar="N",
-        help="over the edits: in each behind the first those are made again that are not the greedy answer",
+        help="over the edits: in each behind the first those are made again that are not the greedy answer, or, with "
+        "target_stop or target_eos, do not end behind it",
     )
 
 

@@ -207,6 +207,10 @@ def _nll(name: str, meaning: str, better: Better = "neither") -> Column:
     return Column(name, "nats", better, meaning, "row", interval=False, origin="evaluation")
 
 
+def _share(name: str, meaning: str) -> Column:
+    return Column(name, "share", "up", meaning, "row", interval=False, origin="evaluation")
+
+
 def _label(name: str, meaning: str, origin: Origin, shown: Shown = "row") -> Column:
     return Column(name, "text", meaning=meaning, shown=shown, interval=False, origin=origin)
 
@@ -216,6 +220,7 @@ _BY_EDIT = (
     _label("id", "the edit's", "evaluation"),
     _label("kind", "of the edit", "evaluation"),
     _label("same_as", "an earlier edit of the same fact, if there is one", "evaluation"),
+    _share("ended", "of a target that is to end: asked freely, the model says that alone"),
     _label("misspelt_as", "what the free greedy text has for the target, where it is misspelt", "evaluation"),
     _nll("nll_new", "mean over the new target's tokens, on the edit prompt", "down"),
     _nll("nll_true", "mean over the true target's tokens, on the edit prompt"),

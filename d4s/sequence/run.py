@@ -85,7 +85,8 @@ def edit_sequence(
     stop_at_failure: a step that fails, also for want of device memory, ends the sequence instead of raising;
         `Result.failure` says why
     passes: over the edits. In each behind the first those are made again, `batch_size` a step, whose target is not the
-        greedy answer at the end of the pass before; they have steps, rows and a point of their own, as "<id>~2"
+        greedy answer at the end of the pass before, or, where targets have an end (target_stop, target_eos), whose free
+        answer goes on behind it; they have steps, rows and a point of their own, as "<id>~2"
     stop_on_collapse: ends the sequence at a point where a smaller share of the edits made is still the greedy answer,
         as .1; `Result.failure` says so
     baseline: the unedited model's answers to these edits, where they have been taken before

@@ -23,7 +23,8 @@ class Schedule:
     generate: whether free generation is scored
     measure: called at each point; its figures join the history row
     stop_at_failure: whether a step that fails ends the sequence instead of raising
-    passes: over the edits. In each behind the first those are made again whose target is not the greedy answer
+    passes: over the edits. In each behind the first those are made again whose target is not the greedy answer, or,
+        where targets have an end (target_stop, target_eos), whose free answer goes on behind it
     stop_on_collapse: the share of the edits made that must still be the greedy answer; a point with fewer is the last.
         None: the sequence goes on whatever it has become
     seed: of contexts, samples and intervals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,13 +65,14 @@ class Run:
 
     def steps(self, observers: Observer) -> None:
         """All steps, and the points that are due behind them: the edits, then in each pass those of them that the point
-        behind the pass before has found not to be the greedy answer."""
+        behind the pass before has found not to be the greedy answer, or not to end where they should."""
         made, edits = 0, self.result.edits
         for number in range(1, self.schedule.passes + 1):
             if number > 1:
                 edits = self._lost(made, number)
                 told = (
                     f"pass {number}: {len(edits)} of {len(self.result.edits)} edits are not the greedy answer"
+                    f"{', or do not end behind it' if self._ends_targets else ''}"
                 )
                 stage(f"{self.result.method}: {told}", shown=self.progress)
                 observers.again(self.result, edits)
@@ -85,14 +86,28 @@ class Run:
         """To be made again in a pass, by the point after `made` edits: of several edits of a prompt the last one."""
         result = self.result
         at = [row["step"] for row in result.history].index(made)
-        said = {row["id"]: row.get("efficacy_argmax") for row in result.evaluations[at].rows}
+        left = {row["id"] for row in result.evaluations[at].rows if not _is_written(row)}
         last = {edit.place: edit.id for edit in result.edits}
         standing = [edit for edit in result.edits if last[edit.place] == edit.id]
-        return tuple(
-            made_again(edit, number)
-            for edit in standing
-            if (share := said[edit.id]) is not None and share < 1
-        )
+        return tuple(made_again(edit, number) for edit in standing if edit.id in left)
+
+    @property
+    def _ends_targets(self) -> bool:
+        """Whether the method writes, behind a target, that the answer ends there."""
+        method = self.result.editor.method
+        return bool(method.value("target_eos") or method.value("target_stop"))
+
+    def _note_ends(self, edits: Sequence[Edit], evaluation: Evaluation) -> None:
+        """`ended` in the row of each edit that is the greedy answer: whether the model, asked freely, says it alone."""
+        rows = {row["id"]: row for row in evaluation.rows if row.get("efficacy_argmax") == 1}
+        asked = [
+            replace(edit, paraphrases=(), neighborhood=(), locality=(), portability=(), generation=())
+            for edit in edits
+            if edit.id in rows
+        ]
+        for found in self._evaluate(asked, 0, freely=True).rows if asked else ():
+            if (exact := found.get("efficacy_exact")) is not None:
+                rows[found["id"]]["ended"] = exact
 
     def _pass(self, edits: Sequence[Edit], begin: int, observers: Observer) -> bool:
         """Steps over these edits; whether they came to their end. begin: edits made before"""
@@ -181,13 +196,15 @@ class Run:
             raise
         self.edit_seconds += time.perf_counter() - began
 
-    def _evaluate(self, edits: Sequence[Edit], limit: int | None, only_edited: bool = False) -> Evaluation:
+    def _evaluate(
+        self, edits: Sequence[Edit], limit: int | None, only_edited: bool = False, freely: bool = False
+    ) -> Evaluation:
         return evaluate(
             self.result.model,
             self.result.editor.tokenizer,
             edits,
             baseline=self.result.baseline,
-            generate=self.schedule.generate and not only_edited,
+            generate=freely or (self.schedule.generate and not only_edited),
             neighborhood_limit=limit,
             portability=not only_edited,
             seed=self.schedule.seed,
@@ -243,6 +260,8 @@ class Run:
         scored = result.edits[:made] if made else result.edits
         limit = None if ended else self.schedule.limit(made, len(result.edits))
         evaluation = self._evaluate(scored, limit) if made else self._before_any()
+        if made >= len(result.edits) and self._ends_targets:
+            self._note_ends(scored, evaluation)
         row: dict[str, Any] = {"step": made}
         for name, metric in evaluation.metrics.items():
             row[name] = metric.mean
@@ -270,6 +289,11 @@ class Run:
             result.columns |= measured_columns(given, measure)
         result.history.append(row)
         result.evaluations.append(evaluation)
+
+
+def _is_written(row: Mapping[str, Any]) -> bool:
+    """Whether an edit need not be made again, by its row of an evaluation."""
+    return row.get("efficacy_argmax") in (None, 1) and row.get("ended") in (None, 1)
 
 
 def table_rows(batch: Sequence[Edit], made: int) -> list[dict[str, Any]]:

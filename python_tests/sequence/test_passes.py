@@ -17,6 +17,8 @@ from d4s.errors import ConfigError, EditError, EditingFailed, EditingStopped
 from d4s.journal.folder import Folder
 from d4s.journal.journal import Journal
 from d4s.locate.kept_targets import KeptTargets
+from d4s.measure.metrics import evaluate
+from d4s.sequence import under_way
 from d4s.sequence.journaling import record_of
 from d4s.sequence.observers import Bar
 from d4s.sequence.record import Record
@@ -57,6 +59,31 @@ def test_what_is_not_the_greedy_answer_is_made_again_as_if_it_stood_behind(ancho
     assert len(found.forgetting()) == len(found.history) - 1
     assert set(ModelView({"d4s": found.record()}, {}).bottleneck()["count"]) == {1}  # a fifth of seven
     assert set(found.not_arrived()) <= {edit.id for edit in EDITS}
+
+
+def judged(model, tokenizer, edits, **options):
+    """A random model says nothing: here all say the target but e1, and e2 and e5 go on behind it."""
+    found = evaluate(model, tokenizer, edits, **options)
+    for row in found.rows:
+        row["efficacy_argmax"] = float(row["id"] != "e1")
+        if options.get("generate"):
+            row["efficacy_exact"] = float(row["id"] not in ("e1", "e2", "e5"))
+    return found
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_does_not_end_where_it_should_is_made_again(stop, monkeypatch, tmp_path, seed):
+    monkeypatch.setattr(under_way, "evaluate", judged)
+    options = dict(config=FAST | {"target_stop": stop}, journal=tmp_path / "j", original=False)
+    once = sequence(*ready(seed), **options)
+    once.restore()
+    again = ["e1~2", "e2~2", "e5~2"] if stop else ["e1~2"]
+    found = sequence(*ready(seed), **options, passes=2)  # goes on with what the point has noted
+    assert [row["id"] for row in found.edits_table[len(EDITS) :]] == again
+    ended = {row["id"]: row["ended"] for row in found.evaluations[1].rows if "ended" in row}
+    assert ended == ({"e0": 1, "e2": 0, "e3": 1, "e4": 1, "e5": 0, "e6": 1} if stop else {})
+    found.record().save(tmp_path / "r.json")
+    assert Record.load(tmp_path / "r.json").evaluations[1].rows == found.evaluations[1].rows
 
 
 def test_of_a_fact_that_has_changed_only_the_last_is_made_again(seed):
