@@ -13,7 +13,7 @@ import d4s
 from d4s.errors import ConfigError, DataError
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS, Preset, method_for
-from d4s.methods.preset import is_place, load_preset, model_facts, preset_named, without_probes
+from d4s.methods.preset import by_name, is_place, load_preset, model_facts, without_probes
 from d4s.models.architectures import Anatomy
 from d4s.sequence.compare import compare
 from d4s.sequence.record import Record
@@ -114,7 +114,7 @@ def test_a_probe_is_known_by_its_prompt_under_whatever_id(seed):
 
 def test_named_presets_are_a_table_of_the_method(seed):
     anatomy = Anatomy(ready(seed)[0])
-    paper = method_for("d4s", anatomy, preset_named("paper", "d4s"))
+    paper = method_for("d4s", anatomy, by_name("d4s:paper")[1])
     assert (paper.residual, paper.anchor) == ("once", "base")
     for name, method in METHODS.items():
         for fields in method.presets.values():
@@ -122,11 +122,11 @@ def test_named_presets_are_a_table_of_the_method(seed):
     with pytest.raises(
         ConfigError, match=r"Did you mean 'paper'\? Known: answers, fresh, hold, long, paper\. Or name a file"
     ):
-        preset_named("papre", "d4s")
+        by_name("d4s:papre")
     with pytest.raises(ConfigError, match="kn has no named presets"):
-        preset_named("paper", "kn")
+        by_name("kn:paper")
     with pytest.raises(ConfigError, match="unknown method"):
-        preset_named("paper", "d5s")
+        by_name("d5s:paper")
 
 
 def test_a_name_is_told_from_a_file(tmp_path, monkeypatch):

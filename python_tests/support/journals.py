@@ -10,6 +10,7 @@ from d4s.change.closed_form import Rows
 from d4s.edits import Edit
 from d4s.journal.folder import Folder
 from d4s.journal.sums import packed
+from d4s.measure.metrics import Baseline
 
 D_IN, D_OUT = 12, 5
 
@@ -52,7 +53,7 @@ class Simulated:
         )
         folder.save("base", None, {"3": torch.zeros(D_OUT, D_IN)})
         folder.save("priors", None, {"3": self.prior})
-        (self.path / "baseline.json").write_text("{}")
+        Baseline({}).save(self.path / "baseline.json")
         return folder
 
     def edit(self, prompt: str, edit_id: str, at: str | None = None) -> Edit:
