@@ -71,8 +71,9 @@ class RankEnded(BaseException):
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Text for a failed look-up: what was asked for, the nearest known name, and all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name[:_LONGEST_SHOWN], known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    spelled = {one.casefold(): one for one in known}  # MEMIT is memit
+    near = difflib.get_close_matches(name[:_LONGEST_SHOWN].casefold(), spelled, n=1)
+    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     return f"unknown {what} {shown(name)}.{hint} Known: {', '.join(known)}."
 
 

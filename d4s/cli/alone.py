@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from d4s.cli.arguments import (
+    Once,
     add_chat,
     add_covariance,
     add_edits,
@@ -39,7 +40,9 @@ def add(verb: ArgumentParser) -> None:
     add_edits(verb)
     add_chat(verb)
     verb.add_argument(
-        "--method", help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s"
+        "--method",
+        action=Once,
+        help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s",
     )
     verb.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     add_covariance(verb)

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from d4s.cli.arguments import (
+    Once,
     add_edits,
     add_model,
     add_sequences,
@@ -33,7 +34,7 @@ def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb, optional=True)  # a file of results comes without
     add_sequences(verb)
-    verb.add_argument("--methods", type=names, help="as rome,memit,d4s; default: rome,memit")
+    verb.add_argument("--methods", action=Once, type=names, help="as rome,memit,d4s; default: rome,memit")
     verb.add_argument(
         "--evaluate-every", type=count, help="edits between evaluations; default: a tenth of them"
     )

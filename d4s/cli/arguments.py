@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,27 @@ def add_fields(verb: ArgumentParser) -> None:
     )
 
 
+class Once(Action):
+    """Of an option whose second value would silently take the place of the first."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given: set[str] = vars(namespace).setdefault("given_once", set())
+        if self.dest in given:
+            parser.error(f"argument {option}: given twice; name one")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 def add_preset(verb: ArgumentParser, *, before: str = "; --set goes before them") -> None:
     """before: what of the verb's options goes before a preset's settings, as its help says it"""
     verb.add_argument(
         "--preset",
+        action=Once,
         metavar="FILE|NAME",
-        help=f"settings from a file made by d4s tune, or a method's named ones, as paper{before}",
+        help="settings from a file made by d4s tune or import-config, or a method's named ones (of d4s: fresh, hold, "
+        f"long, answers, paper){before}",
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from d4s.cli.arguments import (
+    Once,
     add_chat,
     add_collapse,
     add_edits,
@@ -47,6 +48,7 @@ def add(verb: ArgumentParser) -> None:
     add_sequences(verb, again="; or that of an earlier run, which then goes on")
     verb.add_argument(
         "--methods",
+        action=Once,
         type=names,
         default=["d4s", "memit"],
         help="as d4s,memit,rome; a named preset behind a colon, as d4s:hold,d4s:fresh",

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from d4s.cli.arguments import count, hide_loading_bars
+from d4s.cli.arguments import Once, count, hide_loading_bars
 from d4s.cli.printing import print_json, words
 from d4s.errors import ConfigError
 from d4s.files import check_folder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d4s.edits import Edit
     from d4s.sequence.result import Result
 
-HELP = "edit the embedded model, and compare with a method that collapses"
+HELP = "edit the embedded model with D4S and with plain MEMIT, side by side"
 SHOWN = 5  # facts printed before and after
 FIGURES = ("efficacy", "paraphrase", "specificity", "average")
 
@@ -34,7 +34,7 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--edits", type=count, help="edits, one at a time; default: 200 of the embedded model, else 20"
     )
-    verb.add_argument("--method", default="d4s")
+    verb.add_argument("--method", action=Once, default="d4s")
     verb.add_argument("--against", default="memit")
 
 

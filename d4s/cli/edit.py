@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from d4s.cli.arguments import (
+    Once,
     add_chat,
     add_collapse,
     add_covariance,
@@ -54,13 +55,15 @@ def add(verb: ArgumentParser) -> None:
     add_edits(verb)
     add_chat(verb)
     verb.add_argument(
-        "--method", help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s"
+        "--method",
+        action=Once,
+        help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s",
     )
     verb.add_argument(
         "--out", type=Path, required=True, help="new folder for the edited model and its metrics"
     )
     add_covariance(verb)
-    verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
+    verb.add_argument("--batch-size", type=count, default=1, help="edits a step; default: 1")
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
     add_fields(verb)
     add_preset(verb)
@@ -97,6 +100,7 @@ def run(options: Namespace) -> None:
     edits = as_asked(options, edits, tokenizer)
     if not isinstance(config, Preset):
         _say_by_rule(options, model, method)
+    ranks.on_first(lambda: _say_held(options.model))
     # The model, and what changed in it.
     ranks.on_first(lambda: check_folder(out, room=int(1.1 * bytes_of(model))))
     check_room(
@@ -148,6 +152,19 @@ def run(options: Namespace) -> None:
         print(result.summary())
         print_notes([result])
         print(f"edited model: {out / 'model'}\nmetrics: {out / 'history.csv'}, {out / 'result.json'}")
+
+
+def _say_held(model: str) -> None:
+    """On standard error, of a model that was edited before, that this run's sums know nothing of it."""
+    from d4s.journal.edits_card import read_edits_card
+
+    card = read_edits_card(model) if Path(model).is_dir() else None
+    if card is not None and card.edits:
+        print(
+            f"{model} holds {len(card.edits)} edits already ({card.method}); to this run it is the unedited model, and "
+            "they are in none of its sums. d4s merge adds up sequences that were made on one model",
+            file=sys.stderr,
+        )
 
 
 def _say_by_rule(options: Namespace, model: CausalLM, method: str) -> None:

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from d4s.cli.arguments import (
+    Once,
     add_fields,
     add_model,
     add_preset,
@@ -25,7 +26,9 @@ def add(verb: ArgumentParser) -> None:
     add_model(verb)
     verb.add_argument("--edits", type=count, required=True, metavar="N", help="how many")
     verb.add_argument(
-        "--method", help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s"
+        "--method",
+        action=Once,
+        help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s",
     )
     verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")

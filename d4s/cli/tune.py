@@ -7,6 +7,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from d4s.cli.arguments import (
+    Once,
     add_chat,
     add_covariance,
     add_edits,
@@ -45,7 +46,7 @@ def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
     add_chat(verb)
-    verb.add_argument("--method", default="d4s")
+    verb.add_argument("--method", action=Once, default="d4s")
     verb.add_argument("--out", type=Path, required=True, help="JSON file; a figure and its data go beside it")
     verb.add_argument("--minutes", type=minutes, default=10.0, help="that it may take; default: 10")
     verb.add_argument(

@@ -196,7 +196,8 @@ class Comparison:
         ]
         return [
             "",
-            f"Less {apart['against'].iloc[0]}, edit by edit, in points; an interval without 0 tells the two apart:",
+            f"Difference from {apart['against'].iloc[0]}, edit by edit, in points (+: the row has more); an interval "
+            "without 0 tells the two apart:",
             *aligned(columns),
             "",
         ]

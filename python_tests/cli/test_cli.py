@@ -83,6 +83,9 @@ def test_each_verb_has_its_help(capsys):
         "covariance m corpus.txt",
         "covariance m corpus.txt --out c --layers 1,x",
         "models too many",
+        "edit m edits.json --out x --preset fresh --preset hold",
+        "edit m edits.json --out x --method d4s --method memit",
+        "compare m edits.json --out x --methods memit --methods d4s",
     ],
 )
 def test_wrong_arguments_end_with_2(arguments, capsys):

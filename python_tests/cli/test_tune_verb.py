@@ -146,6 +146,17 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
     assert "d4s tune m edits.json --out preset.json" in said
 
 
+def test_that_a_model_was_edited_before_is_said(tmp_path, capsys):
+    from d4s.cli import main
+
+    options = ("--limit", "1", "--method", "ft-m", "--set", "steps=1")
+    assert main(["edit", "m", "edits.json", "--out", str(tmp_path / "one"), *options]) == 0
+    assert "edits already" not in capsys.readouterr().err
+    edited = str(tmp_path / "one" / "model")
+    assert main(["edit", edited, "edits.json", "--out", str(tmp_path / "two"), *options]) == 0
+    assert f"{edited} holds 1 edits already (ft-m)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -159,6 +170,8 @@ def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
             "memit has no named presets, so no 'paper' (d4s:paper",
         ),
         (("edit", "--method", "d4s:hodl"), "Did you mean 'hold'"),
+        (("edit", "--method", "MEMIT"), "Did you mean 'memit'"),
+        (("edit", "--method", "AlphaEdit"), "Did you mean 'alphaedit'"),
         (
             ("edit", "--method", "d4s:hold", "--preset", "long"),
             "method d4s:hold names one of its own; leave one of the two out",

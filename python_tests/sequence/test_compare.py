@@ -353,7 +353,7 @@ def test_methods_are_told_apart_edit_by_edit_where_both_had_made_the_same_edits(
     other = found.differences("memit", points=(6, 12)).set_index(["method", "edits"])["efficacy"]
     assert other.to_dict() == pytest.approx({("d4s", 6): -0.125, ("d4s", 12): -0.125, ("rome", 6): -0.375})
     lines = found.summary().splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("Less d4s, edit by edit"))
+    at = next(i for i, line in enumerate(lines) if line.startswith("Difference from d4s, edit by edit"))
     assert lines[at + 2].split()[:3] == ["memit", "12", "+12.5"] and lines[at + 3].split()[2] == "-25.0"
     with pytest.raises(ConfigError, match="unknown label 'ROME'"):
         found.differences("ROME")
