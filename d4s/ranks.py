@@ -363,9 +363,8 @@ def _own_gpu() -> torch.device | None:
     found = torch.cuda.device_count()
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % found)
     torch.cuda.set_device(own)
-    on_machine = os.environ.get(
-        "LOCAL_WORLD_SIZE"
-    )  # a launcher that does not say may have put all on one GPU
+    # A launcher that does not say may have put all on one GPU.
+    on_machine = os.environ.get("LOCAL_WORLD_SIZE")
     enough = on_machine is not None and int(on_machine) <= found and torch.distributed.is_nccl_available()
     return own if enough else None
 

@@ -14,7 +14,7 @@ from d4s.errors import ModelError
 from d4s.journal.factors import Factors, factors_of_matrix, factors_of_product
 from d4s.journal.stored_bits import INTEGERS, bits
 from d4s.models.architectures import Anatomy, Architecture, check_bare, is_projection
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, plain_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +227,7 @@ def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     assert isinstance(model, nn.Module)
     for named in (model.named_parameters(), model.named_buffers()):
         for name, tensor in named:
-            yield name.replace("_orig_mod.", ""), tensor.detach()
+            yield plain_name(name), tensor.detach()
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -19,7 +19,7 @@ from d4s.errors import ConfigError, ModelError, unknown_name
 from d4s.files import check_place, whole, write_text
 from d4s.journal.changes import Change
 from d4s.models.architectures import Anatomy, text_config
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, plain_name
 
 # vLLM's --max-lora-rank: what it is unless said otherwise, and what it may be (vllm/config/lora.py).
 VLLM_RANK = 16
@@ -209,7 +209,7 @@ def _targets(model: CausalLM, changes: Sequence[Change]) -> dict[str, Any]:
     """
     blocks = Anatomy(model).architecture.blocks
     within = re.compile(rf"{re.escape(blocks)}\.(\d+)\.(.+)")
-    every = [name.replace("_orig_mod.", "") for name, _ in model.named_modules()]
+    every = [plain_name(name) for name, _ in model.named_modules()]
     wanted = {change.module for change in changes}
     if unknown := sorted(wanted - set(every)):
         raise ModelError(

@@ -19,7 +19,7 @@ from d4s.errors import ConfigError, CovarianceError, DataError, EditError, Model
 from d4s.files import check_regular
 from d4s.locate.keys import subject_rows
 from d4s.models.architectures import Anatomy, Architecture, text_config
-from d4s.models.causal_lm import CausalLM
+from d4s.models.causal_lm import CausalLM, plain_name
 from d4s.models.forward import evaluating, most_positions
 from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
 from d4s.models.readiness import check_askable
@@ -284,8 +284,7 @@ def fingerprint_of(model: CausalLM, *, exact: bool = True) -> str:
             flat = flat.clone()
         total = int(flat[: flat.numel() - rest].view(torch.int64).sum())
         some += flat[flat.numel() - rest :].double().tolist()
-        plain = name.replace("_orig_mod.", "")  # what torch.compile puts in front
-        digest.update(f"{plain} {tuple(parameter.shape)} {flat.dtype} {total} {some}".encode())
+        digest.update(f"{plain_name(name)} {tuple(parameter.shape)} {flat.dtype} {total} {some}".encode())
     return digest.hexdigest()
 
 

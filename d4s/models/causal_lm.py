@@ -49,6 +49,11 @@ class CausalLM(Protocol):
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any: ...
 
 
+def plain_name(name: str) -> str:
+    """Of a parameter or module, without what torch.compile puts in front."""
+    return name.replace("_orig_mod.", "")
+
+
 def parameters_by_name(model: CausalLM) -> dict[str, nn.Parameter]:
-    """A model's parameters, without what torch.compile puts in front of their names."""
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    """A model's parameters by their plain names."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}

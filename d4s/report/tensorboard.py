@@ -39,10 +39,8 @@ class TensorBoard(Observer):
         self.folder = Path(folder)
         lacking = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
         check_folder(self.folder)
-        for (
-            place
-        ) in lacking:  # made when there is something to write: in a run's folder nothing may be before it
-            place.rmdir()
+        for place in lacking:
+            place.rmdir()  # made when there is something to write: in a run's folder nothing may be before it
         self.times: dict[str, int] = {}
         self.writer: Any = None
 

@@ -100,13 +100,11 @@ class Run:
     def _note_ends(self, edits: Sequence[Edit], evaluation: Evaluation) -> None:
         """`ended` in the row of each edit that is the greedy answer: whether the model, asked freely, says it alone."""
         rows = {row["id"]: row for row in evaluation.rows if row.get("efficacy_argmax") == 1}
-        asked = [
-            replace(edit, paraphrases=(), neighborhood=(), locality=(), portability=(), generation=())
-            for edit in edits
-            if edit.id in rows
-        ]
-        for found in self._evaluate(asked, 0, freely=True).rows if asked else ():
-            if (exact := found.get("efficacy_exact")) is not None:
+        if not self.schedule.generate and rows:  # else they were asked freely already
+            asked = [replace(edit, paraphrases=(), portability=()) for edit in edits if edit.id in rows]
+            evaluation = self._evaluate(asked, 0, freely=True)
+        for found in evaluation.rows:
+            if found["id"] in rows and (exact := found.get("efficacy_exact")) is not None:
                 rows[found["id"]]["ended"] = exact
 
     def _pass(self, edits: Sequence[Edit], begin: int, observers: Observer) -> bool:
