@@ -17,6 +17,7 @@ EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 # What no quantisation can be edited in: W is rounded to a grid of its own there.
 _QUANTISED = "quantised weights cannot be edited: load the model it was made from, in float32 or bfloat16"
 
+_LOADED = "causal language model could be loaded"
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
 DeviceMap = str | Mapping[str, Any] | None
 _OFFLOADED = (
@@ -127,6 +128,7 @@ def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto")
         return model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _check_there(text)
     try:
         config = AutoConfig.from_pretrained(text, trust_remote_code=False)
         stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -134,10 +136,7 @@ def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted or stored or torch.float32).eval()
     except Exception as error:  # whatever transformers raises of a config.json
-        raise ModelError(
-            f"{text}: no configuration of a causal language model could be read ({_reason(error)}); MODEL is a folder "
-            f"with config.json, the name of one on the hub, a .gguf file, or {' or '.join(map(repr, KNOWN))}"
-        ) from None
+        raise _no_model(text, "configuration of a causal language model could be read", _reason(error)) from None
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
@@ -178,6 +177,7 @@ KNOWN: dict[str, Callable[[torch.dtype | None, DeviceMap], tuple[Any, Any]]] = {
 def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_there(name)
     try:
         # Other weight files than safetensors are pickles.
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -197,13 +197,43 @@ def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = 
                 "never runs; only model types that transformers itself has can be loaded; where you trust the code, "
                 "load the model in Python and call d4s.edit_sequence on it"
             ) from None
-        raise ModelError(
-            f"{name}: no causal language model could be loaded ({_reason(error)}); MODEL is a folder with config.json, "
-            f"model.safetensors and tokenizer.json, the name of one on the hub, a .gguf file, or "
-            f"{' or '.join(map(repr, KNOWN))}"
-        ) from None
+        raise _no_model(name, _LOADED, _reason(error)) from None
     _check_missing(name, report)
     return model, tokenizer
+
+
+def _check_there(name: str) -> None:
+    """ModelError for a name of no folder here and no model on the hub, which is asked once: transformers asks for each
+    of a model's files, some of them again and again."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(name).is_dir():
+        return
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        raise _no_model(name, _LOADED, "there is no such folder") from None
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # of whichever library the hub is asked by
+        answer = getattr(error, "response", None)
+        if answer is None:
+            why = f"there is no such folder, and the hub could not be asked: {_reason(error)}"
+        elif answer.status_code in (401, 404):
+            why = "there is no such folder, and the hub has no model of this name, or does not show it to you"
+        else:
+            return  # a mirror, say, that only gives files
+        raise _no_model(name, _LOADED, why) from None
+
+
+def _no_model(name: str, what: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name}: no {what} ({why}); MODEL is a folder with config.json, model.safetensors and tokenizer.json, the "
+        f"name of one on the hub, a .gguf file, or {' or '.join(map(repr, KNOWN))}"
+    )
 
 
 def _gguf(path: Path, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,3 +166,41 @@ def test_names_types_and_devices_that_are_not_there_are_one_line(tmp_path):
         d4s.load_model("embedded", device="nonsense")
     model, _ = d4s.load_model("embedded", dtype=torch.float16, device="cpu")
     assert model.dtype == torch.float16
+
+
+def test_a_name_of_nothing_asks_the_hub_once_and_a_path_never(tmp_path, monkeypatch):
+    asked = []
+
+    def no_hub(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_hub)
+    monkeypatch.chdir(tmp_path)
+    for path in ("./nowhere", "../nowhere", str(tmp_path / "nowhere"), "runs/of/mine"):
+        with pytest.raises(ModelError, match=r"\(there is no such folder\)"):
+            d4s.load_model(path)
+    assert not asked
+    for load in (d4s.load_model, loading.skeleton):
+        with pytest.raises(ModelError, match="the hub could not be asked: Name or service not known"):
+            load("no-such-owner/none")
+    assert asked == ["no-such-owner/none"] * 2
+
+
+@pytest.mark.parametrize(("status", "is_final"), [(401, True), (404, True), (403, False), (503, False)])
+def test_what_the_hub_does_not_know_is_not_there_and_other_answers_leave_it_to_transformers(
+    status, is_final, monkeypatch
+):
+    def answers(self, name, **options):
+        error = OSError("an answer")
+        error.response = SimpleNamespace(status_code=status)
+        raise error
+
+    def by_transformers(name, **options):
+        raise OSError("transformers was asked")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answers)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", by_transformers)
+    told = "the hub has no model of this name" if is_final else "transformers was asked"
+    with pytest.raises(ModelError, match=told):
+        d4s.load_model("no-such-owner/none")
