@@ -42,6 +42,7 @@ HEAD = (
     "created", "by", "versions", "model", "tokenizer", "statistics", "edits", "method", "config", "chosen", "schedule",
     "count", "dtype", "layers", "weights", "transposed", "keeps_vectors", "snapshot_every", "segment_every", "source",
 )  # fmt: skip
+HEAD_LATER = ("architecture",)  # only where one was given
 # What a sequence must have in common with a journal that it goes on in.
 SAME = ("model", "tokenizer", "statistics", "edits", "method", "config", "schedule", "dtype")
 POINT = "d4s-journal-point-1"
@@ -95,7 +96,9 @@ class Folder:
                 f"{root}: is no journal (it has no journal.json); name one, or the --out of d4s edit"
             )
         place = root / "journal.json"
-        head = read_json(place, writer=WRITER, format=FORMAT, fields=HEAD, always_digest=True)
+        head = read_json(
+            place, writer=WRITER, format=FORMAT, fields=HEAD, later=HEAD_LATER, always_digest=True
+        )
         with checking(place, WRITER):
             _check_head(head)
         return Folder(root, head, Log.read(root / "log.jsonl", digest_of(head)))
@@ -314,6 +317,8 @@ def _check_head(head: Mapping[str, Any]) -> None:
         as_text(head["statistics"], "statistics")
     for name in ("versions", "config", "chosen", "schedule", "weights", "transposed"):
         as_json(as_object(head[name], name), name)
+    if "architecture" in head:
+        as_json(as_object(head["architecture"], "architecture"), "architecture")
     for name in ("count", "snapshot_every", "segment_every"):
         if as_count(head[name], name) < 1:
             raise WrongType(f"{name} must be 1 or more, not 0")

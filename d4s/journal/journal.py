@@ -31,6 +31,7 @@ from d4s.locate.kept_targets import KeptTargets
 from d4s.methods import METHODS, Editor, Step, Workbench
 from d4s.methods.base import SumsOn
 from d4s.methods.d4s import D4SEditor
+from d4s.models.architectures import Architecture
 from d4s.models.causal_lm import CausalLM, parameters_by_name
 from d4s.models.forward import evaluating
 from d4s.models.loading import load_model
@@ -355,7 +356,14 @@ class Journal:
         cls = METHODS[self.head["method"]]
         fields = {**self.head["config"], **self.head["chosen"]}
         seed = int(self.head["schedule"]["seed"])
-        bench = Workbench(model, tokenizer, covariance=covariance, sums_on=sums_on, seed=seed)
+        given = self.head.get("architecture")  # earlier versions did not keep it
+        try:
+            architecture = None if given is None else Architecture.from_dict(given)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.path / 'journal.json'}: architecture: {error}") from None
+        bench = Workbench(
+            model, tokenizer, covariance=covariance, architecture=architecture, sums_on=sums_on, seed=seed
+        )
         target = fields.pop("target", None)
         method = cls.preset(bench.anatomy).changed(fields | ({} if target is None else {"target": target}))
         if method.searches_ahead and any(pass_of(edit) > 1 for edit in self.edits):

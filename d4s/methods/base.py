@@ -64,7 +64,7 @@ class Workbench:
         self.sums_on_host: dict[tuple[str, tuple[int, ...]], frozenset[int]] = {}
         self.model, self.tokenizer = model, tokenizer
         self.targets: KeptTargets | None = targets
-        self.anatomy = Anatomy(model, architecture)
+        self.anatomy, self.architecture = Anatomy(model, architecture), architecture
         self.anatomy.check_placement()
         self.seed, self.progress = seed, progress
         self._covariance: Covariance | None = covariance
@@ -227,8 +227,7 @@ class Method(Configuration, ABC):
                 f"config is {shown(overrides)}; must be a mapping of fields of {self.name}, as {{'steps': 30}}, or a "
                 "whole configuration"
             )
-        own = {f.name for f in fields(self) if f.init}
-        inner = {f.name for f in fields(TargetConfig)} if "target" in own else set()
+        own, inner = field_names(type(self))
         for name in overrides:
             if name not in own | inner:
                 raise ConfigError(unknown_name(f"field of {self.name}", str(name), own | inner))
@@ -246,6 +245,12 @@ class Method(Configuration, ABC):
         if nested:
             changed = replace(changed, target=replace(changed.target, **nested))  # type: ignore[call-arg, attr-defined]
         return changed
+
+
+def field_names(method: type[Method]) -> tuple[set[str], set[str]]:
+    """(a method's own fields that can be given, those of its target optimiser, which are given by their own names)"""
+    own = {f.name for f in fields(method) if f.init}
+    return own, {f.name for f in fields(TargetConfig)} if "target" in own else set()
 
 
 @dataclass(frozen=True)

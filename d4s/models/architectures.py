@@ -42,6 +42,12 @@ class Architecture:
     # Which dimension of a block's output counts the rows of the batch (gemma3n's first one counts parallel streams).
     rows_dimension: int = 0
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Architecture:
+        """The inverse of `dataclasses.asdict`, also by way of JSON. Raises TypeError for another field."""
+        plain = tuple((name, value) for name, value in record.get("plain_where", ()))
+        return cls(**{**record, "plain_where": plain})
+
 
 def _llama_like(**changes: object) -> Architecture:
     base = Architecture("model.layers", "mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj")

@@ -244,6 +244,8 @@ class Journaling(Observer):
             "segment_every": SEGMENT_EVERY,
             "source": source_of(anatomy.model),
         }
+        if bench.architecture is not None:  # of a type of model, say, that d4s does not know
+            head["architecture"] = asdict(bench.architecture)
         return dict(_as_json(head))
 
     # Going on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from d4s.journal.merge import merge
 from d4s.journal.sums import Sums
 from d4s.locate.covariance import Covariance
 from d4s.measure.metrics import Baseline, take_baseline
+from d4s.models.architectures import ARCHITECTURES, Architecture
 from d4s.sequence import journaling
 
 ONE = FAST | {"layers": [1], "residual": "once"}  # one layer, no contexts, the paper's rule: undoing is exact
@@ -211,6 +212,23 @@ def test_consolidating_is_one_batch_of_the_edits_that_stand(tmp_path, seed):
     assert all(torch.equal(w, right[n]) for n, w in Journal(tmp_path / "j").weights().items())
     journal.undo("e0")
     assert Journal(tmp_path / "j").verify().sound
+
+
+def test_a_journal_knows_the_architecture_that_its_sequence_was_given(tmp_path, seed):
+    model, covariance = ready(seed)
+    model.config.model_type = "a-type-of-ones-own"
+    given = replace(ARCHITECTURES["gpt2"], plain_where=(("scale_attn_weights", True),))
+    options = {"config": ONE, "journal": tmp_path / "j", "original": False, "architecture": given}
+    result = sequence(model, covariance, **options)
+    result.restore()
+    tools = {"model": model, "tokenizer": tiny_tokenizer(), "covariance": covariance}
+    Journal(tmp_path / "j").revise("e2", "Paris", **tools)
+    before = Journal(tmp_path / "j").weights()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    head = json.loads((tmp_path / "j" / "journal.json").read_text())
+    assert Architecture.from_dict(head["architecture"]) == given
+    with pytest.raises(TypeError, match="nothing"):
+        Architecture.from_dict({**head["architecture"], "nothing": 1})
 
 
 @pytest.mark.parametrize("verb", ["revise", "consolidate"])
