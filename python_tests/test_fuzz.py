@@ -31,7 +31,7 @@ from d4s.methods import METHODS, Preset
 from d4s.methods.imported import import_config, summary
 from d4s.methods.preset import load_preset
 from d4s.models.scoring import Score
-from d4s.sequence.compare import _Kept
+from d4s.sequence.comparison_folder import ComparisonFolder
 from d4s.sequence.record import Record
 
 FIXTURES = Path(__file__).parent / "support" / "fixtures"
@@ -204,7 +204,7 @@ READERS = {
     ),
     "settings.json": Reader(
         lambda path: path.write_text(json.dumps(SETTINGS, indent=1)),
-        lambda path: _Kept(path.parent, SETTINGS),
+        lambda path: ComparisonFolder(path.parent, SETTINGS),
     ),
 }
 

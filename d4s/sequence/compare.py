@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 
-from d4s import files
 from d4s.edits import Edit
-from d4s.errors import ConfigError, D4SError, EditingFailed, EditingInterrupted, ModelError
-from d4s.files import write_text
+from d4s.errors import ConfigError, D4SError, EditingFailed, EditingInterrupted, ModelError, shown
 from d4s.locate.covariance import Covariance
-from d4s.locate.kept_targets import KeptTargets, deciding
+from d4s.locate.kept_targets import KeptTargets
 from d4s.measure.metrics import Baseline, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
 from d4s.methods.base import SumsOn
@@ -31,14 +28,16 @@ from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
 from d4s.progress import stage
 from d4s.ranks import here
-from d4s.sequence.comparison import Comparison, record_place
+from d4s.sequence.comparison import Comparison
+from d4s.sequence.comparison_folder import ComparisonFolder, decides_targets
 from d4s.sequence.journaling import Journaling
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record
+from d4s.sequence.result import Result
 from d4s.sequence.run import run
 from d4s.sequence.schedule import Measure, Schedule
 from d4s.sequence.target_search import check_targets
-from d4s.sequence.together import FirstsJournal, journaling
+from d4s.sequence.together import FirstsJournal
 from d4s.sequence.under_way import Unedited
 
 Configs = Iterable[str] | Mapping[str, Mapping[str, Any] | Method | Preset | None]
@@ -118,111 +117,162 @@ def compare(
     )
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(Path(covariance))
-    anatomy = Anatomy(model, architecture)
-    configured = configured_methods(methods, anatomy)
+    configured = configured_methods(methods, Anatomy(model, architecture))
+    bench = partial(
+        Workbench,
+        model,
+        tokenizer,
+        covariance=covariance,
+        architecture=architecture,
+        sums_on=sums_on,
+        progress=progress,
+    )
     if targets is not None:
-        ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
-        if not ahead:  # else others may stand beside it, and search their own
-            raise ConfigError(
-                f"targets: are of the unedited model, and none of the methods compared ({', '.join(configured)}) "
-                "searches its targets there; d4s with anchor='base' does"
-            )
         if isinstance(targets, (str, os.PathLike)):
             targets = KeptTargets.load(targets)
-        if len(seeds) > 1 and any(one.contexts for one in ahead):
-            raise ConfigError(
-                "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
-                "each seed are kept in out"
-            )
-        bench = Workbench(model, tokenizer, targets=targets, architecture=architecture, seed=seeds[0])
-        for one in {decides_targets(one): one for one in ahead}.values():
-            check_targets(bench, one)
+        _check_targets(targets, configured, seeds, bench)
     orders = _orders(edits, seeds, shuffle, count)
-    before = weights_digest(model)
-    kept = None
+    weights = weights_digest(model)
+    folder = None
     if out is not None:
         settings = {
-            "weights": before,
+            "weights": weights,
             "edits": hashlib.blake2b(json.dumps([asdict(edit) for edit in edits]).encode()).hexdigest(),
             "key statistics": [covariance.corpus, covariance.count] if covariance is not None else None,
             "shuffle": shuffle,
             "count": count,
         }
-        kept = _Kept(Path(out), settings | schedule.told_apart())
+        folder = ComparisonFolder(Path(out), settings | schedule.told_apart())
     if baseline is None:
         made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
         stage(f"baseline: the unedited model is asked about {len(set(made))} edits", shown=progress)
         baseline = take_baseline(model, tokenizer, made, progress=progress)
-    results: dict[str, dict[int, Record]] = {label: {} for label in configured}
-    errors: list[D4SError] = []
-    unfinished: set[tuple[str, int]] = set()
+    under_way = _UnderWay(model, bench, schedule, baseline, observers, targets, folder, weights)
+    under_way.results = {label: {} for label in configured}
+    whole = len(configured) * len(orders)
     for seed, order in orders.items():
         unedited = Unedited()
         for label, method in configured.items():
-            if kept is not None and (stored := kept.record(label, seed, method)) is not None:
-                results[label][seed] = stored
-                unedited.take_from(stored)
-                continue
-            if kept is not None and unedited.evaluation is None:
-                kept.take_unedited(unedited, seed)
-            place = 1 + sum(len(by_seed) for by_seed in results.values())
-            stage(
-                f"sequence {place} of {len(configured) * len(orders)}: {label}, seed {seed}", shown=progress
-            )
-            own_targets = targets if method.searches_ahead else None
-            seeded = replace(schedule, seed=seed)
-            journal = None if kept is None else kept.journal(label, seed)
+            if not under_way.has_ended(label, method, seed, unedited):
+                place = 1 + sum(map(len, under_way.results.values()))
+                stage(f"sequence {place} of {whole}: {label}, seed {seed}", shown=progress)
+                under_way.make(label, method, seed, order, unedited)
+    if len(under_way.errors) == whole:
+        raise under_way.errors[0]
+    return Comparison(under_way.results, frozenset(under_way.unfinished), notes)
+
+
+@dataclass
+class _UnderWay:
+    """A comparison under way, on one model.
+
+    bench: makes the workbench of a sequence, of its seed and targets
+    targets: that were given; None: those that the folder keeps
+    weights: digest of those that each sequence begins with, and gives back
+    errors: of sequences that could not begin
+    """
+
+    model: CausalLM
+    bench: Callable[..., Workbench]
+    schedule: Schedule
+    baseline: Baseline
+    observers: Sequence[Observer]
+    targets: KeptTargets | None
+    folder: ComparisonFolder | None
+    weights: str
+    results: dict[str, dict[int, Record]] = field(default_factory=dict)
+    unfinished: set[tuple[str, int]] = field(default_factory=set)
+    errors: list[D4SError] = field(default_factory=list)
+
+    def has_ended(self, label: str, method: Method, seed: int, unedited: Unedited) -> bool:
+        """Whether the folder has this sequence, which then is a result. It, or another of the folder over the same
+        edits, says what the unedited model scored."""
+        if self.folder is None:
+            return False
+        if (stored := self.folder.record(label, seed, method)) is not None:
+            self.results[label][seed] = stored
+            unedited.take_from(stored)
+        elif unedited.evaluation is None:
+            self.folder.take_unedited(unedited, seed)
+        return stored is not None
+
+    def make(self, label: str, method: Method, seed: int, order: Sequence[Edit], unedited: Unedited) -> None:
+        """A sequence, and its result: also of one that broke off, unless it did so in this process alone."""
+        with ExitStack() as stack:
+            journal = None
+            if self.folder is not None:
+                journal = stack.enter_context(closing(self.folder.journal(label, seed)))
             try:
-                with ExitStack() as stack:
-                    if own_targets is None and method.searches_ahead and kept is not None:
-                        own_targets = stack.enter_context(kept.targets(method, seed))
-                    bench = Workbench(
-                        model,
-                        tokenizer,
-                        covariance=covariance,
-                        targets=own_targets,
-                        architecture=architecture,
-                        sums_on=sums_on,
-                        seed=seed,
-                        progress=progress,
-                    )
-                    result = run(
-                        bench,
-                        order,
-                        method,
-                        seeded,
-                        baseline=baseline,
-                        journal=journal,
-                        observers=observers,
-                        unedited=unedited,
-                    )
+                result = self._run(method, seed, order, unedited, journal)
             except EditingInterrupted as error:
                 error.result.restore()
                 if not isinstance(error, EditingFailed) or not isinstance(error.__cause__, D4SError):
                     raise
                 if not here().all_know(error):  # this process alone would go on
                     raise
-                unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
+                self.unfinished.add((label, seed))  # worth another try, so it is not kept in the folder
                 if not error.result.edits_table:
-                    errors.append(error)
-                results[label][seed] = error.result.record()
+                    self.errors.append(error)
+                self.results[label][seed] = error.result.record()
             except D4SError as error:
                 if (journal is not None and journal.is_anothers) or not here().all_know(error):
                     raise
-                unfinished.add((label, seed))
-                errors.append(error)
-                results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
+                self.unfinished.add((label, seed))
+                self.errors.append(error)
+                self.results[label][seed] = Record(method.name, failure=f"before the first edit: {error}")
             else:
-                results[label][seed] = result.record()
+                self.results[label][seed] = result.record()
                 result.restore()
                 del result  # and with it the copy of the weights
-                if kept is not None:
-                    kept.keep(label, seed, results[label][seed])
-            if weights_digest(model) != before:
-                raise ModelError(f"{label} did not give back the weights it began with; load the model again")
-    if len(errors) == len(configured) * len(seeds):
-        raise errors[0]
-    return Comparison(results, frozenset(unfinished), notes)
+                if self.folder is not None:
+                    self.folder.keep(label, seed, self.results[label][seed])
+        if weights_digest(self.model) != self.weights:
+            raise ModelError(f"{label} did not give back the weights it began with; load the model again")
+
+    def _run(
+        self,
+        method: Method,
+        seed: int,
+        order: Sequence[Edit],
+        unedited: Unedited,
+        journal: Journaling | FirstsJournal | None,
+    ) -> Result:
+        with ExitStack() as stack:
+            targets = self.targets if method.searches_ahead else None
+            if targets is None and method.searches_ahead and self.folder is not None:
+                targets = stack.enter_context(self.folder.targets(method, seed))
+            return run(
+                self.bench(seed=seed, targets=targets),
+                order,
+                method,
+                replace(self.schedule, seed=seed),
+                baseline=self.baseline,
+                journal=journal,
+                observers=self.observers,
+                unedited=unedited,
+            )
+
+
+def _check_targets(
+    targets: KeptTargets,
+    configured: Mapping[str, Method],
+    seeds: Sequence[int],
+    bench: Callable[..., Workbench],
+) -> None:
+    """ConfigError unless they serve the methods that search theirs on the unedited model, of which there is one."""
+    ahead = [m for m in configured.values() if isinstance(m, TargetMethod) and m.searches_ahead]
+    if not ahead:  # else others may stand beside it, and search their own
+        raise ConfigError(
+            f"targets: are of the unedited model, and none of the methods compared ({', '.join(configured)}) "
+            "searches its targets there; d4s with anchor='base' does"
+        )
+    if len(seeds) > 1 and any(one.contexts for one in ahead):
+        raise ConfigError(
+            "targets hang on the contexts, which each seed has of its own; give one seed, or no targets: those of "
+            "each seed are kept in out"
+        )
+    for one in {decides_targets(one): one for one in ahead}.values():
+        check_targets(bench(targets=targets, seed=seeds[0]), one)
 
 
 def _orders(
@@ -244,116 +294,10 @@ def _orders(
     return orders
 
 
-def _targets_place(folder: Path, method: Method, seed: int) -> Path:
-    """One file for all configurations that ask for the same targets."""
-    name = hashlib.sha256(f"{decides_targets(method)} {seed}".encode()).hexdigest()[:12]
-    return folder / "targets" / f"{name}.safetensors"
-
-
-def decides_targets(method: Method) -> str:
-    """All of a configuration that targets hang on."""
-    fields = asdict(method)
-    return json.dumps(
-        [deciding(fields["target"]), fields["contexts"], fields["context_lengths"], fields["layers"][-1]]
-    )
-
-
-class _Kept:
-    """The sequences of a comparison in a folder, and what they have in common."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
-        here().on_first(lambda: self._check(settings))
-
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        folder, path = self.folder, self.folder / "settings.json"
-        wanted = json.loads(json.dumps(settings))
-        if not path.exists():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ConfigError(f"{folder}: already holds something else; name a new or empty folder")
-            write_text(json.dumps(wanted, indent=1), path)
-            return
-        data = files.read_bytes(path, "the settings of a comparison")
-        stored = files.parse_json(data.decode("utf-8", "replace"), f"{path}: not what a comparison wrote")
-        with files.checking(path, "a comparison"):
-            files.as_json(files.as_object(stored, "it"), "it")
-        one_pass = {"passes": 1}  # is not told
-        stored, wanted = one_pass | stored, one_pass | wanted
-        for name in dict.fromkeys([*wanted, *stored]):
-            if stored.get(name) != wanted.get(name):
-                there, here = _short(stored.get(name)), _short(wanted.get(name))
-                raise ConfigError(
-                    f"{folder} holds a comparison with other {name} ({there} there, {here} here); "
-                    "name a new folder, or ask for the same"
-                )
-
-    @contextmanager
-    def targets(self, method: Method, seed: int) -> Iterator[KeptTargets]:
-        """Those that the folder has for the method; what is found is kept, also by a sequence that breaks off."""
-        place = _targets_place(self.folder, method, seed)
-        found = here().from_first(lambda: KeptTargets.load(place) if place.exists() else KeptTargets())
-        known = len(found)
-        try:
-            yield found
-        finally:
-            if len(found) > known and here().is_first:
-                found.save(place)
-
-    def journal(self, label: str, seed: int) -> Journaling | FirstsJournal:
-        """Of a sequence that is under way, which goes on in it. ConfigError if another process makes this one."""
-        return journaling(self._journal_place(label, seed), keep_vectors=False)
-
-    def keep(self, label: str, seed: int, record: Record) -> None:
-        """The record of a sequence that has ended, which says what is asked of it: its journal goes."""
-
-        def write() -> None:
-            record.save(record_place(self.folder, label, seed))
-            shutil.rmtree(self._journal_place(label, seed), ignore_errors=True)
-
-        here().on_first(write)
-
-    def _journal_place(self, label: str, seed: int) -> Path:
-        return self.folder / "journals" / record_place(self.folder, label, seed).stem
-
-    def take_unedited(self, unedited: Unedited, seed: int) -> None:
-        """From a sequence of this order that has ended, also of one that is not asked for now, if there is any."""
-        own = re.compile(rf".*[^-]-{seed}\.json")
-        found = here().from_first(lambda: self._first_of(own))
-        if found is not None:
-            unedited.take_from(found)
-
-    def _first_of(self, names: re.Pattern[str]) -> Record | None:
-        folder = self.folder / "results"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if names.fullmatch(path.name):
-                with suppress(D4SError):  # damaged: said where it is asked for
-                    return Record.load(path)
-        return None
-
-    def record(self, label: str, seed: int, method: Method) -> Record | None:
-        """The sequence of this label and seed, if it has ended. ConfigError if its configuration was another."""
-        return here().from_first(lambda: self._record(label, seed, method))
-
-    def _record(self, label: str, seed: int, method: Method) -> Record | None:
-        path = record_place(self.folder, label, seed)
-        if not path.exists():
-            return None
-        record = Record.load(path)
-        wanted = json.loads(json.dumps(method.as_known_to(record.config)))
-        if record.method != method.name or record.config != wanted:
-            raise ConfigError(
-                f"{path}: a sequence of {record.method} with another configuration; name a new folder, or another label"
-            )
-        return record
-
-
-def _short(value: Any, most: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
 def configured_methods(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
     """Label → the configured method. ConfigError for one that does not exist, and if there are none."""
+    if isinstance(methods, str):
+        raise ConfigError(f"methods is the text {shown(methods)}, must be a list, as [{shown(methods)}]")
     named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
     configured: dict[str, Method] = {}
     for label, config in named.items():

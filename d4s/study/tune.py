@@ -42,7 +42,7 @@ from d4s.models.causal_lm import CausalLM
 from d4s.models.forward import evaluating
 from d4s.models.readiness import check_ready
 from d4s.progress import stage
-from d4s.sequence.compare import decides_targets
+from d4s.sequence.comparison_folder import decides_targets
 from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, percent
 from d4s.version import versions
 

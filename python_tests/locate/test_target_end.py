@@ -27,7 +27,7 @@ from d4s.locate.targets import (
 from d4s.methods import METHODS
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import end_of_text, full_stop, is_stopped, stop_mark, subject_row
-from d4s.sequence.compare import decides_targets
+from d4s.sequence.comparison_folder import decides_targets
 
 PREFIXES = ("The capital. ", "You play the piano because. ")
 END = [tiny_tokenizer().eos_token_id]

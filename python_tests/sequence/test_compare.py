@@ -30,6 +30,7 @@ from d4s.methods.memit import MEMITEditor
 from d4s.sequence import under_way
 from d4s.sequence.compare import _orders, compare, weights_digest
 from d4s.sequence.comparison import Comparison, record_place
+from d4s.sequence.journaling import Journaling
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
 from d4s.sequence.target_search import search_targets
@@ -715,3 +716,18 @@ def test_targets_found_before_an_interruption_serve_later_sequences_too(monkeypa
     shutil.rmtree(tmp_path / "targets")  # as a process that was killed leaves it
     compared(model, covariance, both, seeds=seed, out=tmp_path)
     assert sorted(searched) == sorted(edit.id for edit in EDITS)  # each once
+
+
+def test_a_sequence_that_could_not_go_on_leaves_its_journal_to_others(monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    with monkeypatch.context() as patch:
+        broken_off(patch, 5, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compared(model, covariance, {"d4s": FAST}, seeds=seed, out=tmp_path)
+    (kept,) = (tmp_path / "targets").iterdir()
+    kept.write_bytes(b"damaged")
+    with pytest.raises(DataError) as raised:
+        compared(model, covariance, {"d4s": FAST}, seeds=seed, out=tmp_path)
+    (place,) = (tmp_path / "journals").iterdir()
+    assert raised.tb is not None, "which holds all that the failed call had"
+    Journaling(place).close()
