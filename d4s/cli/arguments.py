@@ -126,13 +126,14 @@ def add_journal(verb: ArgumentParser) -> None:
     verb.add_argument("journal", metavar="DIR", help="a journal, or the --out of d4s edit")
 
 
-def add_fields(verb: ArgumentParser) -> None:
+def add_fields(verb: ArgumentParser, *, of: str = "") -> None:
+    """of: whose fields, where a verb has several methods"""
     verb.add_argument(
         "--set",
         nargs="+",
         action="extend",
         metavar="FIELD=VALUE",
-        help="fields of the method's configuration",
+        help=f"fields of the method's configuration{of}",
     )
 
 
@@ -328,7 +329,7 @@ def loaded_covariance(options: Namespace, model: CausalLM, tokenizer: Any) -> An
 
 
 def configuration(options: Namespace) -> dict[str, Any] | None:
-    """--set FIELD=VALUE …, each value as JSON where it is JSON."""
+    """--set FIELD=VALUE …, each value as JSON where it is JSON, or numbers with commas."""
     fields: dict[str, Any] = {}
     for item in options.set or ():
         name, equals, value = item.partition("=")
@@ -337,10 +338,7 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
-            try:
-                fields[name] = float(value)  # .1, which is no JSON
-            except ValueError:
-                fields[name] = value
+            fields[name] = _plain(value)
         except (
             ValueError,
             RecursionError,
@@ -348,6 +346,19 @@ def configuration(options: Namespace) -> dict[str, Any] | None:
             why = "is nested too deeply" if isinstance(error, RecursionError) else "has too many digits"
             raise ConfigError(f"--set {name}: its value, {value[:20]}…, {why}; give a shorter one") from None
     return fields or None
+
+
+def _plain(value: str) -> Any:
+    """What is no JSON: .1, numbers with commas, as 4,5 for [4, 5], or text."""
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        numbers = json.loads(f"[{value}]")
+    except json.JSONDecodeError:
+        return value
+    return numbers if all(isinstance(one, int | float) for one in numbers) else value
 
 
 def configured(options: Namespace, method: str | None) -> tuple[str, Any]:
@@ -463,11 +474,9 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, option: str = "--out") -> None:
     """ConfigError where a folder stands in its place; OSError where its own folder cannot be made or written to."""
     if path.is_dir():
-        raise ConfigError(
-            f"--out {path}: is a folder; name a file in it, as {path / 'covariance.safetensors'}"
-        )
+        raise ConfigError(f"{option} {path}: is a folder; name a file in it")
     check_place(path)
     check_folder(path.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from d4s.cli.arguments import (
     add_chat,
     add_collapse,
     add_edits,
+    add_fields,
     add_model,
     add_passes,
     add_preset,
@@ -22,6 +23,7 @@ from d4s.cli.arguments import (
     add_tensorboard,
     as_asked,
     check_room,
+    configuration,
     count,
     loaded_covariance,
     loaded_edits,
@@ -33,7 +35,7 @@ from d4s.cli.arguments import (
     watching,
 )
 from d4s.cli.printing import print_json, print_notes
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, unknown_name
 from d4s.files import check_folder
 from d4s.ranks import here
 
@@ -58,7 +60,8 @@ def add(verb: ArgumentParser) -> None:
     verb.add_argument("--shuffle", action="store_true", help="each seed has its own order of the edits")
     verb.add_argument("--count", type=count, help="edits made, the first of that order; default: all")
     add_targets(verb)
-    add_preset(verb, before="")
+    add_fields(verb, of="; METHOD.FIELD=VALUE for one of --methods, else for all that have it")
+    add_preset(verb, before="; --set goes before them")
     verb.add_argument(
         "--front",
         nargs="*",
@@ -82,7 +85,7 @@ def run(options: Namespace) -> None:
         refuse(options, ("seed",), "--seeds")
     here().on_first(lambda: check_folder(options.out))
     watchers = watching(options)
-    methods, grid = _configs(options), _grid(options.front)
+    methods, grid = _with_fields(_configs(options), configuration(options)), _grid(options.front)
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)
@@ -129,7 +132,7 @@ def run(options: Namespace) -> None:
 
 def _configs(options: Namespace) -> dict[str, Any]:
     """Label → its configuration: METHOD:PRESET has that named preset. Of the others --preset goes to the method that
-    its file names, a name to all that have it."""
+    its file names, a name to all that have it, which are then called METHOD:PRESET, too."""
     from d4s.methods import METHODS
     from d4s.methods.preset import by_name, is_place, load_preset
 
@@ -153,8 +156,41 @@ def _configs(options: Namespace) -> dict[str, Any]:
             "of the two out"
         )
     for name in having or plain[:1]:
-        configs[name] = by_name(f"{name}:{options.preset}")[1]
-    return configs
+        by_name(f"{name}:{options.preset}")  # where none has it, the first says so
+    renamed = [f"{label}:{options.preset}" if label in having else label for label in configs]
+    if len(set(renamed)) < len(renamed):
+        raise ConfigError(
+            f"--preset {options.preset}: makes {', '.join(renamed)} of --methods, one of them twice; leave it out"
+        )
+    return dict.fromkeys(renamed)
+
+
+def _with_fields(configs: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """--set: METHOD.FIELD goes to that label, a plain FIELD to all whose method has it. ConfigError if none does."""
+    from d4s.methods import METHODS, Preset
+    from d4s.methods.base import field_names
+    from d4s.methods.preset import by_name
+
+    found = dict(configs)
+    for name, value in (given or {}).items():
+        label, dot, field = name.rpartition(".")
+        if dot and label not in found:
+            raise ConfigError(f"--set {name}: {unknown_name('method of --methods', label, found)}")
+        to = (
+            [label]
+            if dot
+            else [one for one in found if field in set().union(*field_names(METHODS[by_name(one)[0]]))]
+        )
+        if not to:
+            raise ConfigError(
+                f"--set {name}: none of {', '.join(found)} has this field; d4s methods NAME lists them"
+            )
+        for one in to:
+            now = found[one]
+            found[one] = (
+                now.changed({field: value}) if isinstance(now, Preset) else {**(now or {}), field: value}
+            )
+    return found
 
 
 def _grid(given: Sequence[str] | None) -> Any:

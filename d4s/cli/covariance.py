@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d4s.cli.arguments import add_model, check_file, count, loaded_model, refuse, share, whole_numbers
-from d4s.cli.printing import print_json
+from d4s.cli.printing import print_json, words
 from d4s.errors import ConfigError, CovarianceError
 from d4s.ranks import here
 
@@ -70,6 +70,12 @@ def run(options: Namespace) -> None:
         "keys": found.count,
         "fingerprint": found.fingerprint,
     }
+    widest = max(moment.shape[-1] for moment in found.moments.values())
+    if found.count < widest:
+        words(options)(
+            f"note: {found.count} key vectors are fewer than the {widest} dimensions of a key, so that some directions "
+            "count for nothing; 10 a dimension is the rule: take more text, or a larger --tokens"
+        )
     if options.json:
         print_json(facts)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from d4s.cli.arguments import (
     add_model,
     add_scores,
     as_asked,
+    check_file,
     loaded_edits,
     loaded_model,
     task_scores,
 )
 from d4s.cli.printing import print_json
 from d4s.errors import ConfigError
+from d4s.files import finite_or_none, write_text
 from d4s.ranks import here
 
 HELP = "score a model on edits"
@@ -34,6 +38,12 @@ def add(verb: ArgumentParser) -> None:
         "--fluency", action="store_true", help="also fluency and consistency of generated texts"
     )
     verb.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="also each edit's figures: a JSON object a line (JSON Lines)",
+    )
+    verb.add_argument(
         "--baseline",
         metavar="FILE|MODEL",
         help="the unedited model's answers (baseline.json of d4s edit), or that model: for what must not change",
@@ -45,6 +55,8 @@ def run(options: Namespace) -> None:
     from d4s.measure.metrics import evaluate
     from d4s.models.readiness import check_ready
 
+    if options.rows is not None:
+        here().on_first(lambda: check_file(options.rows, "--rows"))
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)
@@ -61,6 +73,8 @@ def run(options: Namespace) -> None:
         seed=options.seed,
         progress=True,
     )
+    if options.rows is not None:
+        here().on_first(lambda: write_text(_lines(found.rows), options.rows))
     tasks = here().from_first(measure) if measure is not None else {}
     if options.json:
         print_json(found.to_dict(rows=False) | ({"tasks": tasks} if tasks else {}))
@@ -70,6 +84,10 @@ def run(options: Namespace) -> None:
                 [found.summary(), *(f"{name}: {spelled(name, value, 2)}" for name, value in tasks.items())]
             )
         )
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"{json.dumps(finite_or_none(row), ensure_ascii=False)}\n" for row in rows)
 
 
 def _baseline(options: Namespace, edits: list[Any]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import ArgumentParser, Namespace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 from d4s.cli import (
     alone,
@@ -33,7 +35,7 @@ from d4s.cli import (
     verify,
 )
 from d4s.cli.arguments import seed
-from d4s.cli.ending import EPILOG
+from d4s.cli.ending import EPILOG, WRONG
 
 
 class Verb(Protocol):
@@ -80,9 +82,32 @@ VERBS: dict[str, Verb] = {
 
 
 class _Parser(ArgumentParser):
-    """Takes options between positional arguments also where one of these may be left out."""
+    """Takes options between positional arguments also where one of these may be left out; of a wrong line it says what
+    is wrong, and not all that would be right."""
 
     _within = False
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            of = self if found.verb is None else self._of_verb(found.verb)
+            of.error(of._unknown(left))
+        return found
+
+    def _of_verb(self, verb: str) -> _Parser:
+        assert self._subparsers is not None
+        return next(a.choices[verb] for a in self._subparsers._group_actions if isinstance(a.choices, dict))
+
+    def _unknown(self, left: Sequence[str]) -> str:
+        """What is said of arguments that are none, with the nearest option."""
+        said = f"unrecognized arguments: {' '.join(left)}"
+        if wrong := [one.partition("=")[0] for one in left if one.startswith("-")]:
+            near = difflib.get_close_matches(wrong[0], self._option_string_actions, n=1)
+            said += f"; did you mean {near[0]}?" if near else ""
+        return said
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG, f"{self.prog}: {message}; {self.prog} --help lists what it takes\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._within or self._subparsers is not None:

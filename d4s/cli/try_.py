@@ -51,6 +51,7 @@ _NAMES = ("ask", "edit", "edits", "undo", "watch", "unwatch", "save", "help", "q
 _WITH_TEXT = ("ask", "edit", "watch", "save")
 _ALONE = re.compile(r"(ask|edit|edits|watch|help|quit|exit)|(undo|unwatch|save)(?:\s+(\S+))?", re.IGNORECASE)
 _NAMED = re.compile(r"(\w+)\s*:\s*(.*)", re.DOTALL)
+_ONE_WORD = re.compile(r"[:/]?(\w+)(?:\s+\d+|\(\))?")  # :q, undoo 2, exit()
 LIKE_A_COMMAND = 0.75  # difflib's ratio from which a word with a colon is taken for a mistyped one
 
 
@@ -331,7 +332,7 @@ class Talk:
 def read(line: str) -> tuple[str, str]:
     """(command, its text) of a line; ("", "") of an empty one. What is no command is asked.
 
-    Raises EditError for a word with a colon that is nearly a command.
+    Raises EditError for a word, alone or with a colon, that is nearly a command.
     """
     line = line.strip()
     if not line or line.startswith("#"):
@@ -343,15 +344,23 @@ def read(line: str) -> tuple[str, str]:
         word, text = named[1].lower(), named[2].strip()
         if word in _WITH_TEXT:
             return word, text
-        near = difflib.get_close_matches(word, _NAMES, n=1, cutoff=LIKE_A_COMMAND)
-        if near:
-            raise EditError(
-                f"{shown(named[1] + ':')} is no command; did you mean {near[0]!r}? ask: {named[1]}: … asks it, help "
-                "lists the commands"
-            )
+        _refuse_nearly(word, f"{named[1]}:", f"{named[1]}: …")
+    elif one_word := _ONE_WORD.fullmatch(line):
+        _refuse_nearly(one_word[1].lower(), line, line)
     if "=>" in line and re.match(r"edit\s", line, re.IGNORECASE):
         return "edit", line[4:].strip()
     return "ask", line
+
+
+def _refuse_nearly(word: str, told: str, text: str) -> None:
+    """EditError for a word that is nearly a command, or stands as one does elsewhere.
+
+    told: as it was typed; text: what would be asked
+    """
+    near = difflib.get_close_matches(word, _NAMES, n=1, cutoff=LIKE_A_COMMAND)
+    if near or told.startswith((":", "/")):
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise EditError(f"{shown(told)} is no command{hint} ask: {text} asks it, help lists the commands")
 
 
 def fact(text: str) -> Edit:

@@ -13,10 +13,11 @@ from d4s.cli.arguments import (
     add_edits,
     add_fields,
     add_model,
+    add_preset,
     add_sums,
     as_asked,
     check_file,
-    configuration,
+    configured,
     count,
     loaded_covariance,
     loaded_edits,
@@ -46,7 +47,11 @@ def add(verb: ArgumentParser) -> None:
     add_model(verb)
     add_edits(verb)
     add_chat(verb)
-    verb.add_argument("--method", action=Once, default="d4s")
+    verb.add_argument(
+        "--method",
+        action=Once,
+        help="as d4s, or d4s:fresh for a named preset, from which it begins; default: d4s",
+    )
     verb.add_argument("--out", type=Path, required=True, help="JSON file; a figure and its data go beside it")
     verb.add_argument("--minutes", type=minutes, default=10.0, help="that it may take; default: 10")
     verb.add_argument(
@@ -58,6 +63,7 @@ def add(verb: ArgumentParser) -> None:
     add_covariance(verb)
     add_sums(verb)
     add_fields(verb)
+    add_preset(verb)
 
 
 def run(options: Namespace) -> None:
@@ -69,7 +75,8 @@ def run(options: Namespace) -> None:
             f"--out {options.out}: must be a .json file; a .png and a .csv of its name go beside it"
         )
     check_file(options.out)
-    edits, config = loaded_edits(options), configuration(options)
+    method, config = configured(options, options.method)
+    edits = loaded_edits(options)
     own = None
     if options.probe_edits is not None:
         own = load_edits(options.probe_edits, skip_bad=options.skip_bad, zsre_target=options.zsre_target)
@@ -80,7 +87,7 @@ def run(options: Namespace) -> None:
         model,
         tokenizer,
         edits,
-        method=options.method,
+        method=method,
         config=config,
         minutes=options.minutes,
         probes=options.probes,

@@ -252,9 +252,20 @@ def evaluate(
         texts = _written(model, tokenizer, openings, max_new_tokens=FLUENCY_TOKENS, **freely, **options)
         _add_fluency(done, edits, texts)
     remarks = tuple(f"{text} ({n} times)" for text, n in notes.items())
-    if (form := chat_note(edits)) is not None:
-        remarks = (form, *remarks)
+    remarks = (*filter(None, (chat_note(edits), _mixture_note(done))), *remarks)
     return evaluation_of(done, edits, seed, remarks)
+
+
+def _mixture_note(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What has to be said of efficacy and paraphrase where some rows measure them otherwise than others."""
+    questions = sum(row["kind"] == "question" for row in rows)
+    if not 0 < questions < len(rows):
+        return None
+    return (
+        f"efficacy and paraphrase are means over two measures: {questions} edits without an old answer, or questions, "
+        f"count right tokens, {len(rows) - questions} whether the new answer is more probable than the old one; the "
+        "figures with argmax are one for all"
+    )
 
 
 def evaluation_of(

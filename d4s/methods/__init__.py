@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from d4s.errors import ConfigError
+from d4s.errors import ConfigError, shown
 from d4s.methods.alphaedit import AlphaEdit
 from d4s.methods.base import Editor, Method, Step, Workbench
 from d4s.methods.d4s import D4S
@@ -64,6 +64,10 @@ def method_for(
     Raises ConfigError for a name or field that does not exist, for a preset of another model, and for a named preset
     beside a whole configuration or a preset's file.
     """
+    if not isinstance(method, str | Method):
+        raise ConfigError(
+            f"method is {shown(method)}, must be a name, as 'd4s', or a configured method; d4s.methods() lists names"
+        )
     if isinstance(method, str) and ":" in method and isinstance(config, Method | Preset):
         raise ConfigError(
             f"method={method!r} names a preset, and config is another whole one; give one of the two"

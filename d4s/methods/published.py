@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from d4s.locate.targets import TargetConfig
@@ -147,16 +147,18 @@ def undone(method: Any) -> str:
     return "one by one" if method.keeps_sums else "all at once"
 
 
-def describe(method: Any) -> dict[str, Any]:
+def describe(method: Any, named: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """What `d4s methods --json` prints of a method class: paper, what it changes and needs, how it is undone,
-    presets a model, and for which of these nothing of its own is published."""
+    presets a model, and for which of these nothing of its own is published. named: fields that go before presets'"""
     return {
         "paper": method.paper,
         "changes": method.changes,
         "needs": list(method.needs),
         "undo": undone(method),
         "not_published": list(method.not_published),
-        "presets": {name: asdict(method.preset(_Published(*row))) for row, name in _KNOWN.items()},
+        "presets": {
+            name: asdict(method.preset(_Published(*row)).changed(named)) for row, name in _KNOWN.items()
+        },
     }
 
 

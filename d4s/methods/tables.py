@@ -7,10 +7,10 @@ from dataclasses import MISSING, Field, fields
 from itertools import groupby
 from typing import Any, get_type_hints
 
-from d4s.errors import ConfigError, unknown_name
 from d4s.figures.tables import aligned
 from d4s.locate.targets import TargetConfig
 from d4s.methods import METHODS
+from d4s.methods.preset import by_name
 from d4s.methods.published import describe, undone
 
 
@@ -29,13 +29,13 @@ def overview() -> str:
 def about(name: str) -> str:
     """A method's fields with their defaults and meanings, and its presets: a row a field, a column a model.
 
+    name: as "d4s", or "d4s:fresh", whose named preset then stands in every column
     Fields of the target optimiser stand among them: `--set` and `config=` take them by their own names.
-    Raises ConfigError for a method that does not exist.
+    Raises ConfigError for a method or a named preset that does not exist.
     """
-    if name not in METHODS:
-        raise ConfigError(unknown_name("method", name, METHODS))
-    method = METHODS[name]
-    told = describe(method)
+    known, named = by_name(name)
+    method = METHODS[known]
+    told = describe(method, named)
     presets = {model: _flat(preset) for model, preset in told["presets"].items()}
     return "\n".join(
         [

@@ -18,6 +18,7 @@ EMBEDDED = Path(__file__).parents[1] / "embedded" / "model"
 _QUANTISED = "quantised weights cannot be edited: load the model it was made from, in float32 or bfloat16"
 
 _LOADED = "causal language model could be loaded"
+_CONFIGURED = "configuration of a causal language model could be read"
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's names
 DeviceMap = str | Mapping[str, Any] | None
 _OFFLOADED = (
@@ -128,7 +129,7 @@ def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto")
         return model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_there(text)
+    _check_there(text, _CONFIGURED)
     try:
         config = AutoConfig.from_pretrained(text, trust_remote_code=False)
         stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -136,7 +137,7 @@ def skeleton(name: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto")
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted or stored or torch.float32).eval()
     except Exception as error:  # whatever transformers raises of a config.json
-        raise _no_model(text, "configuration of a causal language model could be read", _reason(error)) from None
+        raise _no_model(text, _CONFIGURED, _reason(error)) from None
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | None:
@@ -177,7 +178,7 @@ KNOWN: dict[str, Callable[[torch.dtype | None, DeviceMap], tuple[Any, Any]]] = {
 def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_there(name)
+    _check_there(name, _LOADED)
     try:
         # Other weight files than safetensors are pickles.
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -202,9 +203,11 @@ def _transformers(name: str, dtype: torch.dtype | None, device_map: DeviceMap = 
     return model, tokenizer
 
 
-def _check_there(name: str) -> None:
-    """ModelError for a name of no folder here and no model on the hub, which is asked once: transformers asks for each
-    of a model's files, some of them again and again."""
+def _check_there(name: str, wanted: str) -> None:
+    """ModelError, that there is no `wanted`, for a name of no folder here and no model on the hub.
+
+    The hub is asked once: transformers asks for each of a model's files, some of them again and again.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import validate_repo_id
 
@@ -213,7 +216,7 @@ def _check_there(name: str) -> None:
     try:
         validate_repo_id(name)
     except ValueError:
-        raise _no_model(name, _LOADED, "there is no such folder") from None
+        raise _no_model(name, wanted, "there is no such folder") from None
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
@@ -226,7 +229,7 @@ def _check_there(name: str) -> None:
             why = "there is no such folder, and the hub has no model of this name, or does not show it to you"
         else:
             return  # a mirror, say, that only gives files
-        raise _no_model(name, _LOADED, why) from None
+        raise _no_model(name, wanted, why) from None
 
 
 def _no_model(name: str, what: str, why: str) -> ModelError:

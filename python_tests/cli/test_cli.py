@@ -93,7 +93,19 @@ def test_wrong_arguments_end_with_2(arguments, capsys):
         main(arguments.split())
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("usage: d4s") and "error: " in err.splitlines()[-1]
+    assert out == "" and err.startswith("d4s") and err.endswith(" --help lists what it takes\n")
+    assert err.count("\n") == 1
+
+
+def test_an_option_that_is_none_is_told_with_the_nearest_one(capsys):
+    for arguments, said in (
+        ("edit m edits.json --out x --preser fresh", "arguments: --preser fresh; did you mean --preset?"),
+        ("edit m edits.json --out x --batchsize=3", "did you mean --batch-size?"),
+        ("log run --qqq", "unrecognized arguments: --qqq; d4s log --help"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments.split())
+        assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from support.command import FAST, done, failed
 from support.tiny import TEXTS, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from d4s.cli import main
 from d4s.edits.formats import load_edits
 from d4s.locate.covariance import (
     Covariance,
@@ -48,6 +49,13 @@ def test_a_corpus_or_a_number_of_keys_that_does_not_fit_is_named(tmp_path, capsy
     assert "0…2" in failed(capsys, "covariance", "m", "corpus.txt", "--out", out, "--layers", "3")
     (tmp_path / "c").mkdir()
     assert str(tmp_path) in failed(capsys, "covariance", "m", "corpus.txt", "--out", out)
+
+
+def test_fewer_keys_than_dimensions_are_told(tmp_path, capsys):
+    for tokens, is_told in (("9", True), ("500", False)):
+        out = ("--out", str(tmp_path / "c"), "--tokens", tokens, "--json")
+        assert main(["covariance", "m", *out]) == 0
+        assert ("key vectors are fewer than the" in capsys.readouterr().err) is is_told
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):

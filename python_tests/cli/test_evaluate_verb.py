@@ -66,6 +66,14 @@ def test_edits_of_no_known_format_are_told_what_was_looked_for(capsys):
     )
 
 
+def test_a_record_of_ones_own_that_lacks_a_field_is_told_which(capsys):
+    for lacks in ("prompt", "subject", "target_new"):
+        whole = {"prompt": "{} is in", "subject": "Paris", "target_new": "Spain", "target_true": "France"}
+        Path("own.json").write_text(json.dumps([{k: v for k, v in whole.items() if k != lacks}]))
+        said = failed(capsys, "evaluate", "m", "own.json")
+        assert said == f"d4s: own.json, record 1: the edit has no field '{lacks}', which it needs"
+
+
 def test_bad_records_may_be_left_out(capsys):
     Path("mixed.json").write_text(json.dumps([RECORDS[0], RECORDS[1] | {"subject": ""}, RECORDS[2]]))
     assert "record 2" in failed(capsys, "evaluate", "m", "mixed.json")
@@ -82,6 +90,18 @@ def test_a_baseline_that_is_not_there_is_told_as_such(baseline, capsys):
 def test_a_baseline_may_be_a_model_of_the_hub(capsys):
     said = failed(capsys, "evaluate", "m", "edits.json", "--baseline", "no-such-owner/none")
     assert said.startswith("d4s: no-such-owner/none: no causal language model could be loaded")
+
+
+def test_figures_of_each_edit_go_to_a_file(tmp_path, capsys):
+    place = tmp_path / "new" / "rows.jsonl"
+    told = json.loads(done(capsys, "evaluate", "m", "edits.json", "--json", "--rows", str(place)))
+    rows = [json.loads(line) for line in place.read_text("utf-8").splitlines()]
+    edits = load_edits("edits.json")
+    assert [row["id"] for row in rows] == [edit.id for edit in edits]
+    assert sum(row["efficacy"] for row in rows) / len(rows) == pytest.approx(
+        told["metrics"]["efficacy"]["mean"]
+    )
+    assert "--rows .: is a folder" in failed(capsys, "evaluate", "m", "edits.json", "--rows", ".")
 
 
 def test_zsre_can_be_written_towards_the_true_answer(capsys, monkeypatch):

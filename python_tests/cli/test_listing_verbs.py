@@ -79,6 +79,14 @@ def test_layers_and_modules_are_shown_in_short(capsys):
     assert "gpt2-xl*" in text and "llama-3-8b*" not in text and "* not published" in text
 
 
+def test_a_named_preset_is_shown_as_a_method_with_it(capsys):
+    lines = done(capsys, "methods", "d4s:fresh").splitlines()
+    assert [line.split()[1:] for line in lines if line.startswith("anchor ")][-1] == ["current"] * 4
+    told = json.loads(done(capsys, "methods", "d4s:fresh", "--json"))["d4s:fresh"]["presets"]
+    assert {one["anchor"] for one in told.values()} == {"current"}
+    assert "rome has no named presets" in failed(capsys, "methods", "rome:fresh")
+
+
 def test_a_method_that_does_not_exist_is_not_shown(capsys):
     line = failed(capsys, "methods", "alphaedti")
     assert line.startswith("d4s: unknown method 'alphaedti'. Did you mean 'alphaedit'? Known: alphaedit, d4s")

@@ -89,6 +89,10 @@ def test_no_line_ends_the_session_and_what_was_wrong_with_each_is_said(lines, ca
     wrong = {
         "edti: The capital of [France] is => Lyon": "did you mean 'edit'?",
         "wacth: France": "did you mean 'watch'?",
+        "qiut": "'qiut' is no command; did you mean 'quit'? ask: qiut asks it",
+        "undoo 2": "did you mean 'undo'?",
+        "/help": "did you mean 'help'?",
+        ":q": "':q' is no command; ask: :q asks it",
         "edit: The capital of France is Lyon": "there is no '=>'",
         "edit: The capital of France is => Lyon": "no subject is marked by brackets",
         "edit: The [capital] of [France] is => Lyon": "several subjects are marked by brackets in 'The [capital]",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from urllib.parse import unquote
 
 import pandas
@@ -131,9 +132,48 @@ def test_named_presets_are_compared_side_by_side(tmp_path, capsys):
     assert {label: tuple(config[field] for field in told) for label, config in by_label.items()} == {
         "d4s:paper": ("base", "once", "mean", 0.0),
         "d4s:hold": ("base", "measured", "each", None),
-        "d4s": ("base", "measured", "each", 0.0),
+        "d4s:long": ("base", "measured", "each", 0.0),
     }
     assert all(label in text for label in by_label)
+
+
+def test_fields_of_methods_that_are_compared_go_to_those_that_have_them(preset, tmp_path, capsys):
+    from d4s.cli.compare import _with_fields
+
+    loaded = load_preset(preset)
+    given = {"steps": 3, "d4s:hold.prior_weight": 7, "l2": 2.0, "d4s.ridge": 0.5}
+    configs = {"d4s": loaded, "d4s:hold": None, "alphaedit": None, "ft-m": {"steps": 9}, "kn": None}
+    found = _with_fields(configs, given)
+    assert found["d4s"].overrides == {"steps": 3, "ridge": 0.5}
+    assert {label: one for label, one in found.items() if label != "d4s"} == {
+        "d4s:hold": {"steps": 3, "prior_weight": 7},
+        "alphaedit": {"steps": 3, "l2": 2.0},
+        "ft-m": {"steps": 3},
+        "kn": None if "steps" not in {f.name for f in fields(METHODS["kn"])} else {"steps": 3},
+    }
+    assert configs["d4s:hold"] is None, "what was given is left as it is"
+    out = tmp_path / "c"
+    options = ("--methods", "ft-m,grace", "--set", "ft-m.steps=1", "--limit", "1", "--out", str(out))
+    done(capsys, "compare", "m", "edits.json", *options)
+    stored = {path.stem: json.loads(path.read_text())["config"] for path in (out / "results").iterdir()}
+    assert stored["ft-m-0"]["steps"] == 1 != stored["grace-0"]["steps"]
+
+
+def test_a_search_may_begin_from_a_preset(monkeypatch, tmp_path, capsys):
+    from d4s.errors import ConfigError
+    from d4s.study import tune
+
+    seen = []
+
+    def begun(*args, method, config, **options):
+        seen.append((method, config))
+        raise ConfigError("enough was seen")
+
+    monkeypatch.setattr(tune, "tune", begun)
+    out = ("--out", str(tmp_path / "p.json"))
+    failed(capsys, "tune", "m", "edits.json", *out, "--preset", "fresh", "--set", "steps=4")
+    failed(capsys, "tune", "m", "edits.json", *out, "--method", "memit")
+    assert seen == [("d4s", METHODS["d4s"].presets["fresh"] | {"steps": 4}), ("memit", None)]
 
 
 def test_what_settings_rest_on_is_said_before_a_long_run(tmp_path, capsys):
@@ -164,6 +204,10 @@ def test_that_a_model_was_edited_before_is_said(tmp_path, capsys):
         (("compare", "--methods", "d4s,d4s:papre"), "Did you mean 'paper'"),
         (("compare", "--methods", "d4:paper"), "Did you mean 'd4s'"),
         (("compare", "--methods", "d4s:hold", "--preset", "long"), "names a preset of its own"),
+        (("compare", "--methods", "d4s,memit", "--set", "memti.steps=3"), "Did you mean 'memit'"),
+        (("compare", "--methods", "d4s,memit", "--set", "l2=3"), "none of d4s, memit has this field"),
+        (("compare", "--methods", "memit,ft-m", "--set", "ft-m.l2=3"), "unknown field of ft-m 'l2'"),
+        (("compare", "--methods", "d4s,d4s:long", "--preset", "long"), "one of them twice"),
         (("compare", "--methods", "memit:paper"), "memit has no named presets"),
         (
             ("edit", "--method", "memit", "--preset", "paper"),

@@ -277,6 +277,10 @@ def test_mixed_kinds_are_each_counted_where_they_have_a_figure() -> None:
     }
     assert [row["kind"] for row in ev.rows] == ["completion", "question", "question", "statement"]
     assert list(ev.to_frame()["id"]) == [e.id for e in edits]
+    (note,) = (note for note in ev.notes if note.startswith("efficacy and paraphrase are means over two"))
+    assert ": 2 edits without an old answer, or questions, count right tokens, 2 whether" in note
+    for alike in (edits[:1], edits[1:3]):
+        assert not any("two measures" in note for note in evaluate(model, model.tokenizer, alike).notes)
 
 
 def many_edits(count: int, seed: int) -> list[Edit]:

@@ -152,6 +152,8 @@ def _recognise(file: str, records: list[Record]) -> str:
         for name, format_ in FORMATS.items():
             if format_.recognises(record.value):
                 return name
+    if any(plain.is_nearly(record.value) for record in asked):
+        return "edits"  # whose reader says which field lacks
     if asked:
         found = f"found, in {asked[0].place}: {_named(asked[0].value)}"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from d4s.edits import Edit
@@ -18,6 +19,13 @@ _OBJECTS = ("locality", "portability", "tags")
 
 def recognises(record: Fields) -> bool:
     return all(name in record for name in ("prompt", "subject", "target_new"))
+
+
+def is_nearly(record: Fields) -> bool:
+    """Whether it has fields of `Edit` alone, and lacks one that an edit needs."""
+    return {*record} <= {one.name for one in fields(Edit)} and len(
+        {"prompt", "subject", "target_new"} - {*record}
+    ) == 1
 
 
 def edits_of(record: Fields) -> list[Edit]:
