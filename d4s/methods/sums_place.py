@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 HOST = "cpu"
 COPIES = "copies of edited weights"
 CROSSING = "change on its way to W"
-MEASURED = 0.1  # seconds that each measurement of the CPU takes, about, where sums come to live there
+MEASURING = 0.1  # seconds that each measurement of the CPU takes, about, where sums come to live there
 
 
 def held(
@@ -141,7 +141,7 @@ def device_of_sums(bench: Workbench, method: Method, layer: int) -> torch.device
 def _said(method: Method, sizes: Mapping[int, LayerSize], why: list[str]) -> str:
     """That these layers' sums live on the CPU, why, and what it costs."""
     widest = max(sizes.values(), key=lambda size: size.d_in)
-    speed = speed_of(widest.d_out, widest.d_in, torch.device(HOST), MEASURED)
+    speed = speed_of(widest.d_out, widest.d_in, torch.device(HOST), MEASURING)
     crossing = max(method.crossing(size) for size in sizes.values())
     update = sum(speed.of_update(size.d_out, size.d_in) for size in sizes.values())
     solve = sum(speed.of_solve(size.d_out, size.d_in) for size in sizes.values())

@@ -172,7 +172,10 @@ class Front:
                 [
                     ("on the front", list(best["label"])),
                     ("of", marks),
-                    *((name.replace("_", " "), [percent(v) for v in best[name]]) for name in FIGURES[:4]),
+                    *(
+                        (name.replace("_", " "), [plain_percent(v) for v in best[name]])
+                        for name in FIGURES[:4]
+                    ),
                     ("mean |w|", [f"{100 * v:+.2f} %" for v in best["growth"]]),
                 ]
             )
@@ -316,7 +319,8 @@ def spelled(name: str, value: Any) -> str:
     return f"{'λ' if name == 'prior_weight' else name} {value:g}"
 
 
-def percent(share: float) -> str:
+def plain_percent(share: float) -> str:
+    """Without the sign, for tables; of NaN nothing."""
     return "" if share != share else f"{100 * share:.1f}"
 
 

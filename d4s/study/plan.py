@@ -44,7 +44,7 @@ PROMPT, AFTER, TARGET = (
 )  # of a prompt; from the subject's last token on, with the target; of the target
 EDITED, NEIGHBORS = 3, 10  # prompts that are about the edit, its own and its paraphrases; prompts beside it
 DISK = "disk"
-MEASURED = 5.0  # seconds that a measurement takes, about
+MEASURING = 5.0  # seconds that a measurement takes, about
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def plan(
     ranks: how many devices share the edits' searches and evaluations, each with the whole model
     sums_on: as of `edit_sequence`; "auto": by what is free on the layers' devices now, the model not counted
     device: where a model without weights would be; None: cuda where there is one
-    measure: take `MEASURED` seconds to measure this machine; not for a model without weights
+    measure: take `MEASURING` seconds to measure this machine; not for a model without weights
 
     Raises ConfigError for a number of edits or ranks below 1, and for a measurement without weights.
     """
@@ -560,7 +560,7 @@ def _measured(anatomy: Anatomy, method: Method, sizes: Mapping[int, LayerSize], 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
     reads = torch.arange(rows), torch.full((rows,), length - 1)
-    share = MEASURED / 4
+    share = MEASURING / 4
 
     def forward() -> None:
         with torch.no_grad(), head_reads(model, *reads):

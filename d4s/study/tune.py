@@ -43,7 +43,7 @@ from d4s.models.forward import evaluating
 from d4s.models.readiness import check_ready
 from d4s.progress import stage
 from d4s.sequence.comparison_folder import decides_targets
-from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, percent
+from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, plain_percent
 from d4s.version import versions
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Tuning:
             ),
             ("probes", [str(one.probes) for one in rows]),
             *(
-                (name.replace("_", " "), [percent(getattr(one.found, name)) for one in rows])
+                (name.replace("_", " "), [plain_percent(getattr(one.found, name)) for one in rows])
                 for name in FIGURES[:4]
             ),
             ("mean |w|", [f"{100 * one.found.growth:+.2f} %" for one in rows]),
@@ -216,8 +216,8 @@ class Tuning:
         ]
         lines = aligned(columns)
         lines.append(
-            f"unedited: written {percent(self.unedited.written)}, kept {percent(self.unedited.kept)}. Shares in "
-            "percent: written is efficacy · paraphrase, kept is specificity; greedy: of whole answers."
+            f"unedited: written {plain_percent(self.unedited.written)}, kept {plain_percent(self.unedited.kept)}. "
+            "Shares in percent: written is efficacy · paraphrase, kept is specificity; greedy: of whole answers."
         )
         lines.append(f"chosen: {self.chosen}; {self.preset.measured['because']}")
         lines.append(

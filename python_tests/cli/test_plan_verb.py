@@ -56,7 +56,7 @@ def test_where_layers_lie_is_asked_of_the_model_that_lies_there(capsys, monkeypa
 
 
 def test_plan_measures_this_machine(capsys, monkeypatch):
-    monkeypatch.setattr(planning, "MEASURED", 0.05)
+    monkeypatch.setattr(planning, "MEASURING", 0.05)
     told = json.loads(done(capsys, "plan", "m", "--edits", "10", "--json", *FAST))
     assert told["seconds"] > 0 and all(one["seconds"] > 0 for one in told["passes"])
 

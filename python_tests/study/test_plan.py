@@ -214,7 +214,7 @@ def test_a_model_without_weights_has_the_same_plan(seed):
 
 
 def test_a_measurement_gives_every_pass_its_seconds(seed, monkeypatch):
-    monkeypatch.setattr("d4s.study.plan.MEASURED", 0.05)
+    monkeypatch.setattr("d4s.study.plan.MEASURING", 0.05)
     model = tiny_model("gpt2", seed)
     found = plan(model, method_for("d4s", Anatomy(model)), 20, measure=True)
     assert all(one.seconds > 0 for one in found.passes) and found.solving > 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from d4s.edits import Edit
 from d4s.measure.statistics import mcnemar
 from d4s.study.data_view import DataView, analyze_data, plot_decline, plot_surprise
-from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, points
+from d4s.study.paper.setting import Judged, Setting, Verdict, broken_off, points
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,14 +17,14 @@ LEVEL = 0.05  # of tests
 _TEST = "exact McNemar test of the same facts, 5 %"
 
 
-def figure2(setting: Setting) -> Outcome:
+def figure2(setting: Setting) -> Judged:
     """Decline by data set: unedited facts still answered right against edits made, a panel a method."""
     view = _analyzed(setting, {name: edits[: setting.most] for name, edits in setting.data.items()})
     plot_decline(view.history(), setting.file())
     return view.relation(), data_matter(view)
 
 
-def figure3(setting: Setting) -> Outcome:
+def figure3(setting: Setting) -> Judged:
     """Decline by form of question: unedited facts lost against the surprise of the form's targets."""
     view = _analyzed(setting, next(iter(setting.data.values()))[: setting.most])
     relation = view.relation()

@@ -11,8 +11,8 @@ from d4s.measure.columns import is_share, spelled
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.curves import few_layers, plot_forgetting, plot_metrics, plot_norms, plot_target_probability
 from d4s.study.model_view import ModelView, analyze_model, plot_change, plot_original_and_current
-from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, points
-from d4s.study.paper.tables import THREE, chosen_columns, plot_scores, score_names
+from d4s.study.paper.setting import Judged, Setting, Verdict, broken_off, points
+from d4s.study.paper.tables import SCORES, chosen_columns, plot_scores, score_names
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 File = Callable[[str], Path]  # what a figure's name ends in, before .png → the picture's place
 
 
-def figure5(setting: Setting) -> Outcome:
+def figure5(setting: Setting) -> Judged:
     comparison, view = _analyzed(setting)
     return bottleneck_and_norms(comparison, view, setting.counts, setting.file)
 
 
-def figure6(setting: Setting) -> Outcome:
+def figure6(setting: Setting) -> Judged:
     comparison, view = _analyzed(setting, measure=setting.downstream())
     return norms_and_scores(comparison, view, setting.counts, setting.file)
 
 
-def figure7(setting: Setting) -> Outcome:
+def figure7(setting: Setting) -> Judged:
     comparison, view = _analyzed(setting, original=True)
     return forgetting(comparison, view, setting.counts, setting.file)
 
 
-def figure8(setting: Setting) -> Outcome:
+def figure8(setting: Setting) -> Judged:
     comparison, view = _analyzed(setting)
     return metrics_against_edits(comparison, view, setting.counts, setting.file)
 
@@ -53,17 +53,17 @@ def _analyzed(
 
 def bottleneck_and_norms(
     comparison: Comparison, view: ModelView, counts: Sequence[int], file: File
-) -> Outcome:
+) -> Judged:
     """The bottleneck, p(target) before and after its optimisation (a), and the norms of edited layers (b)."""
     if probabilities := comparison.target_probabilities():
         plot_target_probability(probabilities, file("a"))
     plot_norms(few_layers(comparison.histories()), file("b"))
-    scored = [name for name in THREE if name in comparison.table()]
+    scored = [name for name in SCORES if name in comparison.table()]
     columns = ["method", "edits", "l1_growth", *scored, "collapsed"]
     return comparison.table(counts).reindex(columns=columns), targets_get_harder(comparison, view)
 
 
-def norms_and_scores(comparison: Comparison, _view: ModelView, counts: Sequence[int], file: File) -> Outcome:
+def norms_and_scores(comparison: Comparison, _view: ModelView, counts: Sequence[int], file: File) -> Judged:
     """Norms (a) and size of the change (b) of edited layers, and the downstream scores (c), where there are any."""
     histories, names = comparison.histories(), score_names(comparison)
     plot_norms(few_layers(histories), file("a"))
@@ -74,7 +74,7 @@ def norms_and_scores(comparison: Comparison, _view: ModelView, counts: Sequence[
     return comparison.table((0, *counts)).reindex(columns=columns), norms_are_held(comparison, names)
 
 
-def forgetting(comparison: Comparison, view: ModelView, _counts: Sequence[int], file: File) -> Outcome:
+def forgetting(comparison: Comparison, view: ModelView, _counts: Sequence[int], file: File) -> Judged:
     """Efficacy right after an edit's own step and now; per method, by when the edit was made."""
     plot_original_and_current(comparison.histories(), file(""))
     for method, record in view.records.items():
@@ -85,7 +85,7 @@ def forgetting(comparison: Comparison, view: ModelView, _counts: Sequence[int], 
 
 def metrics_against_edits(
     comparison: Comparison, _view: ModelView, counts: Sequence[int], file: File
-) -> Outcome:
+) -> Judged:
     """Efficacy, paraphrase and specificity against edits made."""
     plot_metrics(comparison.histories(), file(""))
     return chosen_columns(comparison.table(counts), ("method", "edits")), metrics_fall_least(comparison)

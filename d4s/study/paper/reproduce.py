@@ -25,14 +25,14 @@ from d4s.models.causal_lm import CausalLM
 from d4s.study.paper.data_figures import figure2, figure3
 from d4s.study.paper.model_figures import figure5, figure6, figure7, figure8
 from d4s.study.paper.protocols import PROTOCOLS
-from d4s.study.paper.setting import Outcome, Reproduction, Setting
+from d4s.study.paper.setting import Judged, Reproduction, Setting
 from d4s.study.paper.tables import table2_or_3, table4
 from d4s.study.retained import is_askable, untouched
 
 MOST_FACTS = 200  # asked for what a model retains, where no number is given
 
 # Name → what runs it; the names are those of `PROTOCOLS`.
-RUNS: dict[str, Callable[[Setting], Outcome]] = {
+RUNS: dict[str, Callable[[Setting], Judged]] = {
     "table2": table2_or_3,
     "table3": table2_or_3,
     "table4": table4,

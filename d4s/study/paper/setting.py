@@ -139,7 +139,7 @@ class Setting:
         )
 
 
-Outcome = tuple["DataFrame", Verdict]
+Judged = tuple["DataFrame", Verdict]
 
 
 def broken_off(comparison: Comparison) -> tuple[list[bool], list[str]]:

@@ -11,15 +11,15 @@ from d4s.figures.plots import plot_lines
 from d4s.measure.columns import is_share
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.curves import plot_metrics
-from d4s.study.paper.setting import Outcome, Setting, Verdict, broken_off, percent, points
+from d4s.study.paper.setting import Judged, Setting, Verdict, broken_off, percent, points
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-THREE = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
+SCORES = ("efficacy", "paraphrase", "specificity", "average", "harmonic")
 
 
-def table2_or_3(setting: Setting) -> Outcome:
+def table2_or_3(setting: Setting) -> Judged:
     """Tables 2 and 3: efficacy, paraphrase and specificity of each method after the counts, per data set."""
     import pandas
 
@@ -56,7 +56,7 @@ def table2_or_3(setting: Setting) -> Outcome:
 def chosen_columns(table: DataFrame, first: Sequence[str]) -> DataFrame:
     """The columns of the paper, and what the data also have."""
     also = ("multi_hop", "portability", "efficacy_argmax", "efficacy_generated", "paraphrase_generated")
-    wanted = [n for n in (*THREE, *also) if n in table]
+    wanted = [n for n in (*SCORES, *also) if n in table]
     bounded = [c for n in wanted for c in (n, f"{n}.low", f"{n}.high") if c in table]
     # A table of methods that all broke off before the counts has no figures.
     return table.reindex(columns=[*first, *bounded, "l1_growth", "seconds_an_edit", "collapsed"])
@@ -98,7 +98,7 @@ def highest_average(table: DataFrame) -> Verdict:
     )
 
 
-def table4(setting: Setting) -> Outcome:
+def table4(setting: Setting) -> Judged:
     """Table 4: downstream scores before and after the last count."""
     import pandas
 
