@@ -658,7 +658,7 @@ def _as_saved(weights: Mapping[str, Tensor], files: Sequence[Path]) -> dict[str,
 
 def _consolidated_though_undone(folder: Folder) -> list[str]:
     """What is wrong where a log has consolidated edits that did not stand, so that the sums hold them."""
-    standing, problems = Standing(replaces=folder.head["method"] == "d4s"), []
+    standing, problems = Standing.at_first(folder), []
     for event in folder.events:
         if event["kind"] == "consolidated" and (gone := standing.undone & set(event["ids"])):
             problems.append(
@@ -670,7 +670,7 @@ def _consolidated_though_undone(folder: Folder) -> list[str]:
 
 def standing_of(folder: Folder) -> Standing:
     """Which edits of a log stand, without their vectors."""
-    standing = Standing(replaces=folder.head["method"] == "d4s")
+    standing = Standing.at_first(folder)
     for event in folder.events:
         standing.follow(event, folder, lambda _step: [])
     return standing

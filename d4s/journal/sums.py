@@ -32,6 +32,7 @@ from d4s.change.projection import Projection
 from d4s.edits import Edit
 from d4s.errors import D4SError, DataError, EditError, unknown_name
 from d4s.journal.folder import Folder
+from d4s.methods import METHODS
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -66,6 +67,13 @@ class Standing:
     undone: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
     by_place: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def at_first(cls, folder: Folder) -> Standing:
+        """Before any event of the folder's log. DataError for one of a method that there is not."""
+        if (name := folder.head["method"]) not in METHODS:
+            raise DataError(f"{folder.root}: {unknown_name('method', name, METHODS)}")
+        return cls(METHODS[name].replaces)
 
     def add(self, made: Made) -> None:
         earlier = self.by_place.setdefault(made.edit.place, [])
@@ -228,7 +236,7 @@ class Sums:
         self._projections: dict[int, Projection] = {}
         self._stored: dict[str, Tensor] = {}  # of a journal of experts the weights of what stands, once known
         self.closed_form = self._empty()
-        self.standing = Standing(replaces=head["method"] == "d4s")
+        self.standing = Standing.at_first(folder)
         self._replay(snapshots)
 
     def _empty(self) -> ClosedForm:

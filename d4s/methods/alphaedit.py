@@ -80,7 +80,7 @@ class AlphaEdit(TargetMethod):
 
 class AlphaEditEditor(D4SEditor):
     def __init__(self, method: AlphaEdit, bench: Workbench) -> None:
-        super().__init__(method, bench, anchor="current", replaces=False)
+        super().__init__(method, bench, anchor="current")
         self.protected = {
             layer: protected_directions(c, method.null_space_threshold, method.threshold_is_relative, layer)
             for layer, c in self.second_moments().items()

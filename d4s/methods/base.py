@@ -159,6 +159,8 @@ class Method(Configuration, ABC):
     # Whether its editor keeps A and B of a dense layer, so that a journal can take single edits back. Of every method
     # `Editor.restore` puts W0 back bit for bit.
     keeps_sums: ClassVar[bool] = False
+    # Whether, in the sums, an edit takes the place of an earlier one of the same prompt; else both stay.
+    replaces: ClassVar[bool] = False
     # The field by which less is written and less disturbed, or more of both; a method is compared along it.
     strength: ClassVar[str] = ""
     # Named presets: what of the configuration differs from the model's own.

@@ -94,6 +94,7 @@ class D4S(LocateMethod):
     paper: ClassVar[str] = "arXiv 2410.23843"
     changes: ClassVar[str] = "MLP output projections"
     keeps_sums: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     not_published: ClassVar[tuple[str, ...]] = ("gpt2-xl", "llama-3-8b")  # there: MEMIT's rows
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -188,9 +189,7 @@ def prompt_weight_of(edits: int) -> float:
 
 
 class D4SEditor(LocateEditor):
-    """replaces: whether an edit takes the place of an earlier one of the same prompt
-    each: whether every context has a key of its own; the others, prompt_weight among them, as of `D4S`
-    """
+    """each: whether every context has a key of its own; the others, prompt_weight among them, as of `D4S`"""
 
     growing: frozenset[str] = frozenset({"held"})
 
@@ -201,14 +200,13 @@ class D4SEditor(LocateEditor):
         *,
         anchor: Literal["base", "current"],
         measured: bool = True,
-        replaces: bool = True,
         refine_looks: int = 0,
         each: bool = False,
         prompt_weight: float = 0.0,
     ) -> None:
         super().__init__(method, bench)
         self.each, self.prompt_weight = each, prompt_weight
-        self.anchor, self.measured, self.replaces = anchor, measured, replaces
+        self.anchor, self.measured = anchor, measured
         self.refine_looks = refine_looks
         self._priors = self.priors()
         self.ahead = Ahead(self)
@@ -235,7 +233,7 @@ class D4SEditor(LocateEditor):
         self.ahead.announce(edits)
 
     def apply(self, batch: Sequence[Edit]) -> Step:
-        if self.replaces and len(distinct := {edit.place: edit for edit in batch}) < len(batch):
+        if self.method.replaces and len(distinct := {edit.place: edit for edit in batch}) < len(batch):
             # Multi-hop cases share facts; in the sums a fact stands once.
             step = self.apply(list(distinct.values()))
             order = {place: i for i, place in enumerate(distinct)}
@@ -319,7 +317,7 @@ class D4SEditor(LocateEditor):
 
     def hold(self, batch: Sequence[Edit]) -> None:
         """These edits are in the sums, each in the place of an earlier one of its prompt."""
-        if self.replaces:
+        if self.method.replaces:
             self.held |= {edit.place: _fact(*_told(edit)) for edit in batch}
 
     def write(self) -> None:

@@ -56,7 +56,7 @@ class ENCORE(LocateMethod):
 
 class ENCOREEditor(D4SEditor):
     def __init__(self, method: ENCORE, bench: Workbench) -> None:
-        super().__init__(method, bench, anchor="current", replaces=False)
+        super().__init__(method, bench, anchor="current")
 
     def priors(self) -> dict[int, Prior]:
         priors = self.plain_priors(self.method.prior_weight)

@@ -30,4 +30,4 @@ class MEMITSeq(LocateMethod):
         return holding_of_sums(size, edits, self.rows_an_edit)
 
     def editor(self, bench: Workbench) -> D4SEditor:
-        return D4SEditor(self, bench, anchor="current", replaces=False)
+        return D4SEditor(self, bench, anchor="current")

@@ -12,7 +12,7 @@ from support.workbench import EDITS, bench_of, editor_of, relative_error
 from d4s.edits import Edit
 from d4s.errors import ConfigError
 from d4s.methods import method_for
-from d4s.methods.d4s import D4SEditor, _fact, _told
+from d4s.methods.d4s import D4S, D4SEditor, _fact, _told
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -33,7 +33,7 @@ def test_a_fact_that_goes_back_and_forth_leaves_the_weights_bounded(model_type, 
 
 
 @pytest.mark.parametrize("anchor", ["base", "current"])
-def test_a_sentence_about_another_subject_is_another_fact(anchor, seed):
+def test_a_sentence_about_another_subject_is_another_fact(anchor, seed, monkeypatch):
     first = Edit(
         prompt="The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", id="1"
     )
@@ -45,7 +45,8 @@ def test_a_sentence_about_another_subject_is_another_fact(anchor, seed):
     for replaces in (True, False):
         bench = bench_of("gpt2", seed)
         method = editor_of("d4s", bench, anchor=anchor).method
-        editor = D4SEditor(method, bench, anchor=anchor, replaces=replaces)
+        monkeypatch.setattr(D4S, "replaces", replaces)
+        editor = D4SEditor(method, bench, anchor=anchor)
         editor.edit([first])
         editor.edit([second])
         deltas.append({layer: editor.weights.delta(layer) for layer in editor.weights.layers})
