@@ -1,4 +1,5 @@
-"""Ctrl-C and the signals that end a program: a step is made whole before they are heard, and what was made is saved."""
+"""Ctrl-C and the signals that end a program: what has begun to change something comes to its end before they are heard,
+and what was made is saved."""
 
 from __future__ import annotations
 
@@ -20,6 +21,19 @@ class Terminated(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.status = 128 + number
+
+
+class Heard(KeyboardInterrupt):
+    """Raised by `hear`; what came is raised in its place at the end of `deferred`."""
+
+
+_waiting: list[list[int]] = []  # of each `deferred` that is entered, the signals that have come
+
+
+def hear() -> None:
+    """To be called now and then in long work that has changed nothing yet: what waits inside `deferred` ends it."""
+    if _waiting and _waiting[-1] and _in_main_thread():
+        raise Heard
 
 
 def _in_main_thread() -> bool:
@@ -47,7 +61,7 @@ def ending_signals_raise() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, Ctrl-C and ending signals wait until the end, and are heard there; a second Ctrl-C does not wait.
+    """Inside, Ctrl-C and ending signals wait until the end, or for `hear`; a second Ctrl-C does not wait.
 
     Outside the main thread, which alone hears signals, nothing is done.
     """
@@ -65,10 +79,13 @@ def deferred() -> Iterator[None]:
             raise KeyboardInterrupt
         if not came:
             # Not print: a signal may come while standard error is being written to.
-            os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
+            os.write(
+                2, b"stopping after this step, or before it changes anything; Ctrl-C again stops at once\n"
+            )
         came.append(number)
 
     try:
+        _waiting.append(came)
         for number in _SIGNALS:
             # None: a handler that is not Python's. One that is ignored (nohup) stays so.
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
@@ -76,6 +93,7 @@ def deferred() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
+        _waiting[:] = [one for one in _waiting if one is not came]
         for number, handler in before.items():
             signal.signal(number, handler)
         if came:  # also where the step itself has failed

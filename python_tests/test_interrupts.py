@@ -9,11 +9,14 @@ import threading
 
 import pytest
 import torch
+from support.sequences import EDITS as RECORDED
+from support.sequences import FAST, ready, same, sequence, state
 from support.tiny import tiny_model, tiny_tokenizer
 
 from d4s.edits import Edit
 from d4s.errors import EditError
-from d4s.interrupts import Terminated, deferred, ending_signals_raise
+from d4s.interrupts import Heard, Terminated, deferred, ending_signals_raise, hear
+from d4s.locate import targets
 from d4s.methods import base
 from d4s.models.architectures import Anatomy
 from d4s.sequence import under_way
@@ -140,6 +143,56 @@ def test_signals_wait_for_the_end_and_a_second_ctrl_c_does_not(capfd):
     assert reached == ["first", "third"] and ended.value.status == 143
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert capfd.readouterr().err.count("stopping after this step") == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "config"), [("d4s", {"anchor": "current"}), ("memit", {}), ("memit-seq", {}), ("lyaplock", {})]
+)
+def test_a_signal_is_heard_in_the_search_by_which_a_step_begins(method, config, monkeypatch, tmp_path, seed):
+    model, covariance = ready(seed)
+    first, look, looks = state(model), targets._look, []
+
+    def signalled(*arguments):
+        looks.append(1)
+        if len(looks) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(*arguments)
+
+    monkeypatch.setattr(targets, "_look", signalled)
+    options = {"config": FAST | {"steps": 4, "stop_loss": 0.0}, "journal": tmp_path / "j", "batch_size": 3}
+    options |= {"method": method, "original": False}
+    options["config"] |= config
+    count = 6  # of the second step, whose four looks are the fifth to the eighth
+    with pytest.raises(KeyboardInterrupt) as raised:
+        sequence(model, covariance, RECORDED[:6], **options)
+    result = raised.value.result
+    assert isinstance(raised.value.__cause__, Terminated) or isinstance(raised.value.__context__, Terminated)
+    assert len(looks) == count and len(result.edits_table) == 3
+    assert not result.editor.torn, "nothing was changed, so that its state could be kept"
+    after_three = state(model)
+    result.restore()
+    assert same(state(model), first) and not same(after_three, first)
+    count = -1
+    gone_on = sequence(model, covariance, RECORDED[:6], **options)
+    assert len(gone_on.edits_table) == 6 and len(looks) == 6 + 4, "the first step is not made again"
+    weights = state(model)
+    gone_on.restore()
+    whole = sequence(model, covariance, RECORDED[:6], **(options | {"journal": None}))
+    assert same(weights, state(model)) and whole.failure is None
+
+
+def test_what_has_begun_to_change_something_does_not_hear():
+    reached = []
+    with pytest.raises(Terminated), ending_signals_raise(), deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with deferred():  # in which nothing came
+            hear()
+        reached.append("within")
+        with pytest.raises(Heard):
+            hear()
+        reached.append("heard")
+    hear()
+    assert reached == ["within", "heard"]
 
 
 def test_a_signal_is_not_lost_in_a_step_that_fails():

@@ -32,6 +32,7 @@ class EditedWeights:
         # A number for each matrix of a layer: one, or one an expert.
         self._l1 = {layer: ops.l1_norms(_matrices(self.base[layer])).tolist() for layer in self.layers}
         self._delta_square = {layer: [0.0] * len(self._l1[layer]) for layer in self.layers}
+        self.writes = 0  # calls of `write_`
 
     def write_(self, layer: int, delta: Tensor | Mapping[int, Tensor]) -> None:
         """W = round(W0 + delta). delta: [d_out, d_in], float32 | float64, relative to W0; of experts by their number.
@@ -39,6 +40,7 @@ class EditedWeights:
         From another device it is brought to W's, of experts one matrix at a time.
         Raises ModelError if the shape does not fit or delta is not finite; W is then left as it was.
         """
+        self.writes += 1
         place = self.anatomy.device_of(layer)
         if isinstance(delta, Tensor):
             delta = delta.to(place)

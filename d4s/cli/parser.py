@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
@@ -36,6 +37,7 @@ from d4s.cli import (
 )
 from d4s.cli.arguments import seed
 from d4s.cli.ending import EPILOG, WRONG
+from d4s.errors import unknown_name
 
 
 class Verb(Protocol):
@@ -88,6 +90,10 @@ class _Parser(ArgumentParser):
     _within = False
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        verb = next((one for one in args if not one.startswith("-")), None)
+        if self._subparsers is not None and verb is not None and verb not in VERBS:
+            self.error(unknown_name("verb", verb, VERBS))
         found, left = self.parse_known_args(args, namespace)
         if left:
             of = self if found.verb is None else self._of_verb(found.verb)
@@ -107,7 +113,7 @@ class _Parser(ArgumentParser):
         return said
 
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG, f"{self.prog}: {message}; {self.prog} --help lists what it takes\n")
+        self.exit(WRONG, f"{self.prog}: {message.rstrip('.')}; {self.prog} --help lists what it takes\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._within or self._subparsers is not None:

@@ -41,6 +41,7 @@ from torch import Tensor
 from d4s.configuration import Above, AtLeast, Configuration
 from d4s.edits import Edit
 from d4s.errors import ConfigError, ModelError
+from d4s.interrupts import hear
 from d4s.locate.moves import Adam, Moves, Polyak
 from d4s.locate.precision import Precision, products_in
 from d4s.locate.request_rows import Place, Request, RequestRows, bare, request_of, spares, width_of
@@ -396,6 +397,8 @@ def _optimise(
     again: Recorded | None = None
     tried = False  # to record looks at these requests
     for look in range(looks):
+        if here().count == 1:  # several processes end a step together
+            hear()
         goes_on = look < looks - 1
         square_left = [q[alive] for q in square]
         if not tried and reference is not None and _is_worth_recording(rows, looks - look):

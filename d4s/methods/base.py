@@ -15,6 +15,7 @@ from d4s.change.weights import EditedWeights
 from d4s.configuration import Configuration, sequence_fields
 from d4s.edits import Edit, check_batch
 from d4s.errors import ConfigError, D4SError, EditError, shown, unknown_name
+from d4s.interrupts import Heard
 from d4s.locate.covariance import Covariance, cached_covariance
 from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import TargetConfig, frozen
@@ -313,9 +314,13 @@ class Editor(ABC):
                     f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary; "
                     "write another, or give the tokenizer it"
                 )
-        self._torn = True
-        with frozen(self.anatomy.model):
-            step = self.apply(batch)
+        self._torn, writes = True, self.weights.writes
+        try:
+            with frozen(self.anatomy.model):
+                step = self.apply(batch)
+        except Heard:  # in the search of a target, by which a step begins
+            self._torn = self.weights.writes > writes
+            raise
         self._torn = False
         return step
 

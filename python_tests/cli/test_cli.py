@@ -101,6 +101,7 @@ def test_an_option_that_is_none_is_told_with_the_nearest_one(capsys):
     for arguments, said in (
         ("edit m edits.json --out x --preser fresh", "arguments: --preser fresh; did you mean --preset?"),
         ("edit m edits.json --out x --batchsize=3", "did you mean --batch-size?"),
+        ("edti m", "d4s: unknown verb 'edti'. Did you mean 'edit'? Known: alone, analyze, "),
         ("log run --qqq", "unrecognized arguments: --qqq; d4s log --help"),
     ):
         with pytest.raises(SystemExit) as ended:
