@@ -38,7 +38,7 @@ def script(parser: ArgumentParser, shell: str) -> str:
     Raises ConfigError where shtab is not installed, or is too old for the shell.
     """
     if importlib.util.find_spec("shtab") is None:
-        raise ConfigError("completion needs shtab, which is not installed: pip install 'd4s[completion]'")
+        raise ConfigError("completion needs shtab, which is not installed: pip install shtab")
     import shtab
 
     if shell not in shtab.SUPPORTED_SHELLS:

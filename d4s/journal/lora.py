@@ -140,7 +140,7 @@ def export_gguf_lora(
     where the package gguf is not installed.
     """
     if find_spec("gguf") is None:
-        raise ConfigError('to write a GGUF file needs the package gguf: pip install "d4s[gguf]"')
+        raise ConfigError("to write a GGUF file needs the package gguf: pip install gguf")
     import gguf
 
     place = Path(path)

@@ -162,7 +162,7 @@ def require_harness() -> None:
     """Raises ConfigError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "downstream tasks need lm-evaluation-harness, which is not installed: pip install 'd4s[downstream]'"
+            "downstream tasks need lm-evaluation-harness, which is not installed: pip install lm_eval"
         )
 
 

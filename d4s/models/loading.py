@@ -246,7 +246,7 @@ def _gguf(path: Path, dtype: torch.dtype | None, device_map: DeviceMap = None) -
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise ModelError(
-                f'{path}: to read a GGUF file needs the package {package}: pip install "d4s[gguf]"'
+                f"{path}: to read a GGUF file needs the package {package}: pip install gguf accelerate"
             )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

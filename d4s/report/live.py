@@ -94,7 +94,7 @@ class Live(Observer):
 
     def __init__(self, console: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
         if importlib.util.find_spec("rich") is None:
-            raise ConfigError("the live view needs rich, which is not installed: pip install 'd4s[live]'")
+            raise ConfigError("the live view needs rich, which is not installed: pip install rich")
         self.console, self.clock = console, clock
         self.view: Any = None
 

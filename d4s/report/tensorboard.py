@@ -34,7 +34,7 @@ class TensorBoard(Observer):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
-                f"--tensorboard {os.fspath(folder)}: tensorboard is not installed: pip install 'd4s[tensorboard]'"
+                f"--tensorboard {os.fspath(folder)}: tensorboard is not installed: pip install tensorboard"
             )
         self.folder = Path(folder)
         lacking = [place for place in (self.folder, *self.folder.parents) if not place.exists()]

@@ -347,7 +347,7 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.skipif(lm_eval is None, reason="lm_eval is not installed (d4s[downstream])")
+@pytest.mark.skipif(lm_eval is None, reason="lm_eval is not installed (pip install lm_eval)")
 def test_scores_are_taken_once_through_an_interruption(world, monkeypatch, capsys, seed):
     Path("questions").mkdir()
     for name, records in QUESTIONS.items():

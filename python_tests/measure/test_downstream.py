@@ -24,7 +24,7 @@ try:
     import lm_eval.tasks
 except ImportError:
     lm_eval = None
-needs_harness = pytest.mark.skipif(lm_eval is None, reason="lm_eval is not installed (d4s[downstream])")
+needs_harness = pytest.mark.skipif(lm_eval is None, reason="lm_eval is not installed (pip install lm_eval)")
 
 FILES = {
     "arc_challenge.jsonl": [

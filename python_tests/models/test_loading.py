@@ -18,8 +18,8 @@ import d4s
 from d4s.errors import ConfigError, ModelError
 from d4s.models import loading
 
-gguf = pytest.importorskip("gguf", reason='reading GGUF files: pip install "d4s[gguf]"')
-pytest.importorskip("accelerate", reason='reading GGUF files: pip install "d4s[gguf]"')
+gguf = pytest.importorskip("gguf", reason="reading GGUF files: pip install gguf accelerate")
+pytest.importorskip("accelerate", reason="reading GGUF files: pip install gguf accelerate")
 
 TEXT = "The mother tongue of Danielle Darrieux is"
 # Heads as wide as a rotary pair wants; keys and queries lie in GGUF's own order, which the reader undoes.
