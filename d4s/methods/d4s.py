@@ -86,6 +86,7 @@ MOST_BESIDE = 64  # tokens of a prompt, beside the subject's last, whose keys ar
 PROMPT_WEIGHT, PROMPT_EDITS = 0.25, 300  # measured on so many edits of SmolLM2 (docs/results/smollm2-long.md)
 BESIDE = 8  # how many CounterFact's prompts have, about
 _LONG = {"anchor": "base", "residual": "measured", "context_keys": "each"}
+_FRESH = {**_LONG, "anchor": "current", "prompt_weight": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,8 @@ class D4S(LocateMethod):
         "paper": {"anchor": "base", "residual": "once"},
         "long": _LONG,
         "hold": {**_LONG, "prompt_weight": None},
-        "fresh": {**_LONG, "anchor": "current", "prompt_weight": None},
-        "answers": {**_LONG, "refine_looks": 4, "target_stop": True},
+        "fresh": _FRESH,
+        "answers": {**_FRESH, "target_stop": True},
     }
     edits_experts: ClassVar[bool] = True
 
