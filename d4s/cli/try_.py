@@ -359,8 +359,8 @@ def _refuse_nearly(word: str, told: str, text: str) -> None:
     """
     near = difflib.get_close_matches(word, _NAMES, n=1, cutoff=LIKE_A_COMMAND)
     if near or told.startswith((":", "/")):
-        hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise EditError(f"{shown(told)} is no command{hint} ask: {text} asks it, help lists the commands")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise EditError(f"{shown(told)} is no command; {hint}ask: {text} asks it, help lists the commands")
 
 
 def fact(text: str) -> Edit:

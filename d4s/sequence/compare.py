@@ -147,19 +147,19 @@ def compare(
         made = [edit for order in orders.values() for edit in order]  # each prompt is asked once
         stage(f"baseline: the unedited model is asked about {len(set(made))} edits", shown=progress)
         baseline = take_baseline(model, tokenizer, made, progress=progress)
-    under_way = _UnderWay(model, bench, schedule, baseline, observers, targets, folder, weights)
-    under_way.results = {label: {} for label in configured}
+    results: dict[str, dict[int, Record]] = {label: {} for label in configured}
+    under_way = _UnderWay(model, bench, schedule, baseline, observers, targets, folder, weights, results)
     whole = len(configured) * len(orders)
     for seed, order in orders.items():
         unedited = Unedited()
         for label, method in configured.items():
             if not under_way.has_ended(label, method, seed, unedited):
-                place = 1 + sum(map(len, under_way.results.values()))
+                place = 1 + sum(map(len, results.values()))
                 stage(f"sequence {place} of {whole}: {label}, seed {seed}", shown=progress)
                 under_way.make(label, method, seed, order, unedited)
     if len(under_way.errors) == whole:
         raise under_way.errors[0]
-    return Comparison(under_way.results, frozenset(under_way.unfinished), notes)
+    return Comparison(results, frozenset(under_way.unfinished), notes)
 
 
 @dataclass
@@ -180,7 +180,7 @@ class _UnderWay:
     targets: KeptTargets | None
     folder: ComparisonFolder | None
     weights: str
-    results: dict[str, dict[int, Record]] = field(default_factory=dict)
+    results: dict[str, dict[int, Record]]
     unfinished: set[tuple[str, int]] = field(default_factory=set)
     errors: list[D4SError] = field(default_factory=list)
 
