@@ -39,4 +39,9 @@ def run(options: Namespace) -> None:
         covariance=loaded_covariance(options, model, tokenizer),
         sums_on=options.sums_on,
     )
-    follow(options, journal, f"revised: {options.id}, now {new.id}")
+    p = journal.log()[-1]["last_probability"]
+    follow(
+        options,
+        journal,
+        f"revised: {options.id}, now {new.id}; p({new.target_new}) = {p:.2f} as its search ended",
+    )

@@ -113,13 +113,14 @@ class Journal:
     def log(self) -> list[dict[str, Any]]:
         """A row an edit, in the order made: id, prompt, subject, target_new, at, by, step, stands.
 
-        And where it was tested right after its step: written_probability, efficacy, paraphrase.
+        Where a target was searched: first_probability and last_probability, before and after its search. Where it was
+        tested right after its step: written_probability, efficacy, paraphrase.
         """
         standing = self._standing()
         rows: list[dict[str, Any]] = []
         for event in self.folder.events:
             if event["kind"] in ("step", "revised"):
-                for edit in edits_of(event, self.folder):
+                for i, edit in enumerate(edits_of(event, self.folder)):
                     row = {
                         "id": edit.id,
                         "prompt": edit.prompt,
@@ -133,6 +134,9 @@ class Journal:
                         "stands": edit.id not in standing.undone,
                         "revises": event.get("id"),
                     }
+                    for name in ("first_probability", "last_probability"):
+                        if event.get(name) is not None:
+                            row[name] = event[name][i]
                     rows.append(row)
             elif event["kind"] == "tested":
                 tested = rows[-len(event["written_probability"]) :]

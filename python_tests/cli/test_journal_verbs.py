@@ -48,9 +48,11 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
     for name, weight in weights(run).items():
         assert torch.allclose(weight, whole[name], atol=1e-6), name
 
-    assert "3 edits stand" in done(
+    said = done(
         capsys, "revise", run, third, "Manila Lyon", "m", "--covariance", "c.safetensors", "--sums-on", "cpu"
     )
+    p = d4s.Journal(run).log()[-1]["last_probability"]
+    assert f"; p(Manila Lyon) = {p:.2f} as its search ended; 3 edits stand" in said
     assert "The twin city of Lyon is → Manila Lyon" in done(capsys, "log", run)
     done(capsys, "verify", run)
     line = failed(capsys, "undo", run, "nobody")

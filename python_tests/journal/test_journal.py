@@ -461,6 +461,8 @@ def test_the_log_says_what_was_done(tmp_path, seed):
     assert [row["written_probability"] for row in rows] == [
         row["written_probability"] for row in result.edits_table
     ]
+    for name in ("first_probability", "last_probability"):
+        assert [row[name] for row in rows] == [row[name] for row in result.edits_table]
     assert list(journal.to_frame()["target_new"]) == [e.target_new for e in EDITS[:3]]
 
 
