@@ -81,6 +81,7 @@ def settings(preset: Any) -> dict[str, dict[str, Any]]:
     }
     found["refined"] = {"refine_looks": 4}
     found |= {name: dict(preset.presets[name]) for name in ("long", "hold", "fresh", "answers")}
+    found["fresh, contexts of 20"] = {**preset.presets["fresh"], "context_lengths": [20]}
     found |= OTHER_TARGETS | further_up(preset)
     return {label: {"method": "d4s"} | fields for label, fields in found.items()}
 
