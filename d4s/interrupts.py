@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -27,13 +28,34 @@ class Heard(KeyboardInterrupt):
     """Raised by `hear`; what came is raised in its place at the end of `deferred`."""
 
 
-_waiting: list[list[int]] = []  # of each `deferred` that is entered, the signals that have come
+@dataclass
+class _Waiting:
+    """What a `deferred` that is entered knows. came: signals; before: their handlers outside"""
+
+    came: list[int] = field(default_factory=list)
+    before: dict[int, Any] = field(default_factory=dict)
+    has_changed: bool = False
+
+    @property
+    def ends(self) -> bool:
+        """Whether what came ends the program, or raises: a handler of the caller's own may go on."""
+        handler = self.before.get(self.came[0]) if self.came else None
+        return handler in (signal.SIG_DFL, signal.default_int_handler) or getattr(handler, "raises", False)
+
+
+_waiting: list[_Waiting] = []
 
 
 def hear() -> None:
-    """To be called now and then in long work that has changed nothing yet: what waits inside `deferred` ends it."""
-    if _waiting and _waiting[-1] and _in_main_thread():
+    """To be called now and then in long work: what waits inside `deferred` ends it, unless something has `changed`."""
+    if _waiting and not _waiting[-1].has_changed and _waiting[-1].ends and _in_main_thread():
         raise Heard
+
+
+def changed() -> None:
+    """From here on `hear` hears nothing until the end of `deferred`."""
+    if _waiting:
+        _waiting[-1].has_changed = True
 
 
 def _in_main_thread() -> bool:
@@ -47,6 +69,7 @@ def ending_signals_raise() -> Iterator[None]:
     def end(number: int, _frame: FrameType | None) -> None:
         raise Terminated(number)
 
+    end.raises = True  # type: ignore[attr-defined]
     before: dict[int, Any] = {}
     try:
         if _in_main_thread():
@@ -68,8 +91,8 @@ def deferred() -> Iterator[None]:
     if not _in_main_thread():
         yield
         return
-    came: list[int] = []
-    before: dict[int, Any] = {}
+    own = _Waiting()
+    came, before = own.came, own.before
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in came:
@@ -79,13 +102,11 @@ def deferred() -> Iterator[None]:
             raise KeyboardInterrupt
         if not came:
             # Not print: a signal may come while standard error is being written to.
-            os.write(
-                2, b"stopping after this step, or before it changes anything; Ctrl-C again stops at once\n"
-            )
+            os.write(2, b"stopping as soon as nothing is half done; Ctrl-C again stops at once\n")
         came.append(number)
 
     try:
-        _waiting.append(came)
+        _waiting.append(own)
         for number in _SIGNALS:
             # None: a handler that is not Python's. One that is ignored (nohup) stays so.
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
@@ -93,7 +114,7 @@ def deferred() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
-        _waiting[:] = [one for one in _waiting if one is not came]
+        _waiting[:] = [one for one in _waiting if one is not own]
         for number, handler in before.items():
             signal.signal(number, handler)
         if came:  # also where the step itself has failed

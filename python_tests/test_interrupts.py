@@ -142,7 +142,7 @@ def test_signals_wait_for_the_end_and_a_second_ctrl_c_does_not(capfd):
         reached.append("third")
     assert reached == ["first", "third"] and ended.value.status == 143
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert capfd.readouterr().err.count("stopping after this step") == 3
+    assert capfd.readouterr().err.count("stopping as soon as") == 3
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,45 @@ def test_what_has_begun_to_change_something_does_not_hear():
         reached.append("heard")
     hear()
     assert reached == ["within", "heard"]
+
+
+def test_a_handler_of_the_callers_own_may_go_on(seed):
+    model, covariance = ready(seed)
+    seen, look, looks = [], targets._look, []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+
+    def signalled(*arguments):
+        looks.append(1)
+        if len(looks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(*arguments)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(targets, "_look", signalled)
+            result = sequence(model, covariance, RECORDED[:2], method="memit", original=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] and len(result.edits_table) == 2 and result.failure is None
+
+
+def test_a_step_that_has_written_comes_to_its_end(seed):
+    """ROME searches and writes edit by edit."""
+    model, covariance = ready(seed)
+    look, looks = targets._look, []
+
+    def signalled(*arguments):
+        looks.append(1)
+        if len(looks) == 3:  # in the second edit's search
+            os.kill(os.getpid(), signal.SIGTERM)
+        return look(*arguments)
+
+    options = {"config": {"steps": 2, "contexts": 0}, "method": "rome", "batch_size": 3, "original": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets, "_look", signalled)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            sequence(model, covariance, RECORDED[:6], **options)
+    assert len(raised.value.result.edits_table) == 3 and not raised.value.result.editor.torn
 
 
 def test_a_signal_is_not_lost_in_a_step_that_fails():

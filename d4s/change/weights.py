@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d4s import ops
 from d4s.errors import ModelError
+from d4s.interrupts import changed
 from d4s.models.architectures import Anatomy
 
 
@@ -32,7 +33,6 @@ class EditedWeights:
         # A number for each matrix of a layer: one, or one an expert.
         self._l1 = {layer: ops.l1_norms(_matrices(self.base[layer])).tolist() for layer in self.layers}
         self._delta_square = {layer: [0.0] * len(self._l1[layer]) for layer in self.layers}
-        self.writes = 0  # calls of `write_`
 
     def write_(self, layer: int, delta: Tensor | Mapping[int, Tensor]) -> None:
         """W = round(W0 + delta). delta: [d_out, d_in], float32 | float64, relative to W0; of experts by their number.
@@ -40,7 +40,7 @@ class EditedWeights:
         From another device it is brought to W's, of experts one matrix at a time.
         Raises ModelError if the shape does not fit or delta is not finite; W is then left as it was.
         """
-        self.writes += 1
+        changed()
         place = self.anatomy.device_of(layer)
         if isinstance(delta, Tensor):
             delta = delta.to(place)

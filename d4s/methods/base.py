@@ -314,12 +314,12 @@ class Editor(ABC):
                     f"edit {edit.id}: target_new {edit.target_new!r} has no token in this vocabulary; "
                     "write another, or give the tokenizer it"
                 )
-        self._torn, writes = True, self.weights.writes
+        self._torn = True
         try:
             with frozen(self.anatomy.model):
                 step = self.apply(batch)
-        except Heard:  # in the search of a target, by which a step begins
-            self._torn = self.weights.writes > writes
+        except Heard:  # in the search of a target, before anything has changed
+            self._torn = False
             raise
         self._torn = False
         return step
