@@ -209,10 +209,12 @@ def _check_there(name: str, wanted: str) -> None:
     The hub is asked once: transformers asks for each of a model's files, some of them again and again.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, validate_repo_id
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return
+    if os.path.exists(name):
+        raise _no_model(name, wanted, "is a file, and no folder")
     try:
         validate_repo_id(name)
     except ValueError:
@@ -221,15 +223,16 @@ def _check_there(name: str, wanted: str) -> None:
         return
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:  # of whichever library the hub is asked by
-        answer = getattr(error, "response", None)
-        if answer is None:
-            why = f"there is no such folder, and the hub could not be asked: {_reason(error)}"
-        elif answer.status_code in (401, 404):
-            why = "there is no such folder, and the hub has no model of this name, or does not show it to you"
-        else:
-            return  # a mirror, say, that only gives files
+    except GatedRepoError:
+        return  # transformers says what to do
+    except RepositoryNotFoundError:
+        why = "there is no such folder, and the hub has no model of this name, or does not show it to you"
         raise _no_model(name, wanted, why) from None
+    except Exception as error:  # of whichever library the hub is asked by
+        if getattr(error, "response", None) is None and "timeout" not in type(error).__name__.lower():
+            why = f"there is no such folder, and the hub could not be asked: {_reason(error)}"
+            raise _no_model(name, wanted, why) from None
+        # A slow way there, or a mirror, say, that only gives files: transformers tries.
 
 
 def _no_model(name: str, what: str, why: str) -> ModelError:

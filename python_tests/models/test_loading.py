@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,13 +188,23 @@ def test_a_name_of_nothing_asks_the_hub_once_and_a_path_never(tmp_path, monkeypa
     assert asked == ["no-such-owner/none"] * 2
 
 
-@pytest.mark.parametrize(("status", "is_final"), [(401, True), (404, True), (403, False), (503, False)])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (RepositoryNotFoundError, "the hub has no model of this name"),
+        (GatedRepoError, "transformers was asked"),
+        (HfHubHTTPError, "transformers was asked"),
+        (TimeoutError, "transformers was asked"),
+        (ConnectionError, "the hub could not be asked"),
+    ],
+)
 def test_what_the_hub_does_not_know_is_not_there_and_other_answers_leave_it_to_transformers(
-    status, is_final, monkeypatch
+    kind, told, monkeypatch
 ):
     def answers(self, name, **options):
-        error = OSError("an answer")
-        error.response = SimpleNamespace(status_code=status)
+        error = kind.__new__(kind, "an answer")  # whatever its own signature
+        if issubclass(kind, HfHubHTTPError):
+            error.response = SimpleNamespace(status_code=404)
         raise error
 
     def by_transformers(name, **options):
@@ -201,6 +212,13 @@ def test_what_the_hub_does_not_know_is_not_there_and_other_answers_leave_it_to_t
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", answers)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", by_transformers)
-    told = "the hub has no model of this name" if is_final else "transformers was asked"
     with pytest.raises(ModelError, match=told):
         d4s.load_model("no-such-owner/none")
+
+
+def test_a_file_is_not_taken_for_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"\(is a file, and no folder\)"):
+        d4s.load_model("weights/model.safetensors")
