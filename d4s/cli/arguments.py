@@ -356,9 +356,9 @@ def _plain(value: str) -> Any:
         pass
     try:
         numbers = json.loads(f"[{value}]")
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
-    return numbers if all(isinstance(one, int | float) for one in numbers) else value
+    return numbers if numbers and all(isinstance(one, int | float) for one in numbers) else value
 
 
 def configured(options: Namespace, method: str | None) -> tuple[str, Any]:

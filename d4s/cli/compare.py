@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,8 @@ def run(options: Namespace) -> None:
     here().on_first(lambda: check_folder(options.out))
     watchers = watching(options)
     methods, grid = _with_fields(_configs(options), configuration(options)), _grid(options.front)
+    if isinstance(grid, dict):
+        grid = {_label_of(name, methods): values for name, values in grid.items()}
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)
@@ -165,6 +167,12 @@ def _configs(options: Namespace) -> dict[str, Any]:
     return dict.fromkeys(renamed)
 
 
+def _label_of(name: str, labels: Collection[str]) -> str:
+    """METHOD for METHOD:PRESET, where it is the only one of that method; else the name as it is."""
+    of = [label for label in labels if label.partition(":")[0] == name]
+    return of[0] if name not in labels and len(of) == 1 else name
+
+
 def _with_fields(configs: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
     """--set: METHOD.FIELD goes to that label, a plain FIELD to all whose method has it. ConfigError if none does."""
     from d4s.methods import METHODS, Preset
@@ -172,15 +180,17 @@ def _with_fields(configs: Mapping[str, Any], given: Mapping[str, Any] | None) ->
     from d4s.methods.preset import by_name
 
     found = dict(configs)
-    for name, value in (given or {}).items():
+    fields = {label: set().union(*field_names(METHODS[by_name(label)[0]])) for label in found}
+    for name, value in sorted(
+        (given or {}).items(), key=lambda item: "." in item[0]
+    ):  # a method's own go last
         label, dot, field = name.rpartition(".")
+        label = _label_of(label, found)
         if dot and label not in found:
             raise ConfigError(f"--set {name}: {unknown_name('method of --methods', label, found)}")
-        to = (
-            [label]
-            if dot
-            else [one for one in found if field in set().union(*field_names(METHODS[by_name(one)[0]]))]
-        )
+        if dot and field not in fields[label]:
+            raise ConfigError(f"--set {name}: {unknown_name(f'field of {label}', field, fields[label])}")
+        to = [label] if dot else [one for one in found if field in fields[one]]
         if not to:
             raise ConfigError(
                 f"--set {name}: none of {', '.join(found)} has this field; d4s methods NAME lists them"

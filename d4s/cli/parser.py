@@ -91,12 +91,16 @@ class _Parser(ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
-        verb = next((one for one in args if not one.startswith("-")), None)
-        if self._subparsers is not None and verb is not None and verb not in VERBS:
-            self.error(unknown_name("verb", verb, VERBS))
+        if self._subparsers is not None and args and args[0] not in (*self._option_string_actions, "--"):
+            if args[0].startswith("-"):
+                self.error(f"{args[0]} stands before the verb; options go behind it, as d4s edit … {args[0]}")
+            if args[0] not in VERBS:
+                self.error(unknown_name("verb", args[0], VERBS))
         found, left = self.parse_known_args(args, namespace)
         if left:
-            of = self if found.verb is None else self._of_verb(found.verb)
+            of = self._of_verb(found.verb)
+            if (action := getattr(found, "action", None)) is not None and of._subparsers is not None:
+                of = of._of_verb(action)
             of.error(of._unknown(left))
         return found
 

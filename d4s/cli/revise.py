@@ -43,5 +43,5 @@ def run(options: Namespace) -> None:
     follow(
         options,
         journal,
-        f"revised: {options.id}, now {new.id}; p({new.target_new}) = {p:.2f} as its search ended",
+        f"revised: {options.id}, now {new.id}; its search reached a probability of {p:.2f} a token",
     )

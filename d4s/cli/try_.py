@@ -346,7 +346,11 @@ def read(line: str) -> tuple[str, str]:
             return word, text
         _refuse_nearly(word, f"{named[1]}:", f"{named[1]}: …")
     elif one_word := _ONE_WORD.fullmatch(line):
-        _refuse_nearly(one_word[1].lower(), line, line)
+        word, bare = one_word[1].lower(), line[0].isalpha() and not line.endswith("()")
+        if not bare or (
+            word not in _NAMES and not line[0].isupper()
+        ):  # a name, or "edit 2", may well be asked
+            _refuse_nearly(word, line, line)
     if "=>" in line and re.match(r"edit\s", line, re.IGNORECASE):
         return "edit", line[4:].strip()
     return "ask", line
@@ -360,7 +364,9 @@ def _refuse_nearly(word: str, told: str, text: str) -> None:
     near = difflib.get_close_matches(word, _NAMES, n=1, cutoff=LIKE_A_COMMAND)
     if near or told.startswith((":", "/")):
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise EditError(f"{shown(told)} is no command; {hint}ask: {text} asks it, help lists the commands")
+        raise EditError(
+            f"{shown(told)} is no command; {hint}write ask: {text} to ask it, help lists the commands"
+        )
 
 
 def fact(text: str) -> Edit:

@@ -113,8 +113,8 @@ class Journal:
     def log(self) -> list[dict[str, Any]]:
         """A row an edit, in the order made: id, prompt, subject, target_new, at, by, step, stands.
 
-        Where a target was searched: first_probability and last_probability, before and after its search. Where it was
-        tested right after its step: written_probability, efficacy, paraphrase.
+        Where its step told them: first_probability and last_probability, before and after a target's search. Where it
+        was tested right after its step: written_probability, efficacy, paraphrase.
         """
         standing = self._standing()
         rows: list[dict[str, Any]] = []

@@ -294,11 +294,16 @@ def _orders(
     return orders
 
 
-def configured_methods(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
-    """Label → the configured method. ConfigError for one that does not exist, and if there are none."""
+def by_label(methods: Configs) -> Mapping[str, Mapping[str, Any] | Method | Preset | None]:
+    """Label → configuration. ConfigError for a text, of which every letter would be a method."""
     if isinstance(methods, str):
         raise ConfigError(f"methods is the text {shown(methods)}, must be a list, as [{shown(methods)}]")
-    named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    return methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+
+
+def configured_methods(methods: Configs, anatomy: Anatomy) -> dict[str, Method]:
+    """Label → the configured method. ConfigError for one that does not exist, and if there are none."""
+    named = by_label(methods)
     configured: dict[str, Method] = {}
     for label, config in named.items():
         if isinstance(config, Method):

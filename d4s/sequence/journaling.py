@@ -139,7 +139,11 @@ class Journaling(Observer):
         assert self.folder is not None
         config = _as_json(method.as_known_to(self.folder.head["config"]))
         head, wanted = _but_for_passes(self.folder.head), _but_for_passes({**wanted, "config": config})
-        if differ := differing(head, wanted, [name for name in SAME if name in wanted]):
+        differ = differing(head, wanted, [name for name in SAME if name in wanted])
+        # Earlier versions did not keep it, so none there may be any.
+        if "architecture" in head and head["architecture"] != wanted.get("architecture"):
+            differ.append("architecture: another one there")
+        if differ:
             self.is_anothers = True
             raise ConfigError(
                 f"{self.path} is the journal of another sequence: {'; '.join(differ)}; name another folder, or ask for "
@@ -244,8 +248,6 @@ class Journaling(Observer):
             "segment_every": SEGMENT_EVERY,
             "source": source_of(anatomy.model),
         }
-        if bench.architecture is not None:  # of a type of model, say, that d4s does not know
-            head["architecture"] = asdict(bench.architecture)
         return dict(_as_json(head))
 
     # Going on
@@ -585,6 +587,8 @@ def identity_of(
         "config": asdict(method),
         "schedule": schedule.told_apart() | {"seed": schedule.seed},
     }
+    if bench.architecture is not None:  # of a type of model, say, that d4s does not know
+        identity["architecture"] = asdict(bench.architecture)
     return dict(_as_json(identity))
 
 

@@ -30,7 +30,7 @@ from d4s.methods.base import SumsOn
 from d4s.methods.preset import without_probes
 from d4s.models.architectures import Anatomy, Architecture
 from d4s.models.causal_lm import CausalLM
-from d4s.sequence.compare import Configs, compare, configured_methods
+from d4s.sequence.compare import Configs, by_label, compare, configured_methods
 from d4s.sequence.comparison import Comparison
 from d4s.sequence.record import Record
 
@@ -237,7 +237,7 @@ def front(
     """
     if isinstance(covariance, (str, os.PathLike)):
         covariance = Covariance.load(covariance)
-    named = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    named = by_label(methods)
     edits, notes = without_probes(edits, [one for one in named.values() if isinstance(one, Preset)])
     anatomy = Anatomy(model, architecture)
     configured = configured_methods(named, anatomy)

@@ -701,6 +701,8 @@ class _Search:
             names.append(method.strength)
         names += [name for name in _differing(method, self.bench.anatomy) if name not in names]
         fields = {name: _plain(method.value(name)) for name in names}
+        if "prompt_weight" in fields and self.asked.value("prompt_weight") is None:
+            fields["prompt_weight"] = None  # by how many edits there are to be
         measured = {
             "rule": "the largest mean of written · kept over probes; own, where it is within one standard error",
             "because": because,

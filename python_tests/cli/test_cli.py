@@ -102,6 +102,12 @@ def test_an_option_that_is_none_is_told_with_the_nearest_one(capsys):
         ("edit m edits.json --out x --preser fresh", "arguments: --preser fresh; did you mean --preset?"),
         ("edit m edits.json --out x --batchsize=3", "did you mean --batch-size?"),
         ("edti m", "d4s: unknown verb 'edti'. Did you mean 'edit'? Known: alone, analyze, "),
+        ("--json methods", "--json stands before the verb; options go behind it"),
+        ("--seed 5 edit m", "--seed stands before the verb"),
+        (
+            "patch export m e p --rnk 3",
+            "d4s patch export: unrecognized arguments: --rnk 3; did you mean --rank?",
+        ),
         ("log run --qqq", "unrecognized arguments: --qqq; d4s log --help"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -52,7 +52,7 @@ def test_an_edit_is_undone_redone_and_given_another_answer(capsys, tmp_path):
         capsys, "revise", run, third, "Manila Lyon", "m", "--covariance", "c.safetensors", "--sums-on", "cpu"
     )
     p = d4s.Journal(run).log()[-1]["last_probability"]
-    assert f"; p(Manila Lyon) = {p:.2f} as its search ended; 3 edits stand" in said
+    assert f"; its search reached a probability of {p:.2f} a token; 3 edits stand" in said
     assert "The twin city of Lyon is → Manila Lyon" in done(capsys, "log", run)
     done(capsys, "verify", run)
     line = failed(capsys, "undo", run, "nobody")

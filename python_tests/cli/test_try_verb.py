@@ -89,10 +89,11 @@ def test_no_line_ends_the_session_and_what_was_wrong_with_each_is_said(lines, ca
     wrong = {
         "edti: The capital of [France] is => Lyon": "did you mean 'edit'?",
         "wacth: France": "did you mean 'watch'?",
-        "qiut": "'qiut' is no command; did you mean 'quit'? ask: qiut asks it",
+        "qiut": "'qiut' is no command; did you mean 'quit'? write ask: qiut to ask it",
         "undoo 2": "did you mean 'undo'?",
         "/help": "did you mean 'help'?",
-        ":q": "':q' is no command; ask: :q asks it",
+        "exit()": "did you mean 'exit'?",
+        ":q": "':q' is no command; write ask: :q to ask it",
         "edit: The capital of France is Lyon": "there is no '=>'",
         "edit: The capital of France is => Lyon": "no subject is marked by brackets",
         "edit: The [capital] of [France] is => Lyon": "several subjects are marked by brackets in 'The [capital]",
@@ -203,6 +204,9 @@ def test_what_a_line_is_taken_for():
         "# not asked": ("", ""),
         "  ": ("", ""),
         "help me": ("ask", "help me"),
+        "Edith": ("ask", "Edith"),
+        "edit 2": ("ask", "edit 2"),
+        "Editor": ("ask", "Editor"),
         "Exit": ("exit", ""),
     }
     assert {line: read(line) for line in right} == right

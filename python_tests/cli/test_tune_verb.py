@@ -52,6 +52,14 @@ def test_tune_writes_a_preset_its_figure_and_says_what_it_chose(whole, tmp_path,
     assert out.with_suffix(".png").exists()
 
 
+def test_what_goes_by_the_number_of_edits_is_left_to_the_edits(whole, tmp_path, capsys):
+    out = tmp_path / "p.json"
+    options = ("--preset", "hold", "--probes", "2", "--minutes", "0.2", *GIVEN, *FAST)
+    done(capsys, "tune", "m", whole, "--out", str(out), *options)
+    fields = load_preset(out).fields
+    assert fields["prompt_weight"] is None and fields["context_keys"] == "each"
+
+
 def test_an_edit_takes_a_preset_and_names_its_probes(preset, tmp_path, capsys):
     run = tmp_path / "run"
     text = done(
@@ -152,6 +160,13 @@ def test_fields_of_methods_that_are_compared_go_to_those_that_have_them(preset, 
         "kn": None if "steps" not in {f.name for f in fields(METHODS["kn"])} else {"steps": 3},
     }
     assert configs["d4s:hold"] is None, "what was given is left as it is"
+    # A method's own field goes before one of all, in whatever order; METHOD stands for its only METHOD:PRESET.
+    assert _with_fields(
+        {"memit": None, "d4s:long": None}, {"memit.steps": 5, "steps": 30, "d4s.ridge": 1.0}
+    ) == {
+        "memit": {"steps": 5},
+        "d4s:long": {"steps": 30, "ridge": 1.0},
+    }
     out = tmp_path / "c"
     options = ("--methods", "ft-m,grace", "--set", "ft-m.steps=1", "--limit", "1", "--out", str(out))
     done(capsys, "compare", "m", "edits.json", *options)
@@ -205,6 +220,7 @@ def test_that_a_model_was_edited_before_is_said(tmp_path, capsys):
         (("compare", "--methods", "d4:paper"), "Did you mean 'd4s'"),
         (("compare", "--methods", "d4s:hold", "--preset", "long"), "names a preset of its own"),
         (("compare", "--methods", "d4s,memit", "--set", "memti.steps=3"), "Did you mean 'memit'"),
+        (("compare", "--methods", "d4s,memit", "--set", "d4s.method=memit"), "unknown field of d4s 'method'"),
         (("compare", "--methods", "d4s,memit", "--set", "l2=3"), "none of d4s, memit has this field"),
         (("compare", "--methods", "memit,ft-m", "--set", "ft-m.l2=3"), "unknown field of ft-m 'l2'"),
         (("compare", "--methods", "d4s,d4s:long", "--preset", "long"), "one of them twice"),

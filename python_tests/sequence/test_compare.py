@@ -34,6 +34,7 @@ from d4s.sequence.journaling import Journaling
 from d4s.sequence.record import Record
 from d4s.sequence.run import edit_sequence
 from d4s.sequence.target_search import search_targets
+from d4s.study.front import front
 
 BOTH = {"d4s": FAST, "memit": FAST}
 
@@ -716,6 +717,13 @@ def test_targets_found_before_an_interruption_serve_later_sequences_too(monkeypa
     shutil.rmtree(tmp_path / "targets")  # as a process that was killed leaves it
     compared(model, covariance, both, seeds=seed, out=tmp_path)
     assert sorted(searched) == sorted(edit.id for edit in EDITS)  # each once
+
+
+@pytest.mark.parametrize("way", [compare, front])
+def test_one_name_is_not_a_list_of_letters(way, seed):
+    model, covariance = ready(seed)
+    with pytest.raises(ConfigError, match=r"methods is the text 'd4s', must be a list, as \['d4s'\]"):
+        way(model, tiny_tokenizer(), EDITS, "d4s", covariance=covariance)
 
 
 def test_a_sequence_that_could_not_go_on_leaves_its_journal_to_others(monkeypatch, tmp_path, seed):
