@@ -181,9 +181,10 @@ def _with_fields(configs: Mapping[str, Any], given: Mapping[str, Any] | None) ->
 
     found = dict(configs)
     fields = {label: set().union(*field_names(METHODS[by_name(label)[0]])) for label in found}
-    for name, value in sorted(
+    own_last = sorted(
         (given or {}).items(), key=lambda item: "." in item[0]
-    ):  # a method's own go last
+    )  # a method's own go before all others'
+    for name, value in own_last:
         label, dot, field = name.rpartition(".")
         label = _label_of(label, found)
         if dot and label not in found:
