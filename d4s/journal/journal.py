@@ -213,6 +213,7 @@ class Journal:
         with self._writing():
             new = self._revised(edit_id, target_new)
             self.sums.change([edit_id], stand=False)
+            self.sums.settle_()
             with self._editing(model, tokenizer, covariance, sums_on) as editor:
                 self.sums.give(editor.closed_form)
                 editor.hold(self.sums.standing.edits)
@@ -325,10 +326,14 @@ class Journal:
         self.folder.add_segment(number, number, packed({number: put}))
         return number
 
-    def _taken_in(self, editor: D4SEditor) -> tuple[Sequence[Rows], dict[str, Tensor] | None]:
-        """(what the editor has put in, as segments hold it, and the snapshot with it, where vectors do not give it)."""
+    def _taken_in(self, editor: D4SEditor) -> tuple[Sequence[Rows], dict[str, Tensor]]:
+        """(what the editor has put in, as segments hold it, and the snapshot with it).
+
+        The editor's own sums, not those rows put in anew: in another order they round to another last bit, and the
+        journal's weights would not be those that the model holds.
+        """
         if not isinstance(editor.closed_form, JointForm):
-            return editor.put, None
+            return editor.put, editor.closed_form.snapshot()
         return self.sums.with_rows_of(editor.closed_form, editor.put, editor.weights.current())
 
     def _snapshot(self, state: Mapping[str, Tensor] | None = None) -> None:
