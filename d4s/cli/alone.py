@@ -62,7 +62,7 @@ def add(verb: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from d4s.sequence.alone import edit_alone
 
-    here().on_first(lambda: check_file(options.out))
+    here().on_first(lambda: check_file(options))
     edits, (method, config) = loaded_edits(options), configured(options, options.method)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)

@@ -474,9 +474,25 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def check_file(path: Path, option: str = "--out") -> None:
-    """ConfigError where a folder stands in its place; OSError where its own folder cannot be made or written to."""
+def check_file(options: Namespace, name: str = "out", *, positional: bool = False) -> None:
+    """Of an argument that names a file to be written. ConfigError where a folder stands in its place, or another
+    argument is read from it; OSError where its own folder cannot be made or written to."""
+    path: Path = getattr(options, name)
+    option = f"{name.upper() if positional else f'--{name}'.replace('_', '-')} {path}"
     if path.is_dir():
-        raise ConfigError(f"{option} {path}: is a folder; name a file in it")
+        raise ConfigError(f"{option}: is a folder; name a file in it")
     check_place(path)
     check_folder(path.parent)
+    for other, values in vars(options).items():
+        for value in values if isinstance(values, list | tuple) else (values,):
+            if other != name and isinstance(value, str | Path) and _same_file(path, Path(value)):
+                raise ConfigError(
+                    f"{option}: is where {other.replace('_', '-')} is read from; name another file"
+                )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # not there, or no path at all
+        return False

@@ -54,7 +54,7 @@ def add(verb: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    here().on_first(lambda: check_file(options.out))
+    here().on_first(lambda: check_file(options))
     if options.merge is not None and options.from_npz is not None:
         raise ConfigError(
             "--merge adds up files of d4s, and --from-npz reads others; name one of --merge and --from-npz"

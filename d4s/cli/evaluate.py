@@ -56,7 +56,7 @@ def run(options: Namespace) -> None:
     from d4s.models.readiness import check_ready
 
     if options.rows is not None:
-        here().on_first(lambda: check_file(options.rows, "--rows"))
+        here().on_first(lambda: check_file(options, "rows"))
     edits = loaded_edits(options)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)

@@ -40,7 +40,7 @@ def run(options: Namespace) -> None:
         if options.out.resolve() == options.files[0].resolve():
             raise ConfigError(f"--out {options.out}: is the file that is read; name another")
         places = [options.out]
-        check_file(options.out)
+        check_file(options)
     else:
         places = [options.out / f"{one.preset.method}-{Path(one.source).stem}.json" for one in found]
         if twice := sorted(str(place) for place in set(places) if places.count(place) > 1):

@@ -75,9 +75,10 @@ def _export(options: Namespace) -> None:
         raise ConfigError(
             "--rank means nothing without --as-lora or --as-gguf-lora, for a patch is exact; leave it out"
         )
-    for file in (options.patch, options.as_gguf_lora):
-        if file is not None:
-            check_file(file)
+    if options.patch is not None:
+        check_file(options, "patch", positional=True)
+    if options.as_gguf_lora is not None:
+        check_file(options, "as_gguf_lora")
     if options.as_lora is not None:
         empty_folder(options.as_lora)
     model, fingerprint, changes, edits = _changes(options, journal)

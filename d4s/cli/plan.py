@@ -9,6 +9,7 @@ from d4s.cli.arguments import (
     Once,
     add_fields,
     add_model,
+    add_passes,
     add_preset,
     add_sums,
     configured,
@@ -31,6 +32,7 @@ def add(verb: ArgumentParser) -> None:
         help="as d4s, or d4s:fresh for a named preset; default: that of a --preset file, else d4s",
     )
     verb.add_argument("--batch-size", type=count, default=1, help="edits a step")
+    add_passes(verb)
     verb.add_argument("--evaluate-every", type=count, help="edits between evaluations")
     verb.add_argument("--ranks", type=count, default=1, help="devices that share the passes, a model on each")
     add_fields(verb)
@@ -59,7 +61,9 @@ def run(options: Namespace) -> None:
 
     hide_loading_bars()
     method, config = configured(options, options.method)
-    schedule = Schedule(batch_size=options.batch_size, evaluate_every=options.evaluate_every)
+    schedule = Schedule(
+        batch_size=options.batch_size, evaluate_every=options.evaluate_every, passes=options.passes
+    )
 
     def planned(model: CausalLM, measure: bool = False) -> Plan:
         return plan(

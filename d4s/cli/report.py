@@ -38,7 +38,7 @@ def run(options: Namespace) -> None:
 
     out = options.out or Path(options.folders[0]) / "report.html"
     if options.out is not None:
-        check_file(out)
+        check_file(options)
     edits = [edit for path in options.edits for edit in load_edits(path)]
     runs = write_report(options.folders, out, edits)
     size = out.stat().st_size

@@ -38,7 +38,7 @@ def add(verb: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     from d4s.sequence.target_search import search_targets
 
-    here().on_first(lambda: check_file(options.out))
+    here().on_first(lambda: check_file(options))
     edits, (method, config) = loaded_edits(options), configured(options, None)
     model, tokenizer = loaded_model(options)
     edits = as_asked(options, edits, tokenizer)

@@ -74,7 +74,7 @@ def run(options: Namespace) -> None:
         raise ConfigError(
             f"--out {options.out}: must be a .json file; a .png and a .csv of its name go beside it"
         )
-    check_file(options.out)
+    check_file(options)
     method, config = configured(options, options.method)
     edits = loaded_edits(options)
     own = None

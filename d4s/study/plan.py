@@ -88,6 +88,7 @@ class Rates:
 class Plan:
     """What a sequence will take. ranks: devices that share the passes, each with a model of its own
 
+    later_passes: over the edits; what they make again is not known before, and not in `passes`
     sums_on_host: layers whose sums live on the CPU while W does not
     crossing: place → bytes of `Method.crossing`, of its widest layer
     """
@@ -103,6 +104,7 @@ class Plan:
     solving: float | None = None  # seconds in closed forms
     sums_on_host: tuple[int, ...] = ()
     crossing: Mapping[str, int] = field(default_factory=dict, repr=False)
+    later_passes: int = 0
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -123,6 +125,14 @@ class Plan:
             return None
         return sum(one.seconds or 0.0 for one in self.passes) + (self.solving or 0.0)
 
+    @property
+    def seconds_again(self) -> float | None:
+        """Of an edit that a later pass makes again; None without a measurement."""
+        if self.rates is None:
+            return None
+        own = sum(one.seconds or 0.0 for one in self.passes if one.name not in _OF_ALL)
+        return (own + (self.solving or 0.0)) / self.edits
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -139,6 +149,8 @@ class Plan:
             "rates": None if self.rates is None else vars(self.rates),
             "solving_seconds": self.solving,
             "seconds": self.seconds,
+            "later_passes": self.later_passes,
+            "seconds_again": self.seconds_again,
         }
 
     def summary(self) -> str:
@@ -175,6 +187,11 @@ class Plan:
         lines += ["", *_table(heads, told)]
         if self.seconds is not None:
             lines.append(f"together about {duration(self.seconds)}, by rates measured here")
+        if self.later_passes:
+            again = "as much as an edit before"
+            if self.seconds_again is not None:
+                again = f"about {duration(100 * self.seconds_again)} a hundred"
+            lines.append(f"and in a later pass what is not said by then, made again: {again}")
         lines.append(
             f"for edits of {PROMPT} tokens a prompt, {TARGET} a target, {EDITED - 1} paraphrases and {NEIGHBORS} "
             "neighbours each"
@@ -242,6 +259,13 @@ class Plan:
 
 VECTORS = "journal: keys and residuals"
 MODEL, SAVED = "model", "edited model"
+STATISTICS, EVALUATIONS, TESTS, LATER = (
+    "key statistics",
+    "evaluations",
+    "tests right after a step",
+    "questions before later passes",
+)
+_OF_ALL = (STATISTICS, EVALUATIONS, TESTS, LATER)  # passes that an edit made again does not add to
 _WHOLE = (MODEL, SAVED, sums_place.CROSSING)
 _BY_DTYPE = (SAVED, sums_place.COPIES)
 
@@ -313,6 +337,7 @@ def plan(
         rates,
         sums_on_host=tuple(sorted(away)),
         crossing=crossing,
+        later_passes=schedule.passes - 1,
     )
     return found if rates is None else _timed(found, method, rates, schedule)
 
@@ -499,7 +524,7 @@ def _passes(
     passes = []
     if statistics and "covariance" in method.needs:
         wanted = max(KEYS_A_DIMENSION * s.d_in * s.experts // s.routed for s in sizes.values())
-        passes.append(Pass("key statistics", math.ceil(wanted / 128), wanted, below))
+        passes.append(Pass(STATISTICS, math.ceil(wanted / 128), wanted, below))
     mine = math.ceil(edits / ranks)
     if isinstance(method, TargetMethod):
         rows, looks = mine * (method.rows_an_edit + 1), method.target.steps
@@ -530,10 +555,13 @@ def _passes(
     asked, length = EDITED + NEIGHBORS, PROMPT + 2 * TARGET
     made = sum(_points(edits, schedule)) + 2 * edits  # the baseline, and the unedited model's figures
     rows = math.ceil(made * asked / ranks)
-    passes.append(Pass("evaluations", rows, rows * length, 1.0))
+    passes.append(Pass(EVALUATIONS, rows, rows * length, 1.0))
     if schedule.original:
         rows = mine * EDITED
-        passes.append(Pass("tests right after a step", rows, rows * length, 1.0))
+        passes.append(Pass(TESTS, rows, rows * length, 1.0))
+    if schedule.passes > 1:
+        rows = mine * (schedule.passes - 1)
+        passes.append(Pass(LATER, rows, rows * (PROMPT + TARGET), 1.0))
     joined: dict[str, Pass] = {}
     for one in passes:  # keys of several layers are one line
         if (known := joined.get(one.name)) is None:

@@ -275,3 +275,23 @@ def test_the_command_line_loads_nothing_slow_before_a_verb_runs():
     )
     ended = run(sys.executable, "-c", script)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "read"),
+    [
+        (("covariance", "m", "corpus.txt", "--out", "corpus.txt"), "corpus"),
+        (("covariance", "--merge", "c.safetensors", "more", "--out", "./c.safetensors"), "merge"),
+        (("targets", "m", "edits.json", "--out", "edits.json"), "edits"),
+        (("tune", "m", "edits.json", "--out", "edits.json"), "edits"),
+        (("alone", "m", "edits.json", "--out", "edits.json"), "edits"),
+        (("evaluate", "m", "edits.json", "--rows", "edits.json"), "edits"),
+        (("report", "run", "--edits", "edits.json", "--out", "edits.json"), "edits"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
+def test_what_is_read_is_not_written_over(command, read, place, capsys):
+    files = {path: path.read_bytes() for path in map(Path, ("edits.json", "corpus.txt", "c.safetensors"))}
+    said = failed(capsys, *command)
+    assert f"{command[-2]} {command[-1].removeprefix('./')}: is where {read} is read from" in said
+    assert all(path.read_bytes() == before for path, before in files.items())

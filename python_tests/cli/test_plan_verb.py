@@ -59,6 +59,8 @@ def test_plan_measures_this_machine(capsys, monkeypatch):
     monkeypatch.setattr(planning, "MEASURING", 0.05)
     told = json.loads(done(capsys, "plan", "m", "--edits", "10", "--json", *FAST))
     assert told["seconds"] > 0 and all(one["seconds"] > 0 for one in told["passes"])
+    told = json.loads(done(capsys, "plan", "m", "--edits", "10", "--passes", "2", "--json", *FAST))
+    assert told["later_passes"] == 1 and told["seconds_again"] > 0
 
 
 def test_plan_names_what_is_wrong(capsys):

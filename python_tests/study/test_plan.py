@@ -16,6 +16,7 @@ from d4s.errors import ConfigError
 from d4s.methods import METHODS, method_for, sums_place
 from d4s.methods.base import LayerSize
 from d4s.models.architectures import Anatomy
+from d4s.progress import duration
 from d4s.sequence.schedule import Schedule
 from d4s.study.plan import DISK, VECTORS, Plan, plan
 
@@ -221,6 +222,26 @@ def test_a_measurement_gives_every_pass_its_seconds(seed, monkeypatch):
     assert found.seconds == pytest.approx(sum(p.seconds for p in found.passes) + found.solving)
     assert not any(p.requires_grad is False for p in model.parameters())
     assert "together about" in found.summary()
+
+
+def test_later_passes_ask_every_edit_and_tell_what_one_made_again_takes(seed, monkeypatch):
+    monkeypatch.setattr("d4s.study.plan.MEASURING", 0.05)
+    model = tiny_model("gpt2", seed)
+    method = method_for("d4s", Anatomy(model))
+    one = plan(model, method, 20, measure=True)
+    three = plan(model, method, 20, schedule=Schedule(passes=3), measure=True)
+    asked = {p.name: p.rows for p in three.passes}
+    assert asked.pop("questions before later passes") == 2 * 20
+    assert asked == {p.name: p.rows for p in one.passes}
+    own = sum(
+        p.seconds for p in three.passes if p.name in ("text before the subject's end", "targets", "keys")
+    )
+    own += sum(p.seconds for p in three.passes if p.name == "residuals")
+    assert three.seconds_again == pytest.approx((own + three.solving) / 20)
+    assert f"about {duration(100 * three.seconds_again)} a hundred" in three.summary()
+    assert "later pass" not in one.summary()
+    unmeasured = plan(model, method, 20, schedule=Schedule(passes=3))
+    assert unmeasured.seconds_again is None and "made again: as much as an edit" in unmeasured.summary()
 
 
 def test_what_does_not_fit_is_refused_with_what_would(seed):
