@@ -65,14 +65,15 @@ if TYPE_CHECKING:
     from d4s.study.data_view import analyze_data
     from d4s.study.front import Front, front
     from d4s.study.model_view import analyze_model
-    from d4s.study.tune import Tuning, tune
+    from d4s.study.tune import tune
+    from d4s.study.tuning import Tuning
 
 # Loaded when they are first asked for: they bring matplotlib, which most runs do without.
 _LATER = {
     "Comparison": "d4s.sequence.comparison",
     "Front": "d4s.study.front",
     "Journal": "d4s.journal.journal",
-    "Tuning": "d4s.study.tune",
+    "Tuning": "d4s.study.tuning",
     "merge": "d4s.journal.merge",
     "analyze_data": "d4s.study.data_view",
     "analyze_model": "d4s.study.model_view",

@@ -57,7 +57,8 @@ def run(options: Namespace) -> None:
     from d4s.models.architectures import Anatomy
     from d4s.models.loading import skeleton
     from d4s.sequence.schedule import Schedule
-    from d4s.study.plan import Plan, free_bytes, plan
+    from d4s.study.plan import free_bytes, plan
+    from d4s.study.planned import Plan
 
     hide_loading_bars()
     method, config = configured(options, options.method)

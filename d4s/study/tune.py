@@ -17,21 +17,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from torch import Tensor
 
 from d4s.edits import Edit, check_sequence
 from d4s.errors import ConfigError, D4SError
-from d4s.figures.plots import plot_points
-from d4s.figures.tables import aligned
 from d4s.files import finite_or_none
 from d4s.locate.covariance import Covariance
 from d4s.locate.kept_targets import KeptTargets
-from d4s.locate.targets import TargetConfig
 from d4s.measure.metrics import Baseline, evaluate, take_baseline
 from d4s.methods import Method, Preset, Workbench, method_for
 from d4s.methods.base import SumsOn
@@ -43,14 +39,12 @@ from d4s.models.forward import evaluating
 from d4s.models.readiness import check_ready
 from d4s.progress import stage
 from d4s.sequence.comparison_folder import decides_targets
-from d4s.study.front import FIGURES, Outcome, mean_of, non_dominated, outcome, plain_percent
+from d4s.study.front import Outcome, outcome
+from d4s.study.tuned_fields import SEARCHED, other_layers, scaled
+from d4s.study.tuning import FEWEST, Scored, Trial, Tuning, as_told, chosen_of, figures_of, in_short, plain
 from d4s.version import versions
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 FIRST = 4  # probes whose cost decides about all others
-FEWEST = 16  # that a setting is chosen by, where the time allows; below it, it is said
 MOST = 512  # probes
 KEPT_BACK = 0.1  # of the time, for what costs more than foreseen
 NEIGHBOURS = 5  # of a probe that are scored, which is most of what a setting costs
@@ -59,203 +53,6 @@ SHARES = (0.99, 0.95, 0.8, 0.6)  # of an edit that arrive, beside the method's o
 _OWN = "own"  # what the method's own setting is called
 _TOGETHER = "together"
 _ARRIVING = "arriving"  # the share of an edit that is to arrive, by which λ is chosen for whatever layers
-
-
-def _layers(method: Method, anatomy: Anatomy) -> list[tuple[int, ...]]:
-    """Fewer layers below the same last one, which share its targets; and as many that end elsewhere."""
-    own: tuple[int, ...] = method.value("layers")
-    many, last = len(own), own[-1]
-    fewer = [own[-count:] for count in dict.fromkeys((1, (many + 1) // 2)) if count < many]
-    step = max(1, round(0.1 * len(anatomy)))
-    ends = [end for end in (last - step, last + step) if 0 <= end < len(anatomy)]
-    return fewer + [tuple(range(max(0, end - many + 1), end + 1)) for end in ends]
-
-
-def _scaled(*factors: float) -> Callable[[Method, Anatomy, str], list[Any]]:
-    def values(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
-        own = method.value(name)
-        return [] if own is None else [float(f"{factor * own:.3g}") for factor in factors]
-
-    return values
-
-
-def _counts(*counts: int) -> Callable[[Method, Anatomy, str], list[Any]]:
-    def values(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
-        return [count for count in counts if count != method.value(name)]
-
-    return values
-
-
-def _others(method: Method, _anatomy: Anatomy, name: str) -> list[Any]:
-    """Of a field that is one of a few words, or true or false, the other ones; of others none."""
-    kind = _type_of(method, name)
-    known = get_args(kind) if get_origin(kind) is Literal else (False, True) if kind is bool else ()
-    return [value for value in known if value != method.value(name)]
-
-
-# The fields that are searched, in the order in which they are let go where time lacks, from the end. A method that
-# lacks a field is not searched along it. target_stop is not there: what it brings only free text would show; nor
-# prompt_weight, which goes by how many edits there are to be.
-SEARCHED: dict[str, Callable[[Method, Anatomy, str], list[Any]]] = {
-    "layers": lambda method, anatomy, _name: _layers(method, anatomy),
-    "context_keys": _others,
-    "clamp": _scaled(0.5, 2.0),
-    "target_norm": _others,
-    "target_eos": _others,
-    "contexts": _counts(1, 0),
-    "anchor": _others,
-}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting: what it is called, its configuration, and what is changed in its method's own."""
-
-    label: str
-    line: str  # the field it differs in
-    method: Method
-    changes: Mapping[str, Any] = field(default_factory=dict)  # `_ARRIVING` among them
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A trial on the first `probes` probes."""
-
-    trial: Trial
-    probes: int
-    found: Outcome
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What was found.
-
-    preset: the chosen setting, with its probes; chosen: its label
-    scored: every setting, by the most probes it was given, in the order tried
-    unedited: the unedited model's outcome on the probes
-    failed: label → why a setting could not be measured; left_out: labels for which no time was left
-    seconds, budget: spent, and to be spent at most; costs: seconds a target's search and a probe made and scored took
-    """
-
-    preset: Preset
-    chosen: str
-    scored: tuple[Scored, ...]
-    unedited: Outcome
-    failed: Mapping[str, str]
-    left_out: tuple[str, ...]
-    seconds: float
-    budget: float
-    costs: Mapping[str, float]
-
-    @property
-    def most(self) -> int:
-        """Probes of the settings that are chosen from."""
-        return max(one.probes for one in self.scored)
-
-    def on_front(self) -> set[str]:
-        """Labels of the settings, of those with the most probes, that no other one dominates."""
-        last = [one for one in self.scored if one.probes == self.most]
-        marks = non_dominated([one.found.sums for one in last])
-        return {one.trial.label for one, on in zip(last, marks, strict=True) if on}
-
-    def points(self) -> DataFrame:
-        """The figure's data: settings with the most probes, a panel of NLLs and one of greedy answers, in percent."""
-        import pandas
-
-        front = self.on_front()
-        rows = [
-            {
-                "panel": kind,
-                "line": one.trial.line,
-                "label": one.trial.label,
-                "x": 100 * getattr(one.found, f"kept{end}"),
-                "y": 100 * getattr(one.found, f"written{end}"),
-                "growth": 100 * one.found.growth,
-                "front": one.trial.label in front,
-                "chosen": one.trial.label == self.chosen,
-            }
-            for kind, end in (("NLL", ""), ("greedy", "_greedy"))
-            for one in self.scored
-            if one.probes == self.most
-        ]
-        return pandas.DataFrame(rows)
-
-    def summary(self) -> str:
-        """A row a setting, those with the most probes and the most written · kept first; and what was chosen, by what
-        rule."""
-        front = self.on_front()
-        rows = sorted(self.scored, key=lambda one: (-one.probes, -one.found.total))
-        marks = {self.chosen: "chosen"}
-        columns = [
-            ("setting", [one.trial.label for one in rows]),
-            (
-                _name(rows[0].trial.method.strength),
-                [_short(one.trial.method.value(one.trial.method.strength)) for one in rows],
-            ),
-            ("probes", [str(one.probes) for one in rows]),
-            *(
-                (name.replace("_", " "), [plain_percent(getattr(one.found, name)) for one in rows])
-                for name in FIGURES[:4]
-            ),
-            ("mean |w|", [f"{100 * one.found.growth:+.2f} %" for one in rows]),
-            (
-                "",
-                [
-                    " ".join(
-                        filter(
-                            None,
-                            (
-                                "front" if one.probes == self.most and one.trial.label in front else "",
-                                marks.get(one.trial.label, ""),
-                            ),
-                        )
-                    )
-                    for one in rows
-                ],
-            ),
-        ]
-        lines = aligned(columns)
-        lines.append(
-            f"unedited: written {plain_percent(self.unedited.written)}, kept {plain_percent(self.unedited.kept)}. "
-            "Shares in percent: written is efficacy · paraphrase, kept is specificity; greedy: of whole answers."
-        )
-        lines.append(f"chosen: {self.chosen}; {self.preset.measured['because']}")
-        lines.append(
-            f"  {', '.join(f'{name}={_short(value)}' for name, value in self.preset.fields.items())}"
-        )
-        if self.most < FEWEST:
-            lines.append(
-                f"note: {self.most} probes are few: what edits do to each other hardly shows; more --minutes give more"
-            )
-        lines += [f"{label} failed: {why}" for label, why in self.failed.items()]
-        if self.left_out:
-            lines.append(f"no time was left for: {', '.join(self.left_out)}")
-        spent = ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self.costs.items())
-        lines.append(f"{self.seconds:.0f} of {self.budget:.0f} s ({spent}).")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "method": self.preset.method,
-            "fields": dict(self.preset.fields),
-            "chosen": self.chosen,
-            "measured": dict(self.preset.measured),
-            "probes": [list(one) for one in self.preset.probes],
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """The preset, and beside it the front as a figure of its name (.png) with its data (.csv)."""
-        place = Path(path)
-        self.preset.save(place)
-        plot_points(
-            self.points(),
-            place.with_suffix(".png"),
-            x_label="kept (%)",
-            y_label="written (%)",
-            joined=False,
-            chosen=self.chosen,
-        )
 
 
 def tune(
@@ -399,7 +196,7 @@ class _Search:
         given = self.bench._covariance
         if given is not None:
             return tuple(given.layers)
-        tried = [self.asked.value("layers"), *_layers(self.asked, self.bench.anatomy)]
+        tried = [self.asked.value("layers"), *other_layers(self.asked, self.bench.anatomy)]
         return tuple(sorted({layer for layers in tried for layer in layers}))
 
     def _trials(self, own: Trial) -> list[Trial]:
@@ -408,9 +205,9 @@ class _Search:
         found: list[Trial] = []
 
         def add(name: str, value: Any, label: str = "") -> None:
-            label = label or f"{name} {_short(value)}"
+            label = label or f"{name} {in_short(value)}"
             try:
-                found.append(Trial(label, _name(name), self._changed({name: value}), {name: value}))
+                found.append(Trial(label, as_told(name), self._changed({name: value}), {name: value}))
             except D4SError as error:  # out of its range, or a layer that there is not
                 self.failed[label] = str(error)
 
@@ -419,7 +216,7 @@ class _Search:
             for share in SHARES:
                 add(_ARRIVING, share, f"λ: {100 * share:.0f} % arrive")
         elif strength and strength not in SEARCHED:
-            for value in _scaled(0.1, 0.3, 3.0, 10.0)(method, anatomy, strength):
+            for value in scaled(0.1, 0.3, 3.0, 10.0)(method, anatomy, strength):
                 add(strength, value)
         statistics = set(self._layers_there()) if "covariance" in method.needs else None
         for name, values in SEARCHED.items():
@@ -578,10 +375,12 @@ class _Search:
             value = float(f"{factor * own:.2g}")
             changes = {k: v for k, v in best.changes.items() if k != _ARRIVING} | {name: value}
             label = (
-                f"{best.label}, {_name(name)} {value:g}" if best.label != _OWN else f"{_name(name)} {value:g}"
+                f"{best.label}, {as_told(name)} {value:g}"
+                if best.label != _OWN
+                else f"{as_told(name)} {value:g}"
             )
             try:
-                trial = Trial(label, _name(name), self._changed(changes), changes)
+                trial = Trial(label, as_told(name), self._changed(changes), changes)
             except D4SError:  # beyond its bounds
                 continue
             if any(
@@ -700,7 +499,7 @@ class _Search:
         if method.strength and method.strength not in names:
             names.append(method.strength)
         names += [name for name in _differing(method, self.bench.anatomy) if name not in names]
-        fields = {name: _plain(method.value(name)) for name in names}
+        fields = {name: plain(method.value(name)) for name in names}
         if "prompt_weight" in fields and self.asked.value("prompt_weight") is None:
             fields["prompt_weight"] = None  # by how many edits there are to be
         measured = {
@@ -711,10 +510,10 @@ class _Search:
             "settings": [
                 {
                     "label": one.trial.label,
-                    "changes": {name: _plain(value) for name, value in one.trial.changes.items()},
+                    "changes": {name: plain(value) for name, value in one.trial.changes.items()},
                     "strength": one.trial.method.value(one.trial.method.strength),
                     "probes": one.probes,
-                    **_figures(one.found),
+                    **figures_of(one.found),
                 }
                 for one in scored
             ],
@@ -758,30 +557,6 @@ class _Pace:
         return self.seconds / self.number if self.number else 0.0
 
 
-def chosen_of(last: Sequence[Scored], own: Scored) -> tuple[Scored, str]:
-    """(the setting that is chosen, why): the largest written · kept, or the method's own where it is no worse by more
-    than one standard error of the difference over probes."""
-    best = max(last, key=lambda one: (one.found.total, -one.found.growth))
-    if own not in last:
-        return best, f"own did not make {best.probes} probes"
-    if best.trial.label == own.trial.label:
-        return own, "nothing that was tried is better than the method's own"
-    differences = [a - b for a, b in zip(best.found.by_edit, own.found.by_edit, strict=True)]
-    gain, error = mean_of(differences), standard_error(differences)
-    said = f"{100 * gain:.1f} ± {100 * error:.1f} points better in written · kept"
-    if gain <= error:
-        return own, f"{best.trial.label} is {said}, which may be chance"
-    return best, f"{said} than the method's own"
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; infinite for fewer than two values."""
-    if len(values) < 2:
-        return math.inf
-    middle = sum(values) / len(values)
-    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
 def decides(method: Method) -> str:
     """All of a configuration."""
     return repr((method.name, asdict(method)))
@@ -811,29 +586,3 @@ def _differing(method: Method, anatomy: Anatomy) -> Iterator[str]:
             yield from (one for one in inner if inner[one] != usual.value(one))
         elif method.value(name) != usual.value(name):
             yield name
-
-
-def _type_of(method: Method, name: str) -> Any:
-    """The declared type of a field, of the method's own or its target's."""
-    owner = type(method) if name in asdict(method) else TargetConfig
-    return get_type_hints(owner).get(name)
-
-
-def _figures(found: Outcome) -> dict[str, float]:
-    return {name: getattr(found, name) for name in (*FIGURES, "total")}
-
-
-def _name(name: str) -> str:
-    return "λ" if name == "prior_weight" else name
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple | list) and len(value) > 1:
-        return f"{value[0]}–{value[-1]}"
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

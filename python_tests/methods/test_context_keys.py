@@ -14,8 +14,9 @@ from d4s.errors import ConfigError
 from d4s.locate.keys import keys_at, output_at
 from d4s.methods import method_for
 from d4s.models.architectures import Anatomy
-from d4s.study.plan import VECTORS, plan
-from d4s.study.tune import SEARCHED
+from d4s.study.plan import plan
+from d4s.study.planned import VECTORS
+from d4s.study.tuned_fields import SEARCHED
 
 EACH = dict(context_keys="each", contexts=1, prior_weight=5.0, ridge=0.1, learning_rate=0.1)
 

@@ -17,7 +17,8 @@ from d4s.locate.keys import keys_beside, prompt_rows
 from d4s.methods import METHODS, d4s, method_for
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import subject_row
-from d4s.study.plan import VECTORS, plan
+from d4s.study.plan import plan
+from d4s.study.planned import VECTORS
 
 WEIGHT = 0.7
 HELD = dict(prompt_weight=WEIGHT, contexts=0, prior_weight=5.0, ridge=0.1, learning_rate=0.1)

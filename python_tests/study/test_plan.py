@@ -18,7 +18,8 @@ from d4s.methods.base import LayerSize
 from d4s.models.architectures import Anatomy
 from d4s.progress import duration
 from d4s.sequence.schedule import Schedule
-from d4s.study.plan import DISK, VECTORS, Plan, plan
+from d4s.study.plan import plan
+from d4s.study.planned import DISK, VECTORS, Plan
 
 # What an editor has from elsewhere: the model, W0 (told as copies), what is counted with the statistics on the host.
 ELSEWHERE = {"bench", "anatomy", "tokenizer", "weights", "model", "module", "embeddings", "ahead", "method"}

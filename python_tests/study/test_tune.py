@@ -21,7 +21,8 @@ from d4s.methods.preset import load_preset
 from d4s.models.architectures import Anatomy
 from d4s.study import tune as module
 from d4s.study.front import Outcome
-from d4s.study.tune import SLICE, Scored, Trial, chosen_of, standard_error, tune
+from d4s.study.tune import SLICE, tune
+from d4s.study.tuning import Scored, Trial, chosen_of, standard_error
 
 SEARCH, MAKE = 5.0, 1.0  # seconds of the clock in these tests, a target and an edit
 
