@@ -48,6 +48,11 @@ SEGMENT_EVERY = 64  # steps
 SNAPSHOT_EVERY = 1000  # steps, of an editor whose steps can be made again from their vectors
 LINES_AN_EDIT = 2_000  # bytes of the log, about
 BYTES_A_STEP = 4 << 20  # of an editor whose cannot: what snapshots may cost a step, on the average
+# Steps of a hundred edits are few and long, so that seconds count too: of editing, what a killed process may lose
+SEGMENT_SECONDS = 60.0  # of vectors
+SNAPSHOT_SECONDS = 120.0  # of steps that can only be searched for again
+VECTOR_SECONDS = 1800.0  # of steps whose vectors are there
+SNAPSHOT_TIMES = 20  # but no less than so many times what the last snapshot took
 _RIGHT_AFTER = ("efficacy", "paraphrase")
 
 
@@ -123,6 +128,8 @@ class Journaling(Observer):
         self.waiting: dict[int, list[Rows]] = {}  # steps whose vectors are in no segment yet
         self.number = 0  # of the last step that is in the log
         self.at_snapshot = 0
+        self.snapshot_took = 0.0  # seconds
+        self.segmented = self.snapshotted = 0.0  # seconds of editing by then
         self.as_logged = True  # whether the editor's state is what the log's steps have made
 
     def close(self) -> None:
@@ -278,8 +285,9 @@ class Journaling(Observer):
                     f"{self.folder.root}, event {event['n']}: its edits are not those of step {number + 1}; "
                     "the log is damaged, or was changed"
                 )
-        self._rebuild(editor, steps, batches)
-        self.number = len(steps)
+        began = time.perf_counter()
+        by_editing = self._rebuild(editor, steps, batches)
+        self.number, took = len(steps), time.perf_counter() - began
         made = 0
         for event, batch in zip(steps, batches, strict=False):
             made += len(batch)
@@ -297,6 +305,9 @@ class Journaling(Observer):
                 self._point(event, under_way)
         if steps and under_way.schedule.original and (not tested or int(tested[-1]["made"]) < made):
             under_way.test(batches[len(steps) - 1], self)
+        self.segmented = self.snapshotted = under_way.edit_seconds
+        if by_editing and took >= SNAPSHOT_SECONDS:
+            self._snapshot(editor)
         done = f"{made} of {len(result.edits)} edits"
         if made > len(result.edits):
             done = f"{len(result.edits)} edits and {made - len(result.edits)} that were made again"
@@ -304,10 +315,11 @@ class Journaling(Observer):
 
     def _rebuild(
         self, editor: Editor, steps: Sequence[Mapping[str, Any]], batches: Sequence[Sequence[Edit]]
-    ) -> None:
-        """The editor's state after the last step: from a snapshot, then from vectors, then by editing again."""
+    ) -> bool:
+        """The editor's state after the last step: from a snapshot, then from vectors, then by editing again; whether
+        there was any of the last."""
         assert self.folder is not None
-        begin = 0
+        begin, by_editing = 0, False
         for number, event in reversed(self.folder.sound("snapshots")):
             try:
                 state = self.folder.load("snapshots", number, event["digest"]).tensors
@@ -341,9 +353,11 @@ class Journaling(Observer):
                 waiting = False
             editor.edit(batches[place])
             self._take_vectors(editor, place + 1)
+            by_editing = True
         if waiting and isinstance(editor, D4SEditor):
             editor.write()
         bar.close()
+        return by_editing
 
     def _point(self, event: Mapping[str, Any], under_way: Run) -> None:
         assert self.folder is not None
@@ -390,9 +404,12 @@ class Journaling(Observer):
         self.number += 1
         self.as_logged = True
         self._take_vectors(result.editor, self.number)
-        if len(self.waiting) >= self.folder.head["segment_every"]:
+        now, head = self._run.edit_seconds, self.folder.head
+        if len(self.waiting) >= head["segment_every"] or now - self.segmented >= SEGMENT_SECONDS:
             self._segment()
-        if self.number - self.at_snapshot >= self.folder.head["snapshot_every"]:
+        by_vectors = head["keeps_vectors"] and _sums_of(result.editor) is not None
+        longest = max(VECTOR_SECONDS if by_vectors else SNAPSHOT_SECONDS, SNAPSHOT_TIMES * self.snapshot_took)
+        if self.number - self.at_snapshot >= head["snapshot_every"] or now - self.snapshotted >= longest:
             self._snapshot(result.editor)
 
     def tested(self, result: Result, batch: Sequence[Edit], figures: Sequence[Mapping[str, Any]]) -> None:
@@ -451,12 +468,15 @@ class Journaling(Observer):
             self.folder.add_segment(stretch[0], stretch[-1], packed(steps))
             for step in stretch:
                 del self.waiting[step]
+        self.segmented = self._run.edit_seconds
 
     def _snapshot(self, editor: Editor) -> None:
         assert self.folder is not None
         self._segment()  # steps before a snapshot are not made again, so their vectors would be lost with this process
+        began = time.perf_counter()
         self.folder.add_snapshot(editor.snapshot())
-        self.at_snapshot = self.number
+        self.snapshot_took = time.perf_counter() - began
+        self.at_snapshot, self.snapshotted = self.number, self._run.edit_seconds
 
 
 def _read_point(

@@ -100,6 +100,68 @@ def test_vectors_before_a_snapshot_are_there_after_a_crash_behind_it(
     kept.goes_on(tmp_path / "j")
 
 
+def crashes_behind_the_second_step(kept: Kept, monkeypatch, journal: Path) -> None:
+    class Second(d4s.Observer):
+        def step(self, result, batch):
+            if len(result.edits_table) == 2:
+                raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journaling.Journaling, "ended", lambda self, *_: self.folder.unlock())  # as if killed
+        with pytest.raises(EditingFailed) as caught:
+            kept.run(journal, observers=[Second()])
+    caught.value.result.restore()
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.parametrize("long", ["SEGMENT_SECONDS", "SNAPSHOT_SECONDS", "VECTOR_SECONDS"])
+def test_of_few_long_steps_none_that_is_done_is_made_again(
+    kept: Kept, monkeypatch, tmp_path: Path, vectors: bool, long: str
+) -> None:
+    """Steps of a hundred edits take minutes each: none would come to be a 64th or a thousandth."""
+    monkeypatch.setattr(journaling, "SEGMENT_EVERY", 50)
+    monkeypatch.setattr(journaling, "SNAPSHOT_EVERY", 50)
+    monkeypatch.setattr(journaling, "SNAPSHOT_TIMES", 0)
+    monkeypatch.setattr(journaling, long, 0.0)
+    monkeypatch.setitem(kept.options, "keep_vectors", vectors)
+    journal = tmp_path / "j"
+    crashes_behind_the_second_step(kept, monkeypatch, journal)
+    kinds = [event["kind"] for event in Folder.open(journal).events]
+    of_use = vectors == (long != "SNAPSHOT_SECONDS")  # others do not look at it
+    snapshots = 2 if of_use and long != "SEGMENT_SECONDS" else 0
+    assert kinds.count("snapshot") == snapshots
+    assert kinds.count("segment") == (2 if vectors and of_use else 0)
+    plain, made = D4SEditor.apply, []
+    with monkeypatch.context() as patch:
+        patch.setattr(D4SEditor, "apply", lambda self, batch: made.extend(batch) or plain(self, batch))
+        result = kept.run(journal)
+    assert same(state(kept.model), kept.right) and told(result) == kept.said
+    result.restore()
+    assert len(made) == (1 if of_use else 3)
+
+
+def test_a_snapshot_that_takes_long_is_taken_seldom(kept: Kept, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(journaling, "SNAPSHOT_EVERY", 50)
+    monkeypatch.setattr(journaling, "VECTOR_SECONDS", 0.0)
+    monkeypatch.setattr(journaling, "SNAPSHOT_TIMES", 1e9)
+    kept.run(tmp_path / "j").restore()
+    kinds = [event["kind"] for event in Folder.open(tmp_path / "j").events]
+    assert kinds.count("snapshot") == 2  # behind the first step, and at the end
+
+
+def test_what_took_long_to_make_again_is_in_a_snapshot_before_the_next_step(
+    kept: Kept, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(journaling, "SNAPSHOT_EVERY", 50)
+    monkeypatch.setattr(journaling, "SEGMENT_EVERY", 50)
+    journal = tmp_path / "j"
+    crashes_behind_the_second_step(kept, monkeypatch, journal)
+    monkeypatch.setattr(journaling, "SNAPSHOT_SECONDS", 0.0)
+    kept.goes_on(journal)
+    kinds = [event["kind"] for event in Folder.open(journal).events if event["kind"] in ("step", "snapshot")]
+    assert kinds == ["step", "step", "snapshot", "step", "snapshot"]
+
+
 def test_a_segment_that_was_lost_in_the_middle_is_written_again_and_read(
     kept: Kept, monkeypatch, tmp_path: Path
 ) -> None:
