@@ -15,6 +15,7 @@ Adam works on Δ in float32; the weights are round(W0 + Δ) at every step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -29,6 +30,8 @@ from d4s.methods.base import Holding, LayerSize, MasterEditor, Method, Step, Wor
 from d4s.methods.published import MODELS, model_key, one_layer
 from d4s.models.architectures import Anatomy
 from d4s.models.prompts import end_of_text
+
+BOUNDS = {355e6: 2e-3, 774e6: 1e-3, 1558e6: 5e-4, 6053e6: 5e-5}  # parameters of a published model → its ε
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,18 +96,25 @@ class FTL(FineTuning):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> FTL:
-        """Layer 0 and ε 5e-4, GPT-J 5e-5; of the Llamas only files without a bound are published (`FTM.preset`).
+        """Layer 0; of ROME's files the ε of the GPT that is nearest in size: medium 2e-3, large 1e-3, XL 5e-4,
+        GPT-J 5e-5; of the Llamas only files without a bound are published (`FTM.preset`).
 
         The embedded model: the ε at which 50 edits take, 2e-3, with efficacy .98 and specificity .88 (5e-3: 1.0 and
         .62; 5e-4: .12 and .98; from 1.25e-2 on, 25 steps of Adam, it binds nothing).
         """
         key = model_key(anatomy) or ""
-        return cls(
-            layers=(_first_layer(anatomy),), epsilon={"gpt-j-6b": 5e-5, "embedded": 2e-3}.get(key, 5e-4)
-        )
+        known = {"gpt2-xl": 5e-4, "gpt-j-6b": 5e-5, "llama-2-7b": 5e-5, "llama-3-8b": 5e-5, "embedded": 2e-3}
+        epsilon = known[key] if key in known else _bound_of(anatomy)
+        return cls(layers=(_first_layer(anatomy),), epsilon=epsilon)
 
     def bounded_(self, delta: Tensor, start: Tensor) -> None:
         torch.clamp(delta, start - self.epsilon, start + self.epsilon, out=delta)
+
+
+def _bound_of(anatomy: Anatomy) -> float:
+    """ε of the GPT that is nearest in the number of parameters."""
+    size = sum(p.numel() for p in anatomy.model.parameters())
+    return BOUNDS[min(BOUNDS, key=lambda published: abs(math.log(published / size)))]
 
 
 @dataclass(frozen=True, kw_only=True)

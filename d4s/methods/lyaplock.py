@@ -32,10 +32,12 @@ from d4s.change.closed_form import Prior
 from d4s.configuration import Above, AtLeast
 from d4s.edits import Edit
 from d4s.errors import NotPositiveDefiniteError
-from d4s.methods.base import Holding, LayerSize, Step, Workbench
+from d4s.methods.base import Holding, LayerSize, Method, Step, Workbench
 from d4s.methods.locate_then_edit import LocateEditor, LocateMethod, step_of
 from d4s.methods.published import model_key, spread_preset
 from d4s.models.architectures import Anatomy
+
+BELOW_MEMIT = 15.0  # λ 1,000, where MEMIT's is 15,000: λ only rises, so it begins low
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,22 @@ class LyapLock(LocateMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> LyapLock:
-        """Layers and target as MEMIT's, and λ 1,000; other models: MEMIT's λ. The reimplementation leaves GPT-J's last
-        layer out (`layers=(3, 4, 5, 6, 7)`)."""
+        """Layers and target as MEMIT's, and λ 1,000; other models: a fifteenth of MEMIT's λ, as that is of Llama's and
+        GPT-J's. The reimplementation leaves GPT-J's last layer out (`layers=(3, 4, 5, 6, 7)`)."""
         preset = dict(spread_preset(anatomy))
         if model_key(anatomy) not in (None, "embedded"):
             preset["prior_weight"] = 1_000.0
+        elif preset["prior_weight"] is not None:
+            preset["prior_weight"] /= BELOW_MEMIT
         return cls(**preset)
+
+    def settled(self, bench: Workbench, edits: Sequence[Edit]) -> Method:
+        """λ, where it is None: a fifteenth of what MEMIT would have."""
+        method = super().settled(bench, edits)
+        if self.prior_weight is not None:
+            return method
+        assert isinstance(method, LyapLock) and method.prior_weight is not None
+        return method.weighed(method.prior_weight / BELOW_MEMIT)
 
     def holding(self, size: LayerSize, edits: int) -> Holding:
         """λC, both sums, and at the most W − W0 with its solve."""

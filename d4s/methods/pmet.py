@@ -34,7 +34,11 @@ class PMET(LocateMethod):
 
     @classmethod
     def preset(cls, anatomy: Anatomy) -> PMET:
-        """Layers, λ and target as MEMIT's where nothing else is published; settled targets end early."""
+        """Layers, λ and target as MEMIT's where nothing else is published; settled targets end early.
+
+        The authors' files have kl_factor 1 (GPT-J) and .8 (GPT-NeoX), with which the bound on the KL makes a search go
+        on; by MEMIT's .0625, which EasyEdit's Llama has, it ends a few looks after the target is the argmax.
+        """
         spread = spread_preset(anatomy)
         key = model_key(anatomy)
         target = spread["target"]
@@ -43,6 +47,8 @@ class PMET(LocateMethod):
             target = replace(target, steps=30, learning_rate=0.2, kl_factor=1.0)
         elif key == "llama-2-7b":  # as in EasyEdit; the authors' own release has no Llama
             target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=1.0)
+        else:
+            target = replace(target, kl_factor=1.0)
         return cls(**spread | dict(target=replace(target, settled_nll_factor=0.1, settled_kl=0.01)))
 
     def editor(self, bench: Workbench) -> PMETEditor:

@@ -7,6 +7,7 @@ import torch
 from support.tiny import tiny_tokenizer
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
+from d4s.methods import method_for
 from d4s.models.prompts import prompt_and_target_ids
 from d4s.models.scoring import score
 
@@ -139,3 +140,14 @@ def test_gradients_and_flags_of_the_model_are_left_alone(seed):
     assert bench.model.training
     assert {name: p.requires_grad for name, p in bench.model.named_parameters()} == wanted
     assert all(p.grad is None for p in bench.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "epsilon"), [(1e5, 2e-3), (5e8, 2e-3), (6e8, 1e-3), (2e9, 5e-4), (4e9, 5e-5), (7e10, 5e-5)]
+)
+def test_the_bound_is_that_of_the_published_model_nearest_in_size(monkeypatch, seed, parameters, epsilon):
+    anatomy = bench_of("llama", seed).anatomy
+    assert method_for("ft-l", anatomy).epsilon == method_for("ft-l-w0", anatomy).epsilon == 2e-3
+    weight = torch.nn.Parameter(torch.empty(int(parameters), device="meta"))
+    monkeypatch.setattr(type(anatomy.model), "parameters", lambda self: iter([weight]))
+    assert method_for("ft-l", anatomy).epsilon == epsilon

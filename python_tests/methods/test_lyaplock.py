@@ -6,6 +6,9 @@ import pytest
 import torch
 from support.workbench import EDITS, bench_of, editor_of, relative_error
 
+from d4s.methods import lyaplock, method_for
+from d4s.methods.published import spread_preset
+
 # Little is asked of the targets, so that rounding does not grow from step to step.
 GENTLE = dict(prior_weight=50.0, learning_rate=0.1, steps=5, contexts=0)
 
@@ -98,3 +101,17 @@ def test_damage_is_told_apart_from_what_is_allowed_after_the_steps_that_set_it(s
     assert (again.pressure, again.damage_base, again.steps) == (editor.pressure, editor.damage_base, 2)
     editor.restore()
     assert editor.pressure == {1: 1.0} and editor.steps == 0
+
+
+@pytest.mark.parametrize("measured", [None, 1_600.0])
+def test_without_a_published_row_its_weight_is_a_fifteenth_of_memits(monkeypatch, measured, seed):
+    """Its files have 1,000 where MEMIT's have 15,000; with MEMIT's own it was held back from the start."""
+    bench = bench_of("llama", seed)
+    if measured is not None:
+        monkeypatch.setattr(
+            lyaplock, "spread_preset", lambda a: spread_preset(a) | {"prior_weight": measured}
+        )
+        assert method_for("lyaplock", bench.anatomy).prior_weight == pytest.approx(measured / 15)
+        return
+    memit, own = (method_for(name, bench.anatomy).settled(bench, EDITS) for name in ("memit-seq", "lyaplock"))
+    assert own.prior_weight == pytest.approx(memit.prior_weight / 15)

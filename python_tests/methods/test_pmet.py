@@ -80,6 +80,7 @@ def test_presets_name_these_rules(seed):
     anatomy = Anatomy(tiny_model("llama", seed))
     pmet, encore = method_for("pmet", anatomy), method_for("encore", anatomy)
     assert (pmet.target.settled_nll_factor, pmet.target.settled_kl) == (0.1, 0.01)
+    assert pmet.target.kl_factor == 1.0 and encore.target.kl_factor == 0.0625  # the authors' and MEMIT's
     assert encore.target.stop_after_argmax == 2
 
 
