@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from d4s.locate.keys import subject_rows
 from d4s.models.architectures import Anatomy, Architecture, text_config
 from d4s.models.causal_lm import CausalLM, plain_name
 from d4s.models.forward import evaluating, most_positions
-from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids
+from d4s.models.prompts import pad_id, padded, sample, start_ids, text_ids, tokenizer_fingerprint
 from d4s.models.readiness import check_askable
 from d4s.models.trace import Trace, stopping
 from d4s.progress import progress_bar
@@ -593,14 +595,16 @@ def cached_covariance(
 ) -> Covariance:
     """Statistics over text sampled from the model itself, kept in the user's cache folder for the next time.
 
-    The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after the model's
-    fingerprint, the layers and the seed.
+    The folder is $D4S_CACHE, else $XDG_CACHE_HOME/d4s, else ~/.cache/d4s; a file is named after all that decides what
+    is in it: the model's fingerprint, where its keys are read, the tokenizer, the layers and the seed.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.environ.get("D4S_CACHE") or os.path.join(caches, "d4s")
     weights = fingerprint_of(model, exact=False)
     ranks = here()
-    identity = f"{FORMAT} {weights} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
+    places = json.dumps(asdict(Anatomy(model, architecture).architecture), sort_keys=True, default=str)
+    words = f"{tokenizer_fingerprint(tokenizer)} {tokenizer.bos_token_id} {tokenizer.eos_token_id}"
+    identity = f"{FORMAT} {weights} {places} {words} {sorted(layers)} {seed} {KEYS_A_DIMENSION} {LONGEST_TEXT} float32"
     path = Path(root) / f"covariance-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
     homeless = root.startswith("~")  # what expanduser leaves where nobody's home is known
 

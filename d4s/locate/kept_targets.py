@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from d4s.locate.covariance import fingerprint_of
 from d4s.locate.request_rows import Place
 from d4s.locate.targets import TargetConfig, Targets
 from d4s.models.architectures import Anatomy
+from d4s.models.prompts import tokenizer_fingerprint
 from d4s.tensor_files import load_tensors, save_tensors
 
 FORMAT = "d4s-targets-1"
@@ -50,14 +50,6 @@ def deciding(fields: Mapping[str, Any]) -> dict[str, Any]:
     where they are set. So what was kept before there were these fields stays good."""
     plain = asdict(TargetConfig())
     return {name: value for name, value in fields.items() if name not in _LATER or value != plain[name]}
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex digest of what decides the ids of a text."""
-    stored = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    for passing in ("truncation", "padding"):  # set and unset by whoever calls it
-        stored.pop(passing, None)
-    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 class KeptTargets:

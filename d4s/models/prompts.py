@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -306,3 +308,11 @@ def padded(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> t
         ids[r, span] = torch.as_tensor(row, dtype=torch.long)
         mask[r, span] = 1
     return ids, mask
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex digest of what decides the ids of a text."""
+    stored = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    for passing in ("truncation", "padding"):  # set and unset by whoever calls it
+        stored.pop(passing, None)
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()

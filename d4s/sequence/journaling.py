@@ -29,13 +29,14 @@ from d4s.journal.folder import (
 )
 from d4s.journal.sums import Segments, edits_of, numbered, packed
 from d4s.locate.covariance import fingerprint_of
-from d4s.locate.kept_targets import KeptTargets, tokenizer_fingerprint
+from d4s.locate.kept_targets import KeptTargets
 from d4s.locate.targets import Targets
 from d4s.measure.columns import measured_columns
 from d4s.measure.metrics import Baseline, Evaluation
 from d4s.methods import Editor, Method, Workbench
 from d4s.methods.d4s import D4SEditor
 from d4s.models.loading import source_of
+from d4s.models.prompts import tokenizer_fingerprint
 from d4s.progress import progress_bar, stage
 from d4s.sequence.observers import Observer
 from d4s.sequence.record import Record, read_evaluation, read_history_row

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -484,6 +485,23 @@ def test_other_weights_layers_or_seeds_have_other_files(cache, seed):
     model.transformer.h[2].mlp.c_proj.weight.data[0, 0] += 0.1
     cached(model).check(Anatomy(model), (0, 1))
     assert len(list(cache.iterdir())) == 4
+
+
+def test_another_place_of_the_keys_or_another_tokenizer_has_another_file(cache, seed):
+    """A first guess at the architecture of a type of model that d4s does not know left its statistics to the second."""
+    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    mistaken = replace(Anatomy(model).architecture, mlp_output="self_attn.o_proj")
+    corrected = replace(mistaken, mlp_output="self_attn.q_proj")
+    first, second = (
+        cached_covariance(model, tokenizer, (1,), architecture=one, progress=False)
+        for one in (mistaken, corrected)
+    )
+    truth = estimate_covariance(model, tokenizer, None, layers=(1,), architecture=corrected, progress=False)
+    assert torch.equal(second.moments[1], truth.moments[1])
+    assert not torch.equal(first.moments[1], second.moments[1])
+    tokenizer.eos_token = "Paris"
+    cached_covariance(model, tokenizer, (1,), architecture=corrected, progress=False)
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_a_damaged_file_of_the_cache_is_made_again(cache, seed):
