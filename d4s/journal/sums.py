@@ -466,11 +466,14 @@ class Sums:
             ]
             d_out, d_in = self.shapes[layer]
             if not rows:
-                found[layer] = (torch.zeros(d_out, 0).double(), torch.zeros(0, d_in).double())
+                none = self.priors[layer].matrix.double().new_zeros
+                found[layer] = (none(d_out, 0), none(0, d_in))
                 continue
             residuals = torch.cat([one.sign * one.residuals.double() for one in rows])
             keys = torch.cat([one.keys.double() for one in rows])
-            signs = torch.cat([torch.full((len(one.keys), 1), one.sign).double() for one in rows])
+            signs = torch.cat(
+                [one.keys.new_full((len(one.keys), 1), one.sign, dtype=torch.float64) for one in rows]
+            )
             matrix = self.priors[layer].matrix.double() + (signs * keys).T @ keys
             found[layer] = (residuals.T, self.projected(layer, torch.linalg.solve(matrix, keys.T).T))
         return found
@@ -494,9 +497,11 @@ def _numbered(put: Sequence[Rows], ends: Mapping[int, int]) -> list[Rows]:
     for rows in put:
         if rows.layer in left:
             begin, count = left[rows.layer], len(rows.edits)
-            numbers = torch.arange(begin, begin + count).unsqueeze(1)
+            numbers = torch.arange(begin, begin + count, device="cpu").unsqueeze(1)
             left[rows.layer] += count
-            rows = replace(rows, residuals=torch.zeros(count, 0, dtype=torch.float64), keys=numbers)
+            rows = replace(
+                rows, residuals=torch.zeros(count, 0, dtype=torch.float64, device="cpu"), keys=numbers
+            )
         found.append(rows)
     return found
 
@@ -571,10 +576,10 @@ def packed(steps: Mapping[int, Sequence[Rows]]) -> dict[str, Tensor]:
             else:
                 tensors[f"{name}.rows"] = keys.flatten()
             tensors[f"{name}.signs"] = torch.tensor(
-                [rows.sign for rows in own for _ in rows.edits], dtype=torch.int8
+                [rows.sign for rows in own for _ in rows.edits], dtype=torch.int8, device="cpu"
             )
             tensors[f"{name}.edits"] = torch.tensor(
-                [e for rows in own for e in rows.edits], dtype=torch.int32
+                [e for rows in own for e in rows.edits], dtype=torch.int32, device="cpu"
             )
     return tensors
 

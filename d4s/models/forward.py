@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -224,11 +224,13 @@ def positions_of(mask: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: CausalLM) -> Iterator[None]:
-    """Evaluation mode, and back to what it was."""
+    """Evaluation mode, and back to what it was. Tensors are made on the CPU where nothing says where, and go from there
+    to their device: `torch.set_default_device` is for the caller's own."""
     training = model.training
     model.eval()
     try:
-        yield
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            yield
     finally:
         model.train(training)
 
