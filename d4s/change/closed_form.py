@@ -17,22 +17,27 @@ B and A.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d4s import ops
 from d4s.errors import ConfigError, CovarianceError, D4SError, NotPositiveDefiniteError
+from d4s.ops.float32 import whole_products
 
 logger = logging.getLogger(__name__)
 
 DELAYED_ROWS = 64  # rows of U, K and R gathered before they go into P, B and A
 PROBE_BOUND = {torch.float64: 1e-9, torch.float32: 1e-4}  # residual of the probe that calls for a refresh
 PROBE_GROWTH = 10.0  # and by how much it must exceed that of a fresh inverse, which conditioning decides
+# Rows for A and B: residuals; keys; the keys on the right, with signs of their own; a sign of all.
+_Term = tuple[Tensor, Tensor, Tensor, float]
 GPU_GENERATOR = 16  # bytes of the state of a GPU's generator, of which snapshots on GPUs once were
 
 
@@ -224,7 +229,8 @@ class ClosedForm:
     def image(self, keys: Tensor, layer: int) -> Tensor:
         """Δ of the keys, [n, d_out], on their device; equal to `keys @ delta(layer).T`."""
         delta = self.delta(layer)
-        return (keys.to(delta.device) @ delta.T).to(keys.device)
+        with whole_products(delta.dtype, delta.device):
+            return (keys.to(delta.device) @ delta.T).to(keys.device)
 
     def settle_(self, bound: float = 1e-11) -> None:
         """Makes P and Δ afresh where a probe finds them further than `bound` from the sums.
@@ -341,6 +347,17 @@ def keys_worth_a_solve(d_out: int, d_in: int) -> int:
     return max(1, round((d_in**3 / 3 + 2 * d_out * d_in**2) / (4 * d_in * (d_in + d_out))))
 
 
+def _whole(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a method of `_Layer`: its products are not reduced."""
+
+    @wraps(method)
+    def wrapped(self: _Layer, *args: Any, **kwargs: Any) -> Any:
+        with whole_products(self.key_sum.dtype, self.key_sum.device):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class _Layer:
     """Sums, kept inverse and Δ of one layer.
 
@@ -357,6 +374,7 @@ class _Layer:
         self.inverse: Tensor | None = None  # P, still without the rows in the buffers
         self.fresh_residual = 0.0
         self.solved = False
+        self.half_way = False  # rows are in A and B in part, and nothing tells which
         self.refreshes = 0
         self.waiting: list[tuple[Tensor, Tensor, float]] = []
         self.many = keys_worth_a_solve(d_out, prior.d_in)
@@ -366,7 +384,7 @@ class _Layer:
         self.factor_rows = zeros(DELAYED_ROWS, prior.d_in)  # U
         self.signs = zeros(DELAYED_ROWS, 1)  # +1 added, −1 taken out
         # On the CPU wherever the sums are: what one place has begun another can go on with.
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     @property
     def nbytes(self) -> int:
@@ -375,6 +393,7 @@ class _Layer:
         held += [rows for residuals, keys, _ in self.waiting for rows in (residuals, keys)]
         return self.prior.nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    @_whole
     def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
         check_rows(residuals, keys, self.residual_sum.shape[0], self.prior.d_in, self.name)
         if len(keys) == 0:
@@ -383,20 +402,22 @@ class _Layer:
         if sum(len(k) for _, k, _ in self.waiting) >= self.many:
             self._fold()  # Δ will come from a solve; until then the rows need not be held
 
+    @_whole
     def sums(self) -> tuple[Tensor, Tensor]:
         """A and B with every row added so far; copies."""
+        self._check_whole()
         sums = self.residual_sum.clone(), self.key_sum.clone()
-        self._add_buffers(*sums)
-        self._add_waiting(*sums)
+        _add(*sums, [self._buffered(), *self._joined_waiting()])
         return sums
 
     def set_sums(self, residual_sum: Tensor, key_sum: Tensor) -> None:
         self.residual_sum, self.key_sum = residual_sum, key_sum
         self.delta = self.inverse = None
         self.waiting.clear()
-        self.rows = 0
+        self.rows, self.half_way = 0, False
 
     def snapshot(self) -> dict[str, Tensor]:
+        self._check_whole()
         state = {"residual_sum": self.residual_sum, "key_sum": self.key_sum}
         state |= {name: t for name in ("delta", "inverse") if (t := getattr(self, name)) is not None}
         buffers = ("key_rows", "residual_rows", "factor_rows", "signs")
@@ -405,10 +426,14 @@ class _Layer:
             residuals, keys, signs = zip(*self.waiting, strict=True)
             state |= {"waiting_residuals": torch.cat(residuals), "waiting_keys": torch.cat(keys)}
             state["waiting_signs"] = torch.tensor(
-                [[sign, len(rows)] for sign, rows in zip(signs, keys, strict=True)], dtype=torch.float64
+                [[sign, len(rows)] for sign, rows in zip(signs, keys, strict=True)],
+                dtype=torch.float64,
+                device="cpu",
             )
         state["counts"] = torch.tensor(
-            [self.fresh_residual, float(self.solved), float(self.refreshes)], dtype=torch.float64
+            [self.fresh_residual, float(self.solved), float(self.refreshes)],
+            dtype=torch.float64,
+            device="cpu",
         )
         state["generator"] = self.generator.get_state()
         return {name: tensor.contiguous().clone() for name, tensor in state.items()}
@@ -461,7 +486,7 @@ class _Layer:
                 )
 
     def resume_(self, state: Mapping[str, Tensor]) -> None:
-        place = self.residual_sum.device
+        place, self.half_way = self.residual_sum.device, False
         self.residual_sum = state["residual_sum"].to(place, copy=True)
         self.key_sum = state["key_sum"].to(place, copy=True)
         self.delta = self._laid_out(state["delta"].to(place, copy=True)) if "delta" in state else None
@@ -484,7 +509,16 @@ class _Layer:
         if len(state["generator"]) != GPU_GENERATOR:  # else the probes, of which no Δ is made, begin anew
             self.generator.set_state(state["generator"].cpu())
 
+    def _check_whole(self) -> None:
+        if self.half_way:
+            raise D4SError(
+                f"{self.name}: rows went into its sums by half when something failed before; resume_ a snapshot, load "
+                "a state, or begin anew"
+            )
+
+    @_whole
     def current_delta(self) -> Tensor:
+        self._check_whole()
         if self.delta is None or (self.waiting and not self.solved):
             self._fold()
             self._solve()
@@ -494,7 +528,7 @@ class _Layer:
         elif self.waiting:
             todo = [
                 (r, k, sign)
-                for residuals, keys, sign in self._joined_waiting()
+                for residuals, keys, _, sign in self._joined_waiting()
                 for r, k in zip(residuals.split(DELAYED_ROWS), keys.split(DELAYED_ROWS), strict=True)
             ]
             for done, rows in enumerate(todo):
@@ -508,6 +542,7 @@ class _Layer:
         assert self.delta is not None
         return self.delta
 
+    @_whole
     def settle(self, bound: float) -> None:
         self.current_delta()
         if self.inverse is not None:
@@ -561,10 +596,14 @@ class _Layer:
     def _flush(self) -> None:
         """The buffers into A, B and P; then a look at how well P and Δ still agree with the sums."""
         assert self.inverse is not None
-        self._add_buffers(self.residual_sum, self.key_sum)
         rows = self.factor_rows[: self.rows]
-        self.inverse.addmm_((rows * self.signs[: self.rows]).T, rows, alpha=-1.0)
-        self.rows = 0
+        signed = (rows * self.signs[: self.rows]).T
+        self._take_in([self._buffered()], waiting=False)
+        try:
+            self.inverse.addmm_(signed, rows, alpha=-1.0)
+        except BaseException:
+            self.delta = self.inverse = None  # the next Δ is solved for
+            raise
         residual = self._probe()
         bound = max(PROBE_BOUND[self.inverse.dtype], PROBE_GROWTH * self.fresh_residual)
         if not residual <= bound:  # NaN too
@@ -575,7 +614,7 @@ class _Layer:
     def _probe(self) -> float:
         """The larger of ‖(λC + B) P v − v‖ / ‖v‖ and ‖Δ (λC + B) P v − A P v‖ / ‖A P v‖ for one random v."""
         assert self.inverse is not None and self.delta is not None
-        v = torch.randn(self.prior.d_in, dtype=self.inverse.dtype, generator=self.generator)
+        v = torch.randn(self.prior.d_in, dtype=self.inverse.dtype, device="cpu", generator=self.generator)
         v = v.to(self.inverse.device)
         solved = self.inverse @ v
         back = self.prior.matrix @ solved + self.key_sum @ solved
@@ -586,27 +625,37 @@ class _Layer:
 
     def _fold(self) -> None:
         """Every row into A and B. P and Δ, which would be left behind, are dropped: the next Δ is solved for."""
-        self._add_buffers(self.residual_sum, self.key_sum)
-        self._add_waiting(self.residual_sum, self.key_sum)
-        self.waiting.clear()
-        self.rows = 0
         self.delta = self.inverse = None
+        self._take_in([self._buffered(), *self._joined_waiting()], waiting=True)
 
-    def _add_buffers(self, residual_sum: Tensor, key_sum: Tensor) -> None:
-        signed = self.key_rows[: self.rows] * self.signs[: self.rows]
-        residual_sum.addmm_(self.residual_rows[: self.rows].T, signed)
-        key_sum.addmm_(self.key_rows[: self.rows].T, signed)
+    def _take_in(self, terms: Sequence[_Term], *, waiting: bool) -> None:
+        """Rows of the buffers, and those that wait, into A and B, and out of where they were.
 
-    def _add_waiting(self, residual_sum: Tensor, key_sum: Tensor) -> None:
-        for residuals, keys, sign in self._joined_waiting():
-            residual_sum.addmm_(residuals.T, keys, alpha=sign)
-            key_sum.addmm_(keys.T, keys, alpha=sign)
+        What of them asks for memory has been made before, so that a row is in one place or the other.
+        """
+        self.rows = 0
+        if waiting:
+            self.waiting = []
+        self.half_way = True
+        _add(self.residual_sum, self.key_sum, terms)
+        self.half_way = False
 
-    def _joined_waiting(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _buffered(self) -> _Term:
+        keys = self.key_rows[: self.rows]
+        return self.residual_rows[: self.rows], keys, keys * self.signs[: self.rows], 1.0
+
+    def _joined_waiting(self) -> Iterator[_Term]:
         """The waiting rows, neighbours of one sign joined: one large product instead of many small ones."""
         for sign, group in groupby(self.waiting, key=itemgetter(2)):
-            residuals, keys, _ = zip(*group, strict=True)
-            yield torch.cat(residuals), torch.cat(keys), sign
+            residuals, parts, _ = zip(*group, strict=True)
+            keys = torch.cat(parts)
+            yield torch.cat(residuals), keys, keys, sign
+
+
+def _add(residual_sum: Tensor, key_sum: Tensor, terms: Sequence[_Term]) -> None:
+    for residuals, keys, right, sign in terms:
+        residual_sum.addmm_(residuals.T, right, alpha=sign)
+        key_sum.addmm_(keys.T, right, alpha=sign)
 
 
 def _no_factor(what: str, size: int) -> str:

@@ -222,7 +222,7 @@ class JointRows:
             "signs": self.signs.clone(),
             "steps": self.steps.clone(),
             "experts": torch.tensor(
-                [[j, len(r)] for j, r in zip(touched, rows, strict=True)], dtype=torch.long
+                [[j, len(r)] for j, r in zip(touched, rows, strict=True)], dtype=torch.long, device="cpu"
             ).view(count, 2),
             "rows": torch.cat([torch.zeros(0, dtype=torch.long, device=self.factor.device), *rows]),
             "weighted": torch.cat([new(0, d_in), *(self.parts[j][1] for j in touched)]),

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from d4s.ops.float32 import onednn, set_to
+
 Precision = Literal["float32", "reduced"]
 
 
@@ -28,28 +30,13 @@ def products_in(precision: Precision, device: torch.device) -> Iterator[None]:
     elif device.type == "cuda":
         backend: Any = torch.backends.cuda.matmul
         new = hasattr(backend, "fp32_precision")
-        with _set(backend, "fp32_precision" if new else "allow_tf32", "tf32" if new else True):
+        with set_to(backend, "fp32_precision" if new else "allow_tf32", "tf32" if new else True):
             yield
-    elif hasattr(_onednn(), "fp32_precision"):
+    elif hasattr(onednn(), "fp32_precision"):
         with _ReducedProducts():
             yield
     else:
         yield
-
-
-def _onednn() -> Any:
-    """The setting of a CPU's products; None: this torch has none."""
-    return getattr(torch.backends.mkldnn, "matmul", None)
-
-
-@contextmanager
-def _set(backend: Any, name: str, value: str | bool) -> Iterator[None]:
-    before = getattr(backend, name)
-    setattr(backend, name, value)
-    try:
-        yield
-    finally:
-        setattr(backend, name, before)
 
 
 class _ReducedProducts(TorchFunctionMode):
@@ -85,11 +72,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        with _set(_onednn(), "fp32_precision", "bf16"):
+        with set_to(onednn(), "fp32_precision", "bf16"):
             return functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        with _set(_onednn(), "fp32_precision", "bf16"):
+        with set_to(onednn(), "fp32_precision", "bf16"):
             return gradient @ weight, None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d4s.errors import ExtensionError
+from d4s.ops.float32 import whole_products
 
 
 def _release(version: str) -> list[str]:
@@ -50,7 +51,8 @@ def accumulate_key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None
     add up 16-bit keys for a float32 moment and cut what does not fit: a relative error of up to n · 2⁻²⁶.
     Raises D4SError if shapes, types or devices do not fit.
     """
-    return _C.accumulate_key_covariance_(moment, keys, mask)
+    with whole_products(moment.dtype, moment.device):
+        return _C.accumulate_key_covariance_(moment, keys, mask)
 
 
 def symmetrize_(matrix: Tensor) -> Tensor:
@@ -74,7 +76,8 @@ def closed_form(residual_sum: Tensor, key_sum: Tensor, prior: Tensor) -> Tensor:
     Raises NotPositiveDefiniteError, naming the layer's index among the m, if B + λC has no Cholesky factor or
     holds NaN; D4SError if shapes, types or devices do not fit.
     """
-    return _C.closed_form(residual_sum, key_sum, prior)
+    with whole_products(prior.dtype, prior.device):
+        return _C.closed_form(residual_sum, key_sum, prior)
 
 
 def write_back_(

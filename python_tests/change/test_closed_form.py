@@ -430,3 +430,82 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_changes_nothing(seed):
         with pytest.raises(D4SError):
             run.resume_(state)
         assert torch.equal(run.delta(0), before), what
+
+
+class NoRoom(RuntimeError):
+    """Raised in the place of what asks for memory."""
+
+
+def fails(monkeypatch, name, call):
+    """The call-th use of `torch.<name>`, or of a tensor's method, fails once."""
+    owner = torch if hasattr(torch, name) and not name.endswith("_") else torch.Tensor
+    plain, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise NoRoom(name)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("more", [1, 200])
+@pytest.mark.parametrize(
+    ("name", "call"), [("cat", 1), ("cat", 2), ("addmm_", 1), ("addmm_", 2), ("addmm_", 3), ("addmm_", 4)]
+)
+def test_after_a_failure_every_row_is_in_the_sums_once_or_that_is_said(prior, monkeypatch, name, call, more):
+    """Rows in the buffers, and rows that wait: each is in one place, also where memory ran out between the two."""
+    residuals, keys = edits_of(DELAYED_ROWS + more)
+    closed = single_steps(prior, residuals[:DELAYED_ROWS], keys[:DELAYED_ROWS])
+    try:
+        with monkeypatch.context() as patch:
+            fails(patch, name, call)
+            closed.add_(residuals[DELAYED_ROWS:], keys[DELAYED_ROWS:], 0)
+            closed.delta(0)
+    except NoRoom:
+        pass
+    try:
+        found = closed.delta(0).clone()
+        sums = closed.state_dict()
+    except D4SError as error:
+        assert "by half" in str(error) and name == "addmm_"
+        for asked in (closed.state_dict, closed.snapshot, closed.settle_):
+            with pytest.raises(D4SError, match="by half"):
+                asked()
+        closed.load_state_dict(single_steps(prior, residuals, keys).state_dict())  # and it goes on
+        found, sums = closed.delta(0), closed.state_dict()
+    assert relative_error(sums["0.key_sum"], keys.T @ keys) < 1e-12
+    assert relative_error(sums["0.residual_sum"], residuals.T @ keys) < 1e-12
+    assert relative_error(found, true_delta(residuals, keys, prior)) < 1e-9
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_sums_in_float32_are_whole_whatever_the_process_is_set_to(setting):
+    prior = Prior(covariance_of(D_IN), weight=20.0, dtype=torch.float32)
+    residuals, keys = edits_of(3 * DELAYED_ROWS)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        one_by_one = single_steps(prior, residuals.float(), keys.float())
+        at_once = ClosedForm({0: prior}, D_OUT)
+        at_once.add_(residuals.float(), keys.float(), 0)
+        found = [closed.delta(0).clone() for closed in (one_by_one, at_once)]
+        image = at_once.image(keys.float(), 0)
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth = true_delta(residuals, keys, prior)
+    assert all(relative_error(delta, truth) < 1e-4 for delta in found)
+    assert relative_error(image, keys @ truth.T) < 1e-4
+
+
+def test_another_default_device_does_not_matter(prior):
+    residuals, keys = edits_of(2 * DELAYED_ROWS)
+    torch.set_default_device("meta")
+    try:
+        closed = single_steps(prior, residuals, keys)
+        closed.settle_()
+    finally:
+        torch.set_default_device(None)
+    assert relative_error(closed.delta(0), true_delta(residuals, keys, prior)) < 1e-9
