@@ -152,7 +152,7 @@ def changes_between(
     changes: list[Change] = []
     foreign = []
     for name, tensor in before.items():
-        if _same_bits(tensor, after[name]):
+        if same_bits(tensor, after[name]):
             continue
         if name in of_experts:
             changes += changes_within(name, tensor, after[name], of_experts[name])
@@ -208,11 +208,11 @@ def changes_within(name: str, base: Tensor, edited: Tensor, transposed: bool) ->
     base, edited: [rows, columns], or [experts, rows, columns]
     """
     if base.ndim != 3 or base.shape != edited.shape:
-        return [] if _same_bits(base, edited) else [Change(name, base, edited, transposed)]
+        return [] if same_bits(base, edited) else [Change(name, base, edited, transposed)]
     return [
         Change(name, before, after, transposed, expert=expert)
         for expert, (before, after) in enumerate(zip(base, edited, strict=True))
-        if not _same_bits(before, after)
+        if not same_bits(before, after)
     ]
 
 
@@ -230,7 +230,7 @@ def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
             yield plain_name(name), tensor.detach()
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype in INTEGERS:  # 0 and −0, which are equal, are two
         return torch.equal(bits(one), bits(other))
     return torch.equal(one.cpu(), other.cpu())

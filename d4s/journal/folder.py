@@ -221,6 +221,13 @@ class Folder:
         self.append("snapshot", event=event, digest=self.save("snapshots", event, state))
         self._drop_old_snapshots()
 
+    def append_with_snapshot(self, kind: str, state: Mapping[str, Tensor], **fields: Any) -> None:
+        """An event, and the state after it. The state is durable first: of experts it alone holds the event's rows. A
+        failure leaves the log as it was."""
+        digest = self.save("snapshots", len(self.events), state)
+        self.append(kind, **fields, snapshot=digest)
+        self._drop_old_snapshots()
+
     def add_point(self, made: int, values: Mapping[str, Any]) -> None:
         """The JSON values of a point, by POINT_FIELDS, and the line that names them."""
         stored = {"format": POINT, **values}
@@ -261,8 +268,13 @@ class Folder:
         Whether they are sound shows when they are loaded.
         kind: "segments" | "snapshots"
         """
-        event_kind, field = {"segments": ("segment", "step"), "snapshots": ("snapshot", "event")}[kind]
-        return [(e[field], e) for e in self.events if e["kind"] == event_kind]
+        if kind == "segments":
+            return [(e["step"], e) for e in self.events if e["kind"] == "segment"]
+        return [
+            (e["event"], e) if e["kind"] == "snapshot" else (e["n"], e | {"digest": e["snapshot"]})
+            for e in self.events
+            if e["kind"] == "snapshot" or "snapshot" in e
+        ]
 
     def _drop_old_snapshots(self) -> None:
         for number, _ in self.sound("snapshots")[:-SNAPSHOTS_KEPT]:

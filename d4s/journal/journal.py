@@ -20,7 +20,7 @@ from d4s.edits.edit import AGAIN, pass_of
 from d4s.errors import ConfigError, D4SError, DataError, EditError, ModelError
 from d4s.files import whole
 from d4s.interrupts import deferred
-from d4s.journal.changes import Change, changes_within
+from d4s.journal.changes import Change, changes_within, same_bits
 from d4s.journal.edits_card import write_edits_card
 from d4s.journal.folder import Folder, now
 from d4s.journal.lora import Adapter, export_gguf_lora, export_lora
@@ -179,8 +179,7 @@ class Journal:
             named = list(dict.fromkeys([*named, *again]))
             self.sums.change(named, stand=stand)
             self.sums.settle_()  # fails, if it does, before anything is written
-            self.folder.append("redone" if stand else "undone", ids=named)
-            self._snapshot()
+            self.folder.append_with_snapshot("redone" if stand else "undone", self.sums.snapshot(), ids=named)
 
     def _again(self, ids: Collection[str], *, stand: bool) -> list[str]:
         """Edits by which a later pass has made these again, of those that stand, or do not."""
@@ -244,8 +243,9 @@ class Journal:
         with deferred():
             put, state = self._taken_in(editor)
             number = self._segment(put)
-            self.folder.append(
+            self.folder.append_with_snapshot(
                 "revised",
+                state,
                 id=edit_id,
                 edits=[new.to_dict()],
                 step=number,
@@ -253,7 +253,6 @@ class Journal:
                 last_probability=list(made.last_probability),
             )
             self._sums = None
-            self._snapshot(state)
 
     def consolidate(
         self,
@@ -281,9 +280,10 @@ class Journal:
                 with deferred():
                     put, state = self._taken_in(editor)
                     number = self._segment(put)
-                    self.folder.append("consolidated", ids=[edit.id for edit in batch], step=number)
+                    self.folder.append_with_snapshot(
+                        "consolidated", state, ids=[edit.id for edit in batch], step=number
+                    )
                     self._sums = None
-                    self._snapshot(state)
 
     @contextmanager
     def _editing(
@@ -335,9 +335,6 @@ class Journal:
         if not isinstance(editor.closed_form, JointForm):
             return editor.put, editor.closed_form.snapshot()
         return self.sums.with_rows_of(editor.closed_form, editor.put, editor.weights.current())
-
-    def _snapshot(self, state: Mapping[str, Tensor] | None = None) -> None:
-        self.folder.add_snapshot(self.sums.snapshot() if state is None else state)
 
     def _unedited(self, model: CausalLM | None, tokenizer: Any) -> tuple[CausalLM, Any]:
         if model is None:
@@ -432,7 +429,7 @@ class Journal:
             left, right = factors.get(layer, (None, None))
             if left is not None and not left.shape[1]:
                 left = right = None  # no edit stands
-            if not torch.equal(base[f"{layer}"].cpu(), weights[name].cpu()):
+            if not same_bits(base[f"{layer}"], weights[name]):
                 found.append(Change(name, base[f"{layer}"], weights[name], transposed, left, right))
         if not found:
             raise ModelError(
@@ -612,7 +609,7 @@ class Journal:
                 return [
                     f"made again: {name} differs by {float((own[name].detach().cpu() - w.cpu()).abs().max()):.2g}"
                     for name, w in weights.items()
-                    if not torch.equal(own[name].detach().cpu(), w.cpu())
+                    if not same_bits(own[name].detach(), w)
                 ]
             finally:
                 editor.restore()
@@ -636,7 +633,7 @@ class Journal:
                 for name in file.keys():  # noqa: SIM118
                     if name in weights:
                         left.discard(name)
-                        if not torch.equal(file.get_tensor(name), weights[name].cpu()):
+                        if not same_bits(file.get_tensor(name), weights[name]):
                             problems.append(f"{path}: {name} is not what the journal comes to")
         return [*problems, *(f"{self.folder.model}: holds no {name}" for name in sorted(left))]
 

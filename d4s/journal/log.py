@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,9 @@ class Log:
     def append(self, kind: str, **fields: Any) -> dict[str, Any]:
         """One more event; durable when this returns.
 
-        Raises OSError where it cannot be written; the file is then as it was, or ends in a line that the next `append`
-        takes away. An interruption (Ctrl-C) is the same: all that this object knows of the end changes at once.
+        Raises OSError where it cannot be written; the file is then as it was, or, where that fails too, ends in a line
+        that the next `append` takes away. An interruption (Ctrl-C) is the same: all that this object knows of the end
+        changes at once.
         """
         end = self._end
         del self.events[end.count :]
@@ -94,9 +96,14 @@ class Log:
         with naming(self.path), open(self.path, "r+b" if end.size or self.path.exists() else "xb") as file:
             file.truncate(end.size)  # what a failed or torn append has left
             file.seek(end.size)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):  # whoever reads it before the next append would take it for done
+                    file.truncate(end.size)
+                raise
             if not end.size:
                 sync_folder(self.path.parent)
         self.events.append(event)
@@ -154,6 +161,8 @@ def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
             if name not in event:
                 raise WrongType(f"it has no {name!r}")
             fits(event[name], name)
+        if "snapshot" in event:  # of the state after it
+            as_text(event["snapshot"], "snapshot")
         if event["kind"] == "step":
             for name in ("first_probability", "last_probability"):
                 _numbers_or_none(event.get(name), name)

@@ -261,8 +261,7 @@ class Sums:
             break
         if self.kept and not begin:
             raise DataError(
-                f"{self.folder.root}: has no sound snapshot, which has the rows of its experts; "
-                "go on with its sequence to its end (the same command again)"
+                f"{self.folder.root}: has no sound snapshot, which has the rows of its experts; {self._cure()}"
             )
         segments = Segments(self.folder)
         for event in self.folder.events:
@@ -307,9 +306,14 @@ class Sums:
             or int(rows.keys.max()) >= len(self.kept[rows.layer].signs)
         ):
             raise DataError(
-                f"{self.folder.root}: its last sound snapshot has not all rows of layer {rows.layer}; "
-                "go on with its sequence to its end (the same command again)"
+                f"{self.folder.root}: its last sound snapshot has not all rows of layer {rows.layer}; {self._cure()}"
             )
+
+    def _cure(self) -> str:
+        """What gives the rows of experts back that only a snapshot has."""
+        if self.folder.is_changed_after:
+            return "put the newest files of its snapshots/ back from a copy"
+        return "go on with its sequence to its end (the same command again)"
 
     def _put(self, put: Sequence[Rows], taken: Sequence[Rows]) -> None:
         # What goes in comes first: of two edits of a prompt that are both taken back, the later has taken the
@@ -380,6 +384,8 @@ class Sums:
 
     def weights(self) -> dict[int, Tensor]:
         """W = round(W0 + Δ) of every edited layer, as the model stores it."""
+        if not self._stored and not self.kept and not self.standing.edits:
+            return {layer: base.clone() for layer, base in self.base.items()}  # −0 + 0 is 0
         if not self._stored:
             found = {}
             for layer, delta in self.deltas().items():
