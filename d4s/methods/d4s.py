@@ -38,9 +38,10 @@ Other facts are asked with the same words around other subjects. C is of ordinar
 these rows what a thousand edits do there adds up.
 
 A prompt that is edited again has its key in the lowest layer's B already. Both terms together would give the mean of
-both answers, so the new one takes the old one's place there: k stays in B once, and A moves by (d_new − d_old) kᵀ
-(once; d_old is found again, from the prompt and its old answer) or by r kᵀ (measured). Above it keys move with the
-layers below: the old key is in B, the new one is not, and is added as any other.
+both answers, so the new one takes the old one's place there (this project's addition; the release of D4S only adds): k
+stays in B once, and A moves by (d_new − d_old) kᵀ (once; d_old is found again, from the prompt and its old answer) or
+by r kᵀ (measured). Above it keys move with the layers below: the old key is in B, the new one is not, and is added as
+any other.
 
 With `delta_projection` W = W0 + A (B + λC)⁻¹ (I − α U Uᵀ), U of W0, and the sums are put together as without it. By the
 rule "measured" that projects each step, as SPHERE does: r is measured on W as it is, and A (B + λC)⁻¹ moves by

@@ -1,10 +1,11 @@
-"""MEMIT with cached keys: each step's solve also holds the keys of all earlier edits,
+"""MEMIT (arXiv 2210.07229) with cached keys, as in AlphaEdit's release (arXiv 2410.02355); MEMIT's paper caches none
+between batches. Each step's solve also holds the keys of all earlier edits,
 
     ΔW = R Kᵀ (λC + B + K Kᵀ)⁻¹        B += K Kᵀ
 
 with z, h and R = (z − h_L) / (n − i) from the current weights. This is D4S with anchor="current" (see
-d4s.py), whose sums keep the same least-squares problem relative to W0. As published, a prompt that is edited again
-has its key in B twice, and moves only about half of the way.
+d4s.py), whose sums keep the same least-squares problem relative to W0. As in that release, a prompt that is edited
+again has its key in B twice, and moves only about half of the way.
 """
 
 from __future__ import annotations
