@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ class Case:
         else:
             journal.consolidate(**given)
 
+    def changed(self, how: str) -> tuple[Any, Any, list[str]]:
+        """(what the journal tells before, after the change, every write of it)"""
+        before, path = self.told(self.folder / "first"), self.fresh("counted")
+        with counted().watched() as points:
+            self.change(path, how)
+        after = self.told(path)
+        self.unedit()
+        assert not alike(before, after)
+        return before, after, points.kinds
+
     def told(self, path: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
         journal = Journal(path)
         return [f"{edit.id} {edit.target_new}" for edit in journal.edits], journal.weights()
@@ -71,13 +82,8 @@ def alike(one, other) -> bool:
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
 def test_a_change_that_fails_is_not_made_and_one_that_is_made_does_not_fail(model_type, how, seed, tmp_path):
     case = Case(tmp_path, seed, model_type)
-    before, path = case.told(tmp_path / "first"), case.fresh("counted")
-    with counted().watched() as points:
-        case.change(path, how)
-    after = case.told(path)
-    case.unedit()
-    assert not alike(before, after)
-    for number, kind in enumerate(points.kinds, start=1):
+    before, after, kinds = case.changed(how)
+    for number, kind in enumerate(kinds, start=1):
         path = case.fresh(f"{number}")
         try:
             with no_space(number).watched():
@@ -100,12 +106,8 @@ def test_a_change_that_fails_is_not_made_and_one_that_is_made_does_not_fail(mode
 def test_a_process_that_is_killed_leaves_the_journal_before_or_after(model_type, how, seed, tmp_path):
     """Of experts the snapshot alone has a revised edit's rows: it came behind the line that names them."""
     case = Case(tmp_path, seed, model_type)
-    before, path = case.told(tmp_path / "first"), case.fresh("counted")
-    with counted().watched() as points:
-        case.change(path, how)
-    after = case.told(path)
-    case.unedit()
-    for number in range(1 + seed % 2, len(points.kinds) + 1, 2):
+    before, after, kinds = case.changed(how)
+    for number in range(1 + seed % 2, len(kinds) + 1, 2):
         path = case.fresh(f"{number}")
 
         def work(path: Path = path, number: int = number) -> None:
@@ -115,7 +117,7 @@ def test_a_process_that_is_killed_leaves_the_journal_before_or_after(model_type,
         assert was_killed(forked(work))
         nothing_half(path)
         told = case.told(path)
-        assert alike(told, before) or alike(told, after), points.kinds[number - 1]
+        assert alike(told, before) or alike(told, after), kinds[number - 1]
         if alike(told, before):
             case.change(path, how)
             assert alike(case.told(path), after)
