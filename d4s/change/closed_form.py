@@ -633,6 +633,7 @@ class _Layer:
 
         What of them asks for memory has been made before, so that a row is in one place or the other.
         """
+        self._check_whole()
         self.rows = 0
         if waiting:
             self.waiting = []

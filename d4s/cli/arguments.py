@@ -474,6 +474,9 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
+_NAMES = ("verb", "action", "method", "methods")  # arguments that are words, and no files of that name
+
+
 def check_file(options: Namespace, name: str = "out", *, positional: bool = False) -> None:
     """Of an argument that names a file to be written. ConfigError where a folder stands in its place, or another
     argument is read from it; OSError where its own folder cannot be made or written to."""
@@ -485,7 +488,11 @@ def check_file(options: Namespace, name: str = "out", *, positional: bool = Fals
     check_folder(path.parent)
     for other, values in vars(options).items():
         for value in values if isinstance(values, list | tuple) else (values,):
-            if other != name and isinstance(value, str | Path) and _same_file(path, Path(value)):
+            if (
+                other not in (name, *_NAMES)
+                and isinstance(value, str | Path)
+                and _same_file(path, Path(value))
+            ):
                 raise ConfigError(
                     f"{option}: is where {other.replace('_', '-')} is read from; name another file"
                 )

@@ -470,9 +470,12 @@ def test_after_a_failure_every_row_is_in_the_sums_once_or_that_is_said(prior, mo
         sums = closed.state_dict()
     except D4SError as error:
         assert "by half" in str(error) and name == "addmm_"
-        for asked in (closed.state_dict, closed.snapshot, closed.settle_):
+        more_rows = edits_of(2 * closed._state(0).many)
+        for asked in (closed.state_dict, closed.snapshot, closed.settle_, lambda: closed.add_(*more_rows, 0)):
             with pytest.raises(D4SError, match="by half"):
                 asked()
+        with pytest.raises(D4SError, match="by half"):
+            closed.delta(0)
         closed.load_state_dict(single_steps(prior, residuals, keys).state_dict())  # and it goes on
         found, sums = closed.delta(0), closed.state_dict()
     assert relative_error(sums["0.key_sum"], keys.T @ keys) < 1e-12

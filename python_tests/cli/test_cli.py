@@ -295,3 +295,9 @@ def test_what_is_read_is_not_written_over(command, read, place, capsys):
     said = failed(capsys, *command)
     assert f"{command[-2]} {command[-1].removeprefix('./')}: is where {read} is read from" in said
     assert all(path.read_bytes() == before for path, before in files.items())
+
+
+def test_a_file_that_is_called_as_a_verb_is_written(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time it is there
+        done(capsys, "covariance", str(place / "m"), str(place / "corpus.txt"), "--out", "covariance")
