@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 def flags_that_see_torch():
-    """Interpreter flags with which `import torch` works here: [], ["-I"], or None where there is no torch.
+    """Interpreter flags with which `import torch` works here: [], ["-I"], ["-E"], or None where there is no torch.
 
-    Under build isolation pip runs the target environment's own interpreter and hides the environment
-    through PYTHONPATH; -I ignores PYTHONPATH, so the torch that d4s will run with is seen again.
+    Under build isolation pip runs the target environment's own interpreter and hides the environment by
+    PYTHONPATH, and the user's packages by PYTHONNOUSERSITE. -I ignores the first, and -E both, so the torch that
+    d4s will run with is seen again. One that lies on the user's own PYTHONPATH is not: pip has written over that.
     """
-    for flags in ([], ["-I"]):
+    for flags in ([], ["-I"], ["-E"]):
         child = subprocess.run([sys.executable, *flags, "-c", "import torch"], capture_output=True)
         if child.returncode == 0:
             return flags
@@ -32,7 +33,9 @@ class CMakeBuild(build_ext):
         if flags is None:
             sys.exit(
                 f"d4s is built against the torch it will run with, and {sys.executable} has none: "
-                "install torch in the target environment, then run that environment's own 'pip install .'"
+                "install torch in the target environment, then run that environment's own 'pip install .'; "
+                "'pip install --no-build-isolation .', with setuptools>=77, cmake and ninja installed, sees whatever "
+                "torch 'import torch' finds"
             )
         build = Path(self.build_temp).resolve()
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DD4S_PYTHON_FLAGS={';'.join(flags)}"]

@@ -18,6 +18,8 @@ from d4s import ops
 from d4s.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
+# The build that sees whatever torch the environment does. 'pip install .' may build against another.
+BESIDE_IT = "pip install --no-build-isolation ."
 
 
 @pytest.fixture
@@ -55,6 +57,29 @@ def test_torch_is_seen_through_build_isolation(setup_file, monkeypatch, tmp_path
     assert hidden.handed["setup_requires"] == []
 
 
+def test_torch_of_the_user_is_seen_through_build_isolation(setup_file, monkeypatch, tmp_path):
+    """pip hides the user's own packages by PYTHONNOUSERSITE, and what it fetched instead would not be what runs."""
+    # A virtual environment looks at no packages of the user.
+    base = getattr(sys, "_base_executable", sys.executable)
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
+    asked = [base, "-E", "-c", "import site; print(site.ENABLE_USER_SITE and site.getusersitepackages())"]
+    site = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    if not site.startswith(str(tmp_path)):
+        pytest.skip(f"{base} looks at no packages of the user")
+    monkeypatch.setattr(sys, "executable", base)
+    (tmp_path / "hiding").mkdir()
+    (tmp_path / "hiding" / "torch.py").write_text("raise ImportError('hidden')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hiding"))
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    if setup_file().flags_that_see_torch() is not None:
+        pytest.skip(f"{base} has a torch for all users")
+    Path(site).mkdir(parents=True)
+    (Path(site) / "torch.py").touch()
+    seen = setup_file()
+    assert seen.flags_that_see_torch() == ["-E"]
+    assert seen.handed["setup_requires"] == []
+
+
 def test_without_torch_pip_fetches_it_and_other_front_ends_are_told(setup_file, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
@@ -62,8 +87,9 @@ def test_without_torch_pip_fetches_it_and_other_front_ends_are_told(setup_file, 
     monkeypatch.delenv("PYTHONNOUSERSITE")
     elsewhere = setup_file()
     assert elsewhere.handed["setup_requires"] == []
-    with pytest.raises(SystemExit, match="install torch in the target environment"):
+    with pytest.raises(SystemExit, match="install torch in the target environment") as ended:
         elsewhere.CMakeBuild().build_extension(None)
+    assert BESIDE_IT in str(ended.value)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +109,7 @@ def test_a_missing_or_foreign_extension_is_told_in_a_sentence(extension, word):
     )
     assert done.stdout.startswith("ExtensionError"), done.stderr
     assert word in done.stdout
-    assert "pip install" in done.stdout
+    assert BESIDE_IT in done.stdout
 
 
 def included(source: Path) -> Iterator[tuple[Path, str]]:

@@ -20,6 +20,12 @@ def _release(version: str) -> list[str]:
     return version.split("+")[0].split(".")[:2]
 
 
+# Build isolation hides a torch on PYTHONPATH from the build, which then fetches one of its own.
+_CURE = (
+    "'pip install --no-build-isolation .', with setuptools>=77, cmake and ninja installed, "
+    "builds against this torch in any case"
+)
+
 try:
     from d4s.ops import _C
 except ImportError as error:
@@ -27,12 +33,12 @@ except ImportError as error:
     reason = "it is not built" if "partially initialized" in str(error) else error
     raise ExtensionError(
         f"the compiled extension d4s.ops._C does not load ({reason}); run 'pip install .' in the d4s checkout, "
-        f"with the torch {torch.__version__} of this environment in place"
+        f"with the torch {torch.__version__} of this environment in place; {_CURE}"
     ) from error
 if _release(_C.torch_version) != _release(torch.__version__):
     raise ExtensionError(
         f"d4s.ops._C was built against torch {_C.torch_version}, and this is torch {torch.__version__}; "
-        "run 'pip install .' in the d4s checkout again"
+        f"in the d4s checkout {_CURE}"
     )
 
 
