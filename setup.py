@@ -27,6 +27,16 @@ def flags_that_see_torch():
     return None
 
 
+def cuda_compiler(last="/usr/local/cuda/bin"):
+    """The nvcc that torch's own extensions take, in their order; "" where there is none.
+
+    CMake by itself looks at CUDA_PATH and PATH only.
+    """
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [*(f"{home}/bin" for home in homes if home), os.environ.get("PATH", ""), last]
+    return shutil.which("nvcc", path=os.pathsep.join(folders)) or ""
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         flags = flags_that_see_torch()
@@ -41,7 +51,8 @@ class CMakeBuild(build_ext):
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DD4S_PYTHON_FLAGS={';'.join(flags)}"]
         options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         # --fresh: an earlier build's cache names a ninja that went away with its isolated environment.
-        subprocess.run(["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+        configure = ["cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", *options]
+        subprocess.run(configure, check=True, env={"CUDACXX": cuda_compiler(), **os.environ})
         subprocess.run(["cmake", "--build", build], check=True)
         # CMake leaves the extension in d4s/ops/, so that Python started in the checkout finds it too.
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -47,8 +47,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("torch_version") = D4S_TORCH_VERSION;
 #ifdef D4S_WITH_CUDA
   module.attr("with_cuda") = true;
+  module.attr("without_cuda") = "";
 #else
   module.attr("with_cuda") = false;
+  module.attr("without_cuda") = D4S_WITHOUT_CUDA;
 #endif
   d4s::bind_ops(module);
 }

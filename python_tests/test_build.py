@@ -93,6 +93,68 @@ def test_without_torch_pip_fetches_it_and_other_front_ends_are_told(setup_file, 
 
 
 @pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (("home", "path", "on PATH", "last"), "home"),
+        (("path", "on PATH", "last"), "path"),
+        (("on PATH", "last"), "on PATH"),
+        (("last",), "last"),
+        ((), None),
+    ],
+)
+def test_the_cuda_compiler_is_the_one_that_torchs_own_extensions_take(
+    setup_file, monkeypatch, tmp_path, there, taken
+):
+    for name, place in {"CUDA_HOME": "home", "CUDA_PATH": "path"}.items():
+        monkeypatch.setenv(name, str(tmp_path / place))
+    monkeypatch.setenv("PATH", str(tmp_path / "on PATH" / "bin"))
+    for place in there:
+        (tmp_path / place / "bin").mkdir(parents=True)
+        (tmp_path / place / "bin" / "nvcc").touch(mode=0o755)
+    found = setup_file().cuda_compiler(last=str(tmp_path / "last" / "bin"))
+    assert found == (str(tmp_path / taken / "bin" / "nvcc") if taken else "")
+
+
+@pytest.mark.parametrize("named", [None, "mine/nvcc"])
+def test_cmake_is_told_the_cuda_compiler_unless_the_user_names_one(setup_file, monkeypatch, tmp_path, named):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if named:
+        monkeypatch.setenv("CUDACXX", named)
+    else:
+        monkeypatch.delenv("CUDACXX", raising=False)
+    told = []
+
+    def stop_at_cmake(command, **given):
+        if command[0] == "cmake":
+            told.append(given["env"])
+            raise InterruptedError
+        return SimpleNamespace(returncode=0)  # torch is seen
+
+    build = setup_file().CMakeBuild()
+    build.build_temp = str(tmp_path / "build")
+    monkeypatch.setattr(subprocess, "run", stop_at_cmake)
+    with pytest.raises(InterruptedError):
+        build.build_extension(None)
+    (environment,) = told
+    assert environment["CUDACXX"] == (named or str(tmp_path / "bin" / "nvcc"))
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_extension_says_why_it_has_no_cuda_kernels():
+    """The error of an op that is given a CUDA tensor quotes it."""
+    if not hasattr(ops._C, "without_cuda"):
+        pytest.skip("d4s.ops._C was built by an earlier version; run pip install . again")
+    assert ops._C.with_cuda == (ops._C.without_cuda == "")
+    if torch.version.cuda is None:
+        assert ops._C.without_cuda in (
+            f"torch {ops._C.torch_version} is not a CUDA build",
+            "D4S_CUDA was OFF",
+        )
+
+
+@pytest.mark.parametrize(
     ("extension", "word"), [("SimpleNamespace(torch_version='1.2.0')", "1.2.0"), ("None", "pip install")]
 )
 def test_a_missing_or_foreign_extension_is_told_in_a_sentence(extension, word):

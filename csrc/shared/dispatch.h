@@ -19,8 +19,8 @@ template <class OnCpu, class OnCuda>
 void dispatch(const at::Tensor& tensor, OnCpu on_cpu, OnCuda on_cuda) {
   if (tensor.is_cpu()) return on_cpu();
 #ifndef D4S_WITH_CUDA
-  check(false,
-        "d4s was built without CUDA kernels; build it where there are a CUDA compiler and a CUDA torch");
+  check(false, "d4s was built without CUDA kernels (" D4S_WITHOUT_CUDA
+               "); build it where there are a CUDA compiler and a CUDA torch");
 #else
   int major = 0;
   const cudaError_t asked =

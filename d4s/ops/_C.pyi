@@ -4,6 +4,7 @@ from torch import Tensor
 
 torch_version: str
 with_cuda: bool
+without_cuda: str  # why there are no CUDA kernels; "" where there are
 
 def accumulate_key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None) -> int: ...
 def symmetrize_(matrix: Tensor) -> None: ...
