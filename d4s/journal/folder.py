@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import hashlib
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -135,21 +137,18 @@ class Folder:
         return folder
 
     def lock(self) -> None:
-        """This process alone writes, until it ends or `unlock`. ConfigError where another one does."""
+        """This process alone writes, until it ends or `unlock`. ConfigError where another one does, or nothing can be
+        locked."""
         if self._lock is None:
             place = self.root / "lock"
             place.touch()
+            _check_locks(place)
             lock = FileLock(place, timeout=0, mode=stat.S_IMODE(place.stat().st_mode))  # as the umask has it
             try:
                 lock.acquire()
             except Timeout:
                 raise ConfigError(
                     f"{self.root}: another process is writing to this journal; wait for its end, or name another folder"
-                ) from None
-            except NotImplementedError:
-                raise ConfigError(
-                    f"{self.root}: this file system has no locks, so a second process could not be kept from writing; "
-                    "name a folder on another one"
                 ) from None
             self._lock = lock
             self._remove_left_over()
@@ -289,6 +288,28 @@ def _removed(path: Path) -> None:
         logger.warning("%s: is not needed any more, and cannot be removed (%s)", path, error.strerror)
 
 
+def _check_locks(place: Path) -> None:
+    """ConfigError where the file system locks no files: Lustre without `-o flock`, some of FUSE, NFS without lockd.
+
+    Some versions of filelock take the existence of the file for a lock there, which outlives a process that is killed;
+    others tell of another process where there is none.
+    """
+    if sys.platform == "win32":
+        return  # which has other locks
+    import fcntl
+
+    with open(place, "r+b") as file:
+        try:
+            # Shared: two that ask at once do not refuse each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # those say that another process has it
+                raise ConfigError(
+                    f"{place.parent}: this file system has no locks ({error.strerror}), so a second process could not "
+                    "be kept from writing; name a folder on another one"
+                ) from None
+
+
 def check_own(root: Path) -> None:
     """DataError if something in a journal is no file or folder of its own.
 
@@ -298,13 +319,16 @@ def check_own(root: Path) -> None:
     waiting = [root] if root.is_dir() else []
     while waiting:
         folder = waiting.pop()
-        for entry in os.scandir(folder):
+        for entry in _entries(folder):
             if entry.is_symlink():
                 raise DataError(
                     f"{entry.path}: is a symbolic link; a journal holds all its files itself; put in its place what it "
                     "leads to, if that is the journal's, or remove it"
                 )
-            mode = entry.stat(follow_symlinks=False).st_mode
+            try:
+                mode = entry.stat(follow_symlinks=False).st_mode
+            except FileNotFoundError:
+                continue
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise DataError(
                     f"{entry.path}: is a pipe, socket or device; a journal holds files only; remove it"
@@ -314,6 +338,14 @@ def check_own(root: Path) -> None:
                 raise DataError(f"{entry.path}: is a {kind}; that is not what a journal has there")
             if stat.S_ISDIR(mode) and (folder != root or entry.name in FOLDERS):
                 waiting.append(Path(entry.path))
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in it; of a folder that is gone nothing: another process may be writing."""
+    try:
+        return list(os.scandir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def _is_ours(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -211,6 +212,49 @@ def test_two_that_begin_at_once_do_not_write_over_each_other(kept: Kept, tmp_pat
     with pytest.raises(d4s.ConfigError, match="in the meantime"):
         Folder.create(second.path, {"created": "second"})
     assert '"first"' in (tmp_path / "j" / "journal.json").read_text()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=os.strerror)
+def test_a_file_system_without_locks_is_told_and_leaves_no_journal_locked(
+    monkeypatch, tmp_path: Path, number: int
+) -> None:
+    """Not that another process writes, which would be waited for in vain; nor is a lock left that no process holds."""
+    before = Folder.create(tmp_path / "before", {"created": "before"})
+    before.unlock()
+
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", no_locks)
+        for _ in range(2):
+            for locked in (before.lock, lambda: Folder.create(tmp_path / "new", {"created": "new"})):
+                with pytest.raises(d4s.ConfigError, match="this file system has no locks") as told:
+                    locked()
+                assert os.strerror(number) in str(told.value) and str(tmp_path) in str(told.value)
+    before.lock()
+    Folder.create(tmp_path / "new", {"created": "new"})
+
+
+def test_a_journal_is_read_while_another_process_writes_it(kept: Kept, monkeypatch, tmp_path: Path) -> None:
+    """A file beside its place gets its name, and an old snapshot goes, between a folder's list and a look at them."""
+    kept.run(tmp_path / "j").restore()
+    passing = [tmp_path / "j" / "points" / "000009.part.json", tmp_path / "j" / "snapshots" / "old"]
+    passing[0].write_text("{}")
+    passing[1].mkdir()
+    plain, gone = os.scandir, []
+
+    def scandir(path):
+        found = list(plain(path))
+        for one in passing:
+            if one.parent == Path(path):
+                gone.append(one)
+                one.rmdir() if one.is_dir() else one.unlink()
+        return iter(found)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert Folder.open(tmp_path / "j").steps_made == len(kept.edits)
+    assert sorted(gone) == sorted(passing)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
