@@ -54,11 +54,11 @@ def add(verb: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> None:
-    here().on_first(lambda: check_file(options))
     if options.merge is not None and options.from_npz is not None:
         raise ConfigError(
             "--merge adds up files of d4s, and --from-npz reads others; name one of --merge and --from-npz"
         )
+    here().on_first(lambda: check_file(options))
     if options.from_npz is not None:
         found = _imported(options)
     else:

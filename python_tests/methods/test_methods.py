@@ -257,7 +257,7 @@ def test_presets_are_those_of_the_literature(model):
     assert of["alphaedit"].l2 == 10
     assert not of["alphaedit"].threshold_is_relative
     assert of["alphaedit"].target.learning_rate == (0.5 if xl or gptj else 0.1)
-    assert of["ft-l"].epsilon == of["ft-l-w0"].epsilon == (5e-5 if gptj else 5e-4)
+    assert of["ft-l"].epsilon == of["ft-l-w0"].epsilon == (5e-4 if xl else 5e-5)
     assert of["ft-l"].layers == (0,)
     assert of["grace"].module == ("mlp_input" if xl else "mlp_output")
     assert of["grace"].layers == ((35,) if xl else (25,) if gptj else (27,))
