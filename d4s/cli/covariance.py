@@ -58,7 +58,6 @@ def run(options: Namespace) -> None:
         raise ConfigError(
             "--merge adds up files of d4s, and --from-npz reads others; name one of --merge and --from-npz"
         )
-    here().on_first(lambda: check_file(options))
     if options.from_npz is not None:
         found = _imported(options)
     else:
@@ -91,6 +90,7 @@ def _estimated(options: Namespace) -> Covariance:
         raise ConfigError("MODEL lacks; without it --merge FILE FILE adds up statistics that are there")
     if options.retain is None:
         refuse(options, ("retain_share",), "--retain", beside=False)
+    here().on_first(lambda: check_file(options))
     model, tokenizer = loaded_model(options)
     check_ready(model, tokenizer)
     facts = None if options.retain is None else load_edits(options.retain)
@@ -115,6 +115,7 @@ def _imported(options: Namespace) -> Covariance:
         raise ConfigError(f"{options.corpus}: is a text, and --from-npz takes none; leave it out")
     if options.model is None:
         refuse(options, ("device", "device_map", "dtype"), "MODEL", beside=False)
+    here().on_first(lambda: check_file(options))
     model = None if options.model is None else loaded_model(options)[0]
     return covariance_from_npz(options.from_npz, model=model)
 
@@ -134,6 +135,7 @@ def _merged(options: Namespace) -> Covariance:
     )
     if len(options.merge) < 2:
         raise ConfigError(f"--merge {options.merge[0]}: is one file; name two or more")
+    here().on_first(lambda: check_file(options))
     first, *others = options.merge
     found = Covariance.load(first)
     for path in others:

@@ -489,7 +489,7 @@ def test_other_weights_layers_or_seeds_have_other_files(cache, seed):
 
 def test_another_place_of_the_keys_or_another_tokenizer_has_another_file(cache, seed):
     """A first guess at the architecture of a type of model that d4s does not know left its statistics to the second."""
-    model, tokenizer = tiny_model("llama", seed), tiny_tokenizer()
+    model, tokenizer = tiny_model("llama", seed), copy.deepcopy(tiny_tokenizer())
     mistaken = replace(Anatomy(model).architecture, mlp_output="self_attn.o_proj")
     corrected = replace(mistaken, mlp_output="self_attn.q_proj")
     first, second = (
