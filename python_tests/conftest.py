@@ -7,6 +7,7 @@ import random
 import secrets
 import signal
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 # Before transformers is read: a name that is no folder fails at once, and is not asked for in the network.
@@ -64,6 +65,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         if not (torch.cuda.is_available() and ops._C.with_cuda):
             pytest.skip("no GPU, or d4s was built without CUDA kernels")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["high", "medium"])
+def reduced(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the process is set to take products of float32 in, which is as it was at the end."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -347,7 +347,7 @@ def keys_worth_a_solve(d_out: int, d_in: int) -> int:
     return max(1, round((d_in**3 / 3 + 2 * d_out * d_in**2) / (4 * d_in * (d_in + d_out))))
 
 
-def _whole(method: Callable[..., Any]) -> Callable[..., Any]:
+def _in_whole_products(method: Callable[..., Any]) -> Callable[..., Any]:
     """Of a method of `_Layer`: its products are not reduced."""
 
     @wraps(method)
@@ -393,7 +393,7 @@ class _Layer:
         held += [rows for residuals, keys, _ in self.waiting for rows in (residuals, keys)]
         return self.prior.nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
-    @_whole
+    @_in_whole_products
     def add_(self, residuals: Tensor, keys: Tensor, sign: float) -> None:
         check_rows(residuals, keys, self.residual_sum.shape[0], self.prior.d_in, self.name)
         if len(keys) == 0:
@@ -402,10 +402,10 @@ class _Layer:
         if sum(len(k) for _, k, _ in self.waiting) >= self.many:
             self._fold()  # Δ will come from a solve; until then the rows need not be held
 
-    @_whole
+    @_in_whole_products
     def sums(self) -> tuple[Tensor, Tensor]:
         """A and B with every row added so far; copies."""
-        self._check_whole()
+        self._check_sums()
         sums = self.residual_sum.clone(), self.key_sum.clone()
         _add(*sums, [self._buffered(), *self._joined_waiting()])
         return sums
@@ -417,7 +417,7 @@ class _Layer:
         self.rows, self.half_way = 0, False
 
     def snapshot(self) -> dict[str, Tensor]:
-        self._check_whole()
+        self._check_sums()
         state = {"residual_sum": self.residual_sum, "key_sum": self.key_sum}
         state |= {name: t for name in ("delta", "inverse") if (t := getattr(self, name)) is not None}
         buffers = ("key_rows", "residual_rows", "factor_rows", "signs")
@@ -509,16 +509,16 @@ class _Layer:
         if len(state["generator"]) != GPU_GENERATOR:  # else the probes, of which no Δ is made, begin anew
             self.generator.set_state(state["generator"].cpu())
 
-    def _check_whole(self) -> None:
+    def _check_sums(self) -> None:
         if self.half_way:
             raise D4SError(
                 f"{self.name}: rows went into its sums by half when something failed before; resume_ a snapshot, load "
                 "a state, or begin anew"
             )
 
-    @_whole
+    @_in_whole_products
     def current_delta(self) -> Tensor:
-        self._check_whole()
+        self._check_sums()
         if self.delta is None or (self.waiting and not self.solved):
             self._fold()
             self._solve()
@@ -542,7 +542,7 @@ class _Layer:
         assert self.delta is not None
         return self.delta
 
-    @_whole
+    @_in_whole_products
     def settle(self, bound: float) -> None:
         self.current_delta()
         if self.inverse is not None:
@@ -598,7 +598,7 @@ class _Layer:
         assert self.inverse is not None
         rows = self.factor_rows[: self.rows]
         signed = (rows * self.signs[: self.rows]).T
-        self._take_in([self._buffered()], waiting=False)
+        self._take_in(waiting=False)
         try:
             self.inverse.addmm_(signed, rows, alpha=-1.0)
         except BaseException:
@@ -626,14 +626,15 @@ class _Layer:
     def _fold(self) -> None:
         """Every row into A and B. P and Δ, which would be left behind, are dropped: the next Δ is solved for."""
         self.delta = self.inverse = None
-        self._take_in([self._buffered(), *self._joined_waiting()], waiting=True)
+        self._take_in(waiting=True)
 
-    def _take_in(self, terms: Sequence[_Term], *, waiting: bool) -> None:
+    def _take_in(self, *, waiting: bool) -> None:
         """Rows of the buffers, and those that wait, into A and B, and out of where they were.
 
-        What of them asks for memory has been made before, so that a row is in one place or the other.
+        What of them asks for memory is made before, so that a row is in one place or the other.
         """
-        self._check_whole()
+        self._check_sums()
+        terms = [self._buffered(), *(self._joined_waiting() if waiting else ())]
         self.rows = 0
         if waiting:
             self.waiting = []

@@ -486,15 +486,12 @@ def check_file(options: Namespace, name: str = "out", *, positional: bool = Fals
         raise ConfigError(f"{option}: is a folder; name a file in it")
     check_place(path)
     check_folder(path.parent)
-    for other, values in vars(options).items():
+    read = {other: values for other, values in vars(options).items() if other not in (name, *_NAMES)}
+    for other, values in read.items():
         for value in values if isinstance(values, list | tuple) else (values,):
-            if (
-                other not in (name, *_NAMES)
-                and isinstance(value, str | Path)
-                and _same_file(path, Path(value))
-            ):
+            if isinstance(value, str | Path) and _same_file(path, Path(value)):
                 raise ConfigError(
-                    f"{option}: is where {other.replace('_', '-')} is read from; name another file"
+                    f"{option}: is the file that is read ({other.replace('_', '-')}); name another"
                 )
 
 

@@ -181,9 +181,8 @@ def _with_fields(configs: Mapping[str, Any], given: Mapping[str, Any] | None) ->
 
     found = dict(configs)
     fields = {label: set().union(*field_names(METHODS[by_name(label)[0]])) for label in found}
-    own_last = sorted(
-        (given or {}).items(), key=lambda item: "." in item[0]
-    )  # a method's own go before all others'
+    # A method's own come last, and so hold.
+    own_last = sorted((given or {}).items(), key=lambda item: "." in item[0])
     for name, value in own_last:
         label, dot, field = name.rpartition(".")
         label = _label_of(label, found)

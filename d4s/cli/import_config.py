@@ -37,8 +37,6 @@ def run(options: Namespace) -> None:
     if options.out.suffix == ".json":
         if len(found) > 1:
             raise ConfigError(f"--out {options.out}: {len(found)} files make as many presets; name a folder")
-        if options.out.resolve() == options.files[0].resolve():
-            raise ConfigError(f"--out {options.out}: is the file that is read; name another")
         places = [options.out]
         check_file(options)
     else:

@@ -347,9 +347,8 @@ def read(line: str) -> tuple[str, str]:
         _refuse_nearly(word, f"{named[1]}:", f"{named[1]}: …")
     elif one_word := _ONE_WORD.fullmatch(line):
         word, bare = one_word[1].lower(), line[0].isalpha() and not line.endswith("()")
-        if not bare or (
-            word not in _NAMES and not line[0].isupper()
-        ):  # a name, or "edit 2", may well be asked
+        # A name, or "edit 2", may well be asked.
+        if not bare or (word not in _NAMES and not line[0].isupper()):
             _refuse_nearly(word, line, line)
     if "=>" in line and re.match(r"edit\s", line, re.IGNORECASE):
         return "edit", line[4:].strip()

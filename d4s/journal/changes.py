@@ -231,6 +231,7 @@ def _tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights of one shape and type are the same, bit by bit, on whatever devices they lie."""
     if one.dtype in INTEGERS:  # 0 and −0, which are equal, are two
         return torch.equal(bits(one), bits(other))
     return torch.equal(one.cpu(), other.cpu())

@@ -41,14 +41,12 @@ class PMET(LocateMethod):
         """
         spread = spread_preset(anatomy)
         key = model_key(anatomy)
-        target = spread["target"]
+        target = replace(spread["target"], kl_factor=1.0)
         if key == "gpt-j-6b":
             spread = spread | dict(prior_weight=6_000.0)
-            target = replace(target, steps=30, learning_rate=0.2, kl_factor=1.0)
+            target = replace(target, steps=30, learning_rate=0.2)
         elif key == "llama-2-7b":  # as in EasyEdit; the authors' own release has no Llama
             target = TargetConfig(steps=20, learning_rate=0.5, weight_decay=0.5, clamp=1.0)
-        else:
-            target = replace(target, kl_factor=1.0)
         return cls(**spread | dict(target=replace(target, settled_nll_factor=0.1, settled_kl=0.01)))
 
     def editor(self, bench: Workbench) -> PMETEditor:

@@ -293,7 +293,7 @@ def test_the_command_line_loads_nothing_slow_before_a_verb_runs():
 def test_what_is_read_is_not_written_over(command, read, place, capsys):
     files = {path: path.read_bytes() for path in map(Path, ("edits.json", "corpus.txt", "c.safetensors"))}
     said = failed(capsys, *command)
-    assert f"{command[-2]} {command[-1].removeprefix('./')}: is where {read} is read from" in said
+    assert f"{command[-2]} {command[-1].removeprefix('./')}: is the file that is read ({read})" in said
     assert all(path.read_bytes() == before for path, before in files.items())
 
 

@@ -81,37 +81,27 @@ def test_a_step_that_fails_half_way_is_in_no_snapshot(kept: Kept, monkeypatch, t
     kept.goes_on(tmp_path / "j")
 
 
+def crashes_behind(step: int, kept: Kept, monkeypatch, journal: Path) -> None:
+    class Crash(d4s.Observer):
+        def step(self, result, batch):
+            if len(result.edits_table) == step:
+                raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journaling.Journaling, "ended", lambda self, *_: self.folder.unlock())  # as if killed
+        with pytest.raises(EditingFailed) as caught:
+            kept.run(journal, observers=[Crash()])
+    caught.value.result.restore()
+
+
 def test_vectors_before_a_snapshot_are_there_after_a_crash_behind_it(
     kept: Kept, monkeypatch, tmp_path: Path
 ) -> None:
     """Steps before it are not made again, so what they put into the sums must be in a segment by then."""
     monkeypatch.setattr(journaling, "SEGMENT_EVERY", 50)
     monkeypatch.setattr(journaling, "SNAPSHOT_EVERY", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(journaling.Journaling, "ended", lambda self, *_: self.folder.unlock())  # as if killed
-
-        class Third(d4s.Observer):
-            def step(self, result, batch):
-                if len(result.edits_table) == 3:
-                    raise RuntimeError("crash")
-
-        with pytest.raises(EditingFailed) as caught:
-            kept.run(tmp_path / "j", observers=[Third()])
-    caught.value.result.restore()
+    crashes_behind(3, kept, monkeypatch, tmp_path / "j")
     kept.goes_on(tmp_path / "j")
-
-
-def crashes_behind_the_second_step(kept: Kept, monkeypatch, journal: Path) -> None:
-    class Second(d4s.Observer):
-        def step(self, result, batch):
-            if len(result.edits_table) == 2:
-                raise RuntimeError("crash")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(journaling.Journaling, "ended", lambda self, *_: self.folder.unlock())  # as if killed
-        with pytest.raises(EditingFailed) as caught:
-            kept.run(journal, observers=[Second()])
-    caught.value.result.restore()
 
 
 @pytest.mark.parametrize("vectors", [True, False])
@@ -126,7 +116,7 @@ def test_of_few_long_steps_none_that_is_done_is_made_again(
     monkeypatch.setattr(journaling, long, 0.0)
     monkeypatch.setitem(kept.options, "keep_vectors", vectors)
     journal = tmp_path / "j"
-    crashes_behind_the_second_step(kept, monkeypatch, journal)
+    crashes_behind(2, kept, monkeypatch, journal)
     kinds = [event["kind"] for event in Folder.open(journal).events]
     of_use = vectors == (long != "SNAPSHOT_SECONDS")  # others do not look at it
     snapshots = 2 if of_use and long != "SEGMENT_SECONDS" else 0
@@ -156,7 +146,7 @@ def test_what_took_long_to_make_again_is_in_a_snapshot_before_the_next_step(
     monkeypatch.setattr(journaling, "SNAPSHOT_EVERY", 50)
     monkeypatch.setattr(journaling, "SEGMENT_EVERY", 50)
     journal = tmp_path / "j"
-    crashes_behind_the_second_step(kept, monkeypatch, journal)
+    crashes_behind(2, kept, monkeypatch, journal)
     monkeypatch.setattr(journaling, "SNAPSHOT_SECONDS", 0.0)
     kept.goes_on(journal)
     kinds = [event["kind"] for event in Folder.open(journal).events if event["kind"] in ("step", "snapshot")]

@@ -9,14 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.sequences import EDITS, FAST, STRONG, ready, sequence
+from support.sequences import EDITS, FAST, STRONG, ready, same, sequence, state
 from support.tiny import TEXTS, tiny_tokenizer
 
 import d4s
-
-
-def edited(result):
-    return {name: weight.clone() for name, weight in result.model.state_dict().items()}
 
 
 @pytest.fixture
@@ -40,18 +36,18 @@ def test_a_sequence_is_what_it_is_elsewhere(method, config, seed, tmp_path, requ
     model, covariance = ready(seed)
     options = {"method": method, "config": config, "generate": True, "passes": 2, "evaluate_every": 2}
     result = sequence(model, covariance, EDITS[:3], **options)
-    right = edited(result)
+    right = state(model)
     result.restore()
     request.getfixturevalue("elsewhere")
     result = sequence(model, covariance, EDITS[:3], **options, journal=tmp_path / "j")
-    assert all(torch.equal(weight, right[name]) for name, weight in edited(result).items())
+    assert same(state(model), right)
     result.restore()
     if method == "d4s":
         d4s.Journal(tmp_path / "j").undo("e1")
         assert d4s.Journal(tmp_path / "j").verify().sound
 
 
-def test_statistics_and_figures_too(seed, elsewhere, monkeypatch):
+def test_statistics_and_figures_too(seed, elsewhere):
     with torch.device("cpu"):
         model, covariance = ready(seed)
     found = d4s.estimate_covariance(model, tiny_tokenizer(), TEXTS * 6, dtype=torch.float64, progress=False)
